@@ -1,0 +1,188 @@
+"""torch.autograd for the row family: what is saved, which gradients are asked for, and second derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from . import fallback
+from .activation import Activation
+from .kernels.row_norm import Gradients, RowNorm, Wanted, row_norm_backward, row_norm_forward
+
+Tensor = torch.Tensor
+Backward = Callable[..., Gradients]
+
+
+class Needs(NamedTuple):
+    """Which of the tensor arguments require a gradient."""
+
+    x: bool
+    residual: bool
+    weight: bool
+    bias: bool
+
+
+class Saving(NamedTuple):
+    """What forward keeps for backward beside parameters, all of it decided before the launch.
+
+    statistics: the normalized tensor with its mean and rstd; bits: the mask of a two-valued slope; residual: where z
+    has to be computed again with it.
+    """
+
+    statistics: bool
+    bits: bool
+    residual: bool
+
+
+def what_to_save(norm: RowNorm, needs: Needs, has_residual: bool) -> Saving:
+    """Keeps only what a gradient that is asked for depends on."""
+    added_after = has_residual and not norm.add_first
+    needs_slope = norm.activation is not None and any(needs)
+    bits = needs_slope and added_after and norm.slope_takes_two_values
+    recomputes_z = needs_slope and not bits
+    needs_x_hat = needs.x or needs.weight or (needs.residual and norm.add_first)
+    return Saving(needs_x_hat or recomputes_z, bits, recomputes_z and added_after)
+
+
+class Saved(NamedTuple):
+    """What backward finds again; x is what was normalized."""
+
+    x: Tensor | None
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor | None
+    rstd: Tensor | None
+    bits: Tensor | None
+
+
+class RowNormFunction(torch.autograd.Function):
+    """The row family under autograd, straight to the launchers: y, or (y, total) where the residual is added first."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: RowNorm
+    ) -> Any:
+        saving = what_to_save(norm, Needs(*ctx.needs_input_grad[:4]), residual is not None)
+        out = row_norm_forward(
+            x, residual, weight, bias, norm, save_statistics=saving.statistics, save_bits=saving.bits
+        )
+        normalized = out.total if norm.add_first else x
+        ctx.save_for_backward(
+            *Saved(
+                normalized if saving.statistics else None,
+                residual if saving.residual else None,
+                weight,
+                bias,
+                out.mean,
+                out.rstd,
+                out.bits,
+            )
+        )
+        ctx.set_materialize_grads(False)
+        ctx.norm = norm
+        ctx.x_dtype = x.dtype
+        return (out.y, out.total) if norm.add_first else out.y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        needs = Needs(*ctx.needs_input_grad[:4])
+        return *gradients(Saved(*ctx.saved_tensors), dy, dtotal, ctx.norm, ctx.x_dtype, needs, row_norm_backward), None
+
+
+def gradients(
+    saved: Saved,
+    dy: Tensor | None,
+    dtotal: Tensor | None,
+    norm: RowNorm,
+    x_dtype: torch.dtype,
+    needs: Needs,
+    backward: Backward,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dresidual, dweight, dbias), each where needed, by `backward` or, under create_graph, differentiably."""
+    if dy is None:  # only the total was used, and it is x + residual
+        dx = dtotal.to(x_dtype) if dtotal is not None and needs.x else None
+        return dx, dtotal if needs.residual else None, None, None
+    if torch.is_grad_enabled():
+        dx, dresidual, dweight, dbias = _differentiable(saved, dy, dtotal, norm)
+    else:
+        dx, dresidual, dweight, dbias = _launched(saved, dy, dtotal, norm, needs, backward)
+    if needs.residual and dresidual is None:
+        dresidual = dx if norm.add_first else dy
+    if dx is not None and dx.dtype != x_dtype:
+        dx = dx.to(x_dtype)
+    return (
+        dx if needs.x else None,
+        dresidual if needs.residual else None,
+        None if dweight is None or saved.weight is None or not needs.weight else dweight.view(saved.weight.shape),
+        None if dbias is None or saved.bias is None or not needs.bias else dbias.view(saved.bias.shape),
+    )
+
+
+def _launched(
+    saved: Saved, dy: Tensor, dtotal: Tensor | None, norm: RowNorm, needs: Needs, backward: Backward
+) -> Gradients:
+    """By kernel. Without an activation dresidual is dy; where the residual was added first it is dx, if of one type."""
+    if norm.add_first:
+        one_type = saved.x is None or saved.x.dtype == dy.dtype
+        wanted = Wanted(
+            needs.x or (one_type and needs.residual), needs.residual and not one_type, needs.weight, needs.bias
+        )
+    else:
+        wanted = Wanted(needs.x, needs.residual and norm.activation is not None, needs.weight, needs.bias)
+    if not any(wanted):
+        return Gradients(None, None, None, None)
+    x, residual, weight, bias, mean, rstd, bits = saved
+    return backward(dy, dtotal, x, residual, bits, weight, bias, mean, rstd, norm, wanted)
+
+
+def _differentiable(saved: Saved, dy: Tensor, dtotal: Tensor | None, norm: RowNorm) -> Gradients:
+    """By torch's own differentiable composition, so that the gradients can be differentiated again."""
+    span, rows = (norm.span,), (-1, max(1, norm.span))
+    # Views of their own, so that a tensor passed in two places gets a gradient for each.
+    x, residual = (None if tensor is None else tensor.reshape(rows) for tensor in (saved.x, saved.residual))
+    weight, bias = (None if tensor is None else tensor.view(span) for tensor in (saved.weight, saved.bias))
+    g = dy.reshape(rows)
+    dz = g
+    if saved.bits is not None:
+        dz = torch.where(_unpack(saved.bits, norm.span), g, g * norm.alpha if norm.alpha else 0.0)
+    dx = dresidual = dweight = dbias = None
+    if x is None:
+        dbias = dz.sum(0) if bias is not None else None
+    else:
+        z = fallback.layer_norm(x, span, weight, bias, norm.eps, norm.subtract_mean)
+        if residual is not None:
+            z = z + residual
+        if saved.bits is None and norm.activation is not None:
+            z = fallback.activate(z, Activation.from_scalars(norm.activation, norm.alpha, norm.beta))
+        inputs = [tensor for tensor in (x, residual, weight, bias) if tensor is not None and tensor.requires_grad]
+        found = dict(
+            zip(map(id, inputs), torch.autograd.grad(z, inputs, dz.to(z.dtype), create_graph=True), strict=True)
+        )
+        dx, dresidual, dweight, dbias = (found.get(id(tensor)) for tensor in (x, residual, weight, bias))
+        dx = None if dx is None else dx.view(dy.shape)
+    if dx is not None and dtotal is not None:
+        dx = dx.to(dtotal.dtype) + dtotal
+    if saved.bits is not None:
+        dresidual = dz
+    return Gradients(dx, None if dresidual is None else dresidual.view(dy.shape), dweight, dbias)
+
+
+def _unpack(bits: Tensor, span: int) -> Tensor:
+    """The mask [rows, span] as booleans, from its bytes [rows, ceil(span / 8)], lowest bit first."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits.unsqueeze(-1) >> places) & 1).flatten(1)[:, :span].bool()
+
+
+def row_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: RowNorm
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y, or (y, total) where the residual is added first; through autograd only where something requires it."""
+    if torch.is_grad_enabled():
+        for tensor in (x, residual, weight, bias):
+            if tensor is not None and tensor.requires_grad:
+                return RowNormFunction.apply(x, residual, weight, bias, norm)
+    out = row_norm_forward(x, residual, weight, bias, norm)
+    return out.y if out.total is None else (out.y, out.total)

@@ -1,0 +1,126 @@
+"""The same functions as compositions of torch's: differentiable, traceable, and in place wherever autograd allows it.
+
+It runs where Triton does not, under torch.func and forward-mode differentiation, and for second derivatives. Arguments
+have been validated.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .activation import Activation
+from .validation import FLOATING
+
+Tensor = torch.Tensor
+Shape = tuple[int, ...]
+
+_OUT_OF_PLACE: dict[str, Callable[..., Tensor]] = {
+    "relu": torch.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "selu": F.selu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "mish": F.mish,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "softplus": F.softplus,
+}
+
+# Their gradient needs their result alone, so the pre-activation may be overwritten even under autograd (torch refuses
+# that for a negative slope or alpha, from which the sign of z cannot be told).
+_IN_PLACE_FROM_RESULT: dict[str, Callable[..., Tensor]] = {
+    "relu": torch.relu_,
+    "relu6": functools.partial(F.relu6, inplace=True),
+    "leaky_relu": F.leaky_relu_,
+    "elu": F.elu_,
+    "selu": torch.selu_,
+    "sigmoid": torch.sigmoid_,
+    "tanh": torch.tanh_,
+}
+
+_IN_PLACE: dict[str, Callable[..., Tensor]] = {
+    **_IN_PLACE_FROM_RESULT,
+    "gelu": torch.ops.aten.gelu_,
+    "gelu_tanh": functools.partial(torch.ops.aten.gelu_, approximate="tanh"),
+    "silu": functools.partial(F.silu, inplace=True),
+    "mish": functools.partial(F.mish, inplace=True),
+    "hardswish": functools.partial(F.hardswish, inplace=True),
+    "hardsigmoid": functools.partial(F.hardsigmoid, inplace=True),
+}
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is active; both refuse in-place work here."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def activate(z: Tensor, activation: Activation | None) -> Tensor:
+    """activation(z), z left as it is."""
+    if activation is None:
+        return z
+    return _OUT_OF_PLACE[activation.name](z, **activation.parameters)
+
+
+def _activate_in_place(z: Tensor, activation: Activation) -> Tensor:
+    table = _IN_PLACE
+    if z.requires_grad:
+        table = _IN_PLACE_FROM_RESULT if min(activation.scalars) >= 0 else {}
+    function = table.get(activation.name, _OUT_OF_PLACE[activation.name])
+    return function(z, **activation.parameters)
+
+
+def finish(normalized: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
+    """activation(normalized + residual); `normalized` is a tensor of this call's own that nothing has saved."""
+    # A compiler makes every operation out of place and fuses it anyway.
+    if torch.compiler.is_compiling() or transformed():
+        return activate(normalized if residual is None else normalized + residual, activation)
+    if residual is not None:
+        normalized = normalized.add_(residual)
+    return normalized if activation is None else _activate_in_place(normalized, activation)
+
+
+def _probe_rms_eps(dtype: torch.dtype) -> float:
+    """What the installed torch's rms_norm takes for eps=None: the epsilon of the type it computes in, or of x's type.
+
+    Releases differ, so it is asked: of 2**-12 it makes 2**-12 / sqrt(2**-24 + eps).
+    """
+    x = torch.full((1,), 2.0**-12, dtype=dtype, device="cpu")
+    implied = (2.0**-12 / F.rms_norm(x, (1,)).item()) ** 2 - 2.0**-24
+    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+    return min(torch.finfo(dtype).eps, torch.finfo(accumulated).eps, key=lambda eps: abs(eps - implied))
+
+
+DEFAULT_RMS_EPS = {dtype: _probe_rms_eps(dtype) for dtype in FLOATING}
+
+
+def _common_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
+    """x's type where every parameter has it, otherwise the type that holds them all."""
+    dtype = x.dtype
+    for parameter in parameters:
+        if parameter is not None and parameter.dtype != dtype:
+            dtype = torch.promote_types(torch.promote_types(dtype, parameter.dtype), torch.float32)
+    return dtype
+
+
+def layer_norm(
+    x: Tensor, shape: Shape, weight: Tensor | None, bias: Tensor | None, eps: float, subtract_mean: bool = True
+) -> Tensor:
+    """torch's layer_norm, or rms_norm (and a bias) without subtract_mean, in x's type whatever the parameters' is."""
+    dtype = _common_dtype(x, weight, bias)
+    if dtype != x.dtype:
+        # torch refuses some mixtures and takes a slow path for others.
+        weight, bias = (None if parameter is None else parameter.to(dtype) for parameter in (weight, bias))
+        return layer_norm(x.to(dtype), shape, weight, bias, eps, subtract_mean).to(x.dtype)
+    if subtract_mean:
+        return F.layer_norm(x, shape, weight, bias, eps)
+    y = F.rms_norm(x, shape, weight, eps)
+    return y if bias is None else y + bias

@@ -1,0 +1,55 @@
+"""LayerNorm and AddLayerNorm."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import functional as F
+from .base import Activated, Added
+
+
+class LayerNorm(Activated, nn.LayerNorm):
+    """torch.nn.LayerNorm with `residual` and `activation` in the same pass: ``activation(norm(x) + residual)``.
+
+    Same constructor and state_dict as torch's, and the keyword `activation`; shapes, types and errors as in
+    `functional.layer_norm`.
+
+    Example:
+        >>> norm = LayerNorm(1024, activation="gelu")
+        >>> y = norm(torch.randn(8, 1024), residual=torch.randn(8, 1024))
+    """
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return F.layer_norm(
+            x,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            residual=residual,
+            activation=self.activation,
+        )
+
+
+class AddLayerNorm(Added, nn.LayerNorm):
+    """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
+
+    Same constructor and state_dict as torch.nn.LayerNorm, and the keywords `activation` and `dropout_p` (see
+    `functional.add_layer_norm`).
+
+    Example:
+        >>> y, stream = AddLayerNorm(1024)(torch.randn(8, 1024), torch.randn(8, 1024))
+    """
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return F.add_layer_norm(
+            x,
+            residual,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            activation=self.activation,
+            dropout_p=self.dropout_p,
+            training=self.training,
+        )

@@ -1,0 +1,286 @@
+"""Layer norm and RMS norm: statistics over the trailing dimensions, one row at a time.
+
+In every function below x has shape (*rows, *normalized_shape), weight and bias have shape `normalized_shape`,
+and residual, y, total and their gradients have x's shape. Whatever dtype comes in, everything is computed and
+returned in float64. ValueError is raised where a shape is another or the activation is unknown.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .activations import ActivationLike
+from .arrays import Array, float64, propagate_non_finite
+from .epilogue import epilogue, epilogue_backward
+from .normalize import normalize, normalize_backward
+
+Gradients = dict[str, Array]
+NormalizedShape = int | Sequence[int]
+
+
+def rms_norm_eps(*dtypes: np.dtype) -> float:
+    """The eps that torch 2.13's rms_norm takes for eps=None: the machine epsilon of the dtype it computes in.
+
+    That is float32's for half, bfloat16 and float32, and float64's for float64; `torch.finfo(x.dtype).eps` is
+    8192 times larger for half. NumPy has no bfloat16: hold it in a float32 array, or pass eps.
+    """
+    return float(np.finfo(np.result_type(np.float32, *dtypes)).eps)
+
+
+def _checked(function: str, argument: str, values: ArrayLike, shape: tuple[int, ...]) -> Array:
+    array = float64(values)
+    if array.shape != shape:
+        raise ValueError(f"{function}: {argument} must have shape {shape}, but has shape {array.shape}")
+    return array
+
+
+class _RowNorm:
+    """One call of a row norm: its arguments, checked and in float64, and what forward and backward share."""
+
+    subtract_mean: bool
+
+    def __init__(
+        self,
+        function: str,
+        x: ArrayLike,
+        normalized_shape: NormalizedShape,
+        weight: ArrayLike | None,
+        bias: ArrayLike | None,
+        eps: float,
+        residual: ArrayLike | None,
+        activation: ActivationLike,
+    ) -> None:
+        x = float64(x)
+        if isinstance(normalized_shape, Sequence):
+            shape = tuple(normalized_shape)
+        else:
+            shape = (operator.index(normalized_shape),)
+        if not shape or x.shape[-len(shape) :] != shape:
+            raise ValueError(
+                f"{function}: normalized_shape must be the trailing dimensions of x, one at least, "
+                f"but is {shape} while x has shape {x.shape}"
+            )
+        self.function, self.activation = function, activation
+        self.weight = None if weight is None else _checked(function, "weight", weight, shape)
+        self.bias = None if bias is None else _checked(function, "bias", bias, shape)
+        self.residual = None if residual is None else _checked(function, "residual", residual, x.shape)
+        self.axes = tuple(range(x.ndim - len(shape), x.ndim))
+        self.x_hat, self.rstd = normalize(x, self.axes, eps, self.subtract_mean)
+
+    def forward(self) -> Array:
+        return epilogue(self.x_hat, self.weight, self.bias, self.residual, self.activation)
+
+    def backward(self, dy: ArrayLike) -> Gradients:
+        dy = _checked(self.function, "dy", dy, self.x_hat.shape)
+        dx_hat, gradients = epilogue_backward(dy, self.x_hat, self.weight, self.bias, self.residual, self.activation)
+        dx = normalize_backward(dx_hat, self.x_hat, self.rstd, self.axes, self.subtract_mean)
+        return {"dx": dx, **gradients}
+
+
+class _LayerNorm(_RowNorm):
+    subtract_mean = True
+
+
+class _RMSNorm(_RowNorm):
+    subtract_mean = False
+
+
+def _total(function: str, x: ArrayLike, residual: ArrayLike, dropout_p: float, training: bool) -> Array:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{function}: dropout_p must lie between 0 and 1, but is {dropout_p}")
+    if dropout_p and training:
+        raise NotImplementedError(
+            f"{function}: dropout_p={dropout_p} while training is not implemented yet; pass dropout_p=0.0"
+        )
+    x = float64(x)
+    return _checked(function, "residual", residual, x.shape) + x
+
+
+def _add_backward(norm: _RowNorm, dy: ArrayLike | None, dtotal: ArrayLike | None) -> Gradients:
+    """total = residual + x feeds both outputs, so dx = dresidual = dtotal + the norm's own dx."""
+    # Not the same as a dy of zeros: without y, a NaN in total does not reach dx (nor does it in torch).
+    if dy is None:
+        given = (("dweight", norm.weight), ("dbias", norm.bias))
+        gradients = {name: np.zeros_like(argument) for name, argument in given if argument is not None}
+        dx = np.zeros_like(norm.x_hat)
+    else:
+        gradients = norm.backward(dy)
+        dx = gradients.pop("dx")
+    if dtotal is not None:
+        dx = dx + _checked(norm.function, "dtotal", dtotal, dx.shape)
+    return {"dx": dx, "dresidual": dx.copy(), **gradients}
+
+
+@propagate_non_finite
+def layer_norm(
+    x: ArrayLike,
+    normalized_shape: NormalizedShape,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: ArrayLike | None = None,
+    activation: ActivationLike = None,
+) -> Array:
+    """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual), var the biased variance.
+
+    Layer Normalization (Ba, Kiros, Hinton 2016, arXiv:1607.06450).
+
+    >>> layer_norm([[1.0, 3.0]], 2, eps=0.0)
+    array([[-1.,  1.]])
+    """
+    norm = _LayerNorm("layer_norm", x, normalized_shape, weight, bias, eps, residual, activation)
+    return norm.forward()
+
+
+@propagate_non_finite
+def layer_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    normalized_shape: NormalizedShape,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: ArrayLike | None = None,
+    activation: ActivationLike = None,
+) -> Gradients:
+    """The gradients of sum(dy * layer_norm(...)): dx, and dresidual, dweight, dbias of what was given."""
+    norm = _LayerNorm("layer_norm", x, normalized_shape, weight, bias, eps, residual, activation)
+    return norm.backward(dy)
+
+
+@propagate_non_finite
+def rms_norm(
+    x: ArrayLike,
+    normalized_shape: NormalizedShape,
+    weight: ArrayLike | None = None,
+    eps: float | None = None,
+    *,
+    residual: ArrayLike | None = None,
+    activation: ActivationLike = None,
+) -> Array:
+    """y = activation(x / sqrt(mean(x^2) + eps) * weight + residual); eps=None is `rms_norm_eps` of x's dtype.
+
+    Root Mean Square Layer Normalization (Zhang, Sennrich 2019, arXiv:1910.07467).
+
+    >>> rms_norm([[1.0, 7.0]], 2, eps=0.0)
+    array([[0.2, 1.4]])
+    """
+    eps = rms_norm_eps(np.asarray(x).dtype) if eps is None else eps
+    norm = _RMSNorm("rms_norm", x, normalized_shape, weight, None, eps, residual, activation)
+    return norm.forward()
+
+
+@propagate_non_finite
+def rms_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    normalized_shape: NormalizedShape,
+    weight: ArrayLike | None = None,
+    eps: float | None = None,
+    *,
+    residual: ArrayLike | None = None,
+    activation: ActivationLike = None,
+) -> Gradients:
+    """The gradients of sum(dy * rms_norm(...)): dx, and dresidual, dweight of what was given."""
+    eps = rms_norm_eps(np.asarray(x).dtype) if eps is None else eps
+    norm = _RMSNorm("rms_norm", x, normalized_shape, weight, None, eps, residual, activation)
+    return norm.backward(dy)
+
+
+@propagate_non_finite
+def add_layer_norm(
+    x: ArrayLike,
+    residual: ArrayLike,
+    normalized_shape: NormalizedShape,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: ActivationLike = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> tuple[Array, Array]:
+    """(y, total): total = residual + x, y = layer_norm(total, ..., activation=activation).
+
+    Raises NotImplementedError for dropout while training.
+    """
+    total = _total("add_layer_norm", x, residual, dropout_p, training)
+    norm = _LayerNorm("add_layer_norm", total, normalized_shape, weight, bias, eps, None, activation)
+    return norm.forward(), total
+
+
+@propagate_non_finite
+def add_layer_norm_backward(
+    dy: ArrayLike | None,
+    dtotal: ArrayLike | None,
+    x: ArrayLike,
+    residual: ArrayLike,
+    normalized_shape: NormalizedShape,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: ActivationLike = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Gradients:
+    """The gradients of sum(dy * y) + sum(dtotal * total): dx, dresidual; dweight, dbias of what was given.
+
+    None for dy or dtotal says that no gradient arrived there.
+    """
+    total = _total("add_layer_norm", x, residual, dropout_p, training)
+    norm = _LayerNorm("add_layer_norm", total, normalized_shape, weight, bias, eps, None, activation)
+    return _add_backward(norm, dy, dtotal)
+
+
+@propagate_non_finite
+def add_rms_norm(
+    x: ArrayLike,
+    residual: ArrayLike,
+    normalized_shape: NormalizedShape,
+    weight: ArrayLike | None = None,
+    eps: float | None = None,
+    *,
+    activation: ActivationLike = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> tuple[Array, Array]:
+    """(y, total): total = residual + x, y = rms_norm(total, ..., activation=activation).
+
+    eps=None is `rms_norm_eps` of the dtype that residual + x has.
+    Raises NotImplementedError for dropout while training.
+    """
+    eps = rms_norm_eps(np.asarray(x).dtype, np.asarray(residual).dtype) if eps is None else eps
+    total = _total("add_rms_norm", x, residual, dropout_p, training)
+    norm = _RMSNorm("add_rms_norm", total, normalized_shape, weight, None, eps, None, activation)
+    return norm.forward(), total
+
+
+@propagate_non_finite
+def add_rms_norm_backward(
+    dy: ArrayLike | None,
+    dtotal: ArrayLike | None,
+    x: ArrayLike,
+    residual: ArrayLike,
+    normalized_shape: NormalizedShape,
+    weight: ArrayLike | None = None,
+    eps: float | None = None,
+    *,
+    activation: ActivationLike = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Gradients:
+    """The gradients of sum(dy * y) + sum(dtotal * total): dx, dresidual; dweight if weight was given.
+
+    None for dy or dtotal says that no gradient arrived there.
+    """
+    eps = rms_norm_eps(np.asarray(x).dtype, np.asarray(residual).dtype) if eps is None else eps
+    total = _total("add_rms_norm", x, residual, dropout_p, training)
+    norm = _RMSNorm("add_rms_norm", total, normalized_shape, weight, None, eps, None, activation)
+    return _add_backward(norm, dy, dtotal)

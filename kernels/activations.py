@@ -1,0 +1,251 @@
+"""Each activation as device code: its value, its slope, and a table of both at the end.
+
+``value(z, alpha, beta)`` and ``slope(z, alpha, beta)`` work on float32 or float64 tiles; ``alpha`` and ``beta`` are
+run-time scalars of the same type, so that a new parameter never compiles a kernel anew. Every formula is arranged so
+that no intermediate overflows and so that small results keep their relative accuracy.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+_SQRT_HALF = tl.constexpr(0.7071067811865476)  # 1 / sqrt(2)
+_SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+_INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)  # height of the normal density at 0
+_GELU_CUBIC = tl.constexpr(0.044715)  # Hendrycks and Gimpel's fit
+_SELU_SCALE = tl.constexpr(1.0507009873554805)
+_SELU_ALPHA = tl.constexpr(1.6732632423543772)
+
+
+# --- numerically careful building blocks ---------------------------------------------------------------------------
+
+
+@triton.jit
+def _expm1_nonpositive(v):
+    """exp(v) - 1 for v <= 0 (other lanes: any finite or NaN value), without cancellation near 0."""
+    e = tl.exp(v)
+    if v.dtype == tl.float64:
+        # Kahan: the rounding error of exp cancels between numerator and log.
+        safe = tl.where((e == 1.0) | (e == 0.0), 0.5, e)
+        near = (safe - 1.0) * v / tl.log(safe)
+        near = tl.where(e == 1.0, v, near)
+        return tl.where(e == 0.0, -1.0, near)
+    else:
+        # Taylor to v^8: relative error under 2^-24 for |v| <= 1/2, where exp(v) - 1 would lose bits.
+        p = v * (1.0 / 40320) + (1.0 / 5040)
+        p = p * v + (1.0 / 720)
+        p = p * v + (1.0 / 120)
+        p = p * v + (1.0 / 24)
+        p = p * v + (1.0 / 6)
+        p = p * v + 0.5
+        return tl.where(v > -0.5, p * v * v + v, e - 1.0)
+
+
+@triton.jit
+def _log1p_unit(e):
+    """log(1 + e) for 0 <= e <= 1: the second term is the first-order remainder that rounding 1 + e lost."""
+    u = 1.0 + e
+    return tl.log(u) + (e - (u - 1.0)) / u
+
+
+@triton.jit
+def _sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def _tanh(z):
+    m = _expm1_nonpositive(-2.0 * tl.abs(z))
+    t = -m / (m + 2.0)
+    return tl.where(z < 0, -t, t)
+
+
+# --- activations: value, then slope --------------------------------------------------------------------------------
+# Where the slope takes but two values, `passes` stands in its place: true where the slope is 1, false where it is
+# `alpha` (0 for relu and relu6), so that one bit an element is all that backward needs. Comparisons are written so
+# that a NaN gets the value and the slope that torch gives it.
+
+
+@triton.jit
+def relu_passes(z):
+    return ~(z <= 0)
+
+
+@triton.jit
+def relu_value(z, alpha, beta):
+    return tl.where(z <= 0, 0.0, z)
+
+
+@triton.jit
+def relu6_passes(z):
+    return ~((z <= 0) | (z >= 6))
+
+
+@triton.jit
+def relu6_value(z, alpha, beta):
+    return tl.where(z <= 0, 0.0, tl.where(z >= 6, 6.0, z))
+
+
+@triton.jit
+def leaky_relu_passes(z):
+    return z > 0
+
+
+@triton.jit
+def leaky_relu_value(z, alpha, beta):
+    return tl.where(z > 0, z, z * alpha)
+
+
+@triton.jit
+def elu_value(z, alpha, beta):
+    return tl.where(z > 0, z, alpha * _expm1_nonpositive(z))
+
+
+@triton.jit
+def elu_slope(z, alpha, beta):
+    return tl.where(z <= 0, alpha * tl.exp(z), 1.0)
+
+
+@triton.jit
+def selu_value(z, alpha, beta):
+    return _SELU_SCALE * tl.where(z > 0, z, _SELU_ALPHA * _expm1_nonpositive(z))
+
+
+@triton.jit
+def selu_slope(z, alpha, beta):
+    return _SELU_SCALE * tl.where(z <= 0, _SELU_ALPHA * tl.exp(z), 1.0)
+
+
+@triton.jit
+def gelu_value(z, alpha, beta):
+    return 0.5 * z * (1.0 + tl.math.erf(z * _SQRT_HALF))
+
+
+@triton.jit
+def gelu_slope(z, alpha, beta):
+    return 0.5 * (1.0 + tl.math.erf(z * _SQRT_HALF)) + z * (_INV_SQRT_2_PI * tl.exp(-0.5 * z * z))
+
+
+@triton.jit
+def gelu_tanh_value(z, alpha, beta):
+    return 0.5 * z * (1.0 + _tanh(_SQRT_2_OVER_PI * (z + _GELU_CUBIC * z * z * z)))
+
+
+@triton.jit
+def gelu_tanh_slope(z, alpha, beta):
+    t = _tanh(_SQRT_2_OVER_PI * (z + _GELU_CUBIC * z * z * z))
+    inner_slope = _SQRT_2_OVER_PI * (1.0 + 3.0 * _GELU_CUBIC * z * z)
+    return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * inner_slope
+
+
+@triton.jit
+def silu_value(z, alpha, beta):
+    return z / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def silu_slope(z, alpha, beta):
+    s = _sigmoid(z)
+    return s * (1.0 + z * (1.0 - s))
+
+
+@triton.jit
+def sigmoid_value(z, alpha, beta):
+    return _sigmoid(z)
+
+
+@triton.jit
+def sigmoid_slope(z, alpha, beta):
+    s = _sigmoid(z)
+    return s * (1.0 - s)
+
+
+@triton.jit
+def tanh_value(z, alpha, beta):
+    return _tanh(z)
+
+
+@triton.jit
+def tanh_slope(z, alpha, beta):
+    t = _tanh(z)
+    return 1.0 - t * t
+
+
+@triton.jit
+def mish_value(z, alpha, beta):
+    # tanh(softplus(z)) = n(n + 2) / (n(n + 2) + 2), n = exp(z); for z > 0 expanded by exp(-2z): nothing overflows.
+    e = tl.exp(-tl.abs(z))
+    numerator = tl.where(z > 0, 1.0 + 2.0 * e, e * (e + 2.0))
+    return z * numerator / (numerator + tl.where(z > 0, 2.0 * e * e, 2.0))
+
+
+@triton.jit
+def mish_slope(z, alpha, beta):
+    e = tl.exp(-tl.abs(z))
+    numerator = tl.where(z > 0, 1.0 + 2.0 * e, e * (e + 2.0))
+    inv = 1.0 / (numerator + tl.where(z > 0, 2.0 * e * e, 2.0))
+    gate_slope = 4.0 * (1.0 + e) * tl.where(z > 0, e * e, e) * inv * inv
+    return numerator * inv + z * gate_slope
+
+
+@triton.jit
+def hardswish_value(z, alpha, beta):
+    return z * (tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * (1.0 / 6.0))
+
+
+@triton.jit
+def hardswish_slope(z, alpha, beta):
+    return tl.where(z <= -3, 0.0, tl.where(z < 3, z * (1.0 / 3.0) + 0.5, 1.0))
+
+
+@triton.jit
+def hardsigmoid_value(z, alpha, beta):
+    return tl.where(z <= -3, 0.0, tl.where(z >= 3, 1.0, (z + 3.0) * (1.0 / 6.0)))
+
+
+@triton.jit
+def hardsigmoid_slope(z, alpha, beta):
+    return tl.where((z > -3) & (z < 3), 1.0 / 6.0, 0.0)
+
+
+@triton.jit
+def softplus_value(z, alpha, beta):
+    t = z * alpha
+    soft = (tl.where(t > 0, t, 0.0) + _log1p_unit(tl.exp(-tl.abs(t)))) / alpha
+    return tl.where(t > beta, z, soft)
+
+
+@triton.jit
+def softplus_slope(z, alpha, beta):
+    t = z * alpha
+    return tl.where(t > beta, 1.0, _sigmoid(t))
+
+
+class Activation(NamedTuple):
+    """Device functions of one activation: its value and either its slope or, where that takes two values, `passes`."""
+
+    value: Any = None
+    slope: Any = None
+    passes: Any = None
+
+
+ACTIVATIONS: dict[str | None, Activation] = {
+    None: Activation(),
+    "relu": Activation(relu_value, passes=relu_passes),
+    "relu6": Activation(relu6_value, passes=relu6_passes),
+    "leaky_relu": Activation(leaky_relu_value, passes=leaky_relu_passes),
+    "elu": Activation(elu_value, elu_slope),
+    "selu": Activation(selu_value, selu_slope),
+    "gelu": Activation(gelu_value, gelu_slope),
+    "gelu_tanh": Activation(gelu_tanh_value, gelu_tanh_slope),
+    "silu": Activation(silu_value, silu_slope),
+    "sigmoid": Activation(sigmoid_value, sigmoid_slope),
+    "tanh": Activation(tanh_value, tanh_slope),
+    "mish": Activation(mish_value, mish_slope),
+    "hardswish": Activation(hardswish_value, hardswish_slope),
+    "hardsigmoid": Activation(hardsigmoid_value, hardsigmoid_slope),
+    "softplus": Activation(softplus_value, softplus_slope),
+}

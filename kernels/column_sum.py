@@ -1,0 +1,62 @@
+"""Partial sums -> dweight and dbias: the reduction that both kernel families end their backward with."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import Launcher, cdiv, column_sum_config
+
+Tensor = torch.Tensor
+
+
+@triton.jit
+def _sum_columns(Partial_ptr, Sum_ptr, partial_rows, col, SPAN: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    if Sum_ptr is not None:
+        total = tl.zeros([BLOCK_ROWS, col.shape[1]], Partial_ptr.dtype.element_ty)
+        for first in range(0, partial_rows, BLOCK_ROWS):
+            row = first + tl.arange(0, BLOCK_ROWS)[:, None]
+            offsets = row.to(tl.int64) * SPAN + col
+            total += tl.load(Partial_ptr + offsets, mask=(row < partial_rows) & (col < SPAN), other=0.0)
+        sums = tl.sum(total, axis=0, keep_dims=True)
+        tl.store(Sum_ptr + col, sums.to(Sum_ptr.dtype.element_ty), mask=col < SPAN)
+
+
+@triton.jit(do_not_specialize=["partial_rows"])
+def column_sum_kernel(
+    PartialWeight_ptr, PartialBias_ptr, DWeight_ptr, DBias_ptr, partial_rows: tl.int32,
+    SPAN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SPAN: tl.constexpr,
+):  # fmt: skip
+    """dweight and dbias [SPAN], each or None, from partial sums [partial_rows, SPAN]; a block of columns a program."""
+    col = tl.program_id(0).to(tl.int64) * BLOCK_SPAN + tl.arange(0, BLOCK_SPAN)[None, :]
+    _sum_columns(PartialWeight_ptr, DWeight_ptr, partial_rows, col, SPAN, BLOCK_ROWS)
+    _sum_columns(PartialBias_ptr, DBias_ptr, partial_rows, col, SPAN, BLOCK_ROWS)
+
+
+def column_sum(
+    dweight: Tensor | None, dbias: Tensor | None, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Sums partial gradients [partial_rows, span] over their rows, in a fixed order; None stays None."""
+    given = dweight if dweight is not None else dbias
+    if given is None:
+        return None, None
+    partial_rows, span = given.shape
+    sums = [
+        None if partial is None else torch.empty(span, dtype=dtype, device=given.device)
+        for partial, dtype in ((dweight, weight_dtype), (dbias, bias_dtype))
+    ]
+    launch, block_span = _launcher(span)
+    # The launcher looks at its first tensor: a lone dbias takes dweight's place.
+    first, second = (dweight, dbias) if dweight is not None else (dbias, None)
+    outputs = tuple(sums) if dweight is not None else (sums[1], None)
+    launch(cdiv(span, block_span), (first, second, *outputs), partial_rows)
+    return sums[0], sums[1]
+
+
+@functools.cache
+def _launcher(span: int) -> tuple[Launcher, int]:
+    config = column_sum_config(span)
+    return Launcher(column_sum_kernel, config.num_warps, span, config.block_rows, config.block_span), config.block_span

@@ -1,0 +1,207 @@
+"""Row family, backward: dx, dresidual and bounded partial sums of dweight and dbias.
+
+`row_norm_backward_kernel` holds whole rows and reads them once; a program takes many tiles, so that the parameter
+gradients build up in registers. Longer rows take two launches: `row_gradient_sums_kernel` reduces each chunk of each
+row, and `row_gradient_apply_kernel`, one block of columns a program, goes down the rows with those sums.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..epilogue import load_bits, pre_activation_gradient
+from ..moments import input_gradient
+from .forward_kernels import load_columns, load_tile, scalar
+
+
+@triton.jit
+def load_statistics(ptr, row, in_rows, COMPUTE: tl.constexpr):
+    """One value a row (a mean or an rstd) as [rows, 1], or None."""
+    if ptr is None:
+        return None
+    else:
+        return tl.load(ptr + row, mask=in_rows, other=0.0).to(COMPUTE)[:, None]
+
+
+@triton.jit
+def load_gradients(
+    DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Mean_ptr, Rstd_ptr, weight, bias, row, in_rows, first, col, mask,
+    dy_stride, x_stride, residual_stride, alpha, beta,
+    SPAN: tl.constexpr, VEC: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """(x_hat, rstd, dz) of one tile, dz = dL/d(pre-activation); x_hat and rstd are None where no caller needs x."""
+    dy = load_tile(DY_ptr, row * dy_stride * VEC, col, mask, COMPUTE)
+    x_hat = load_tile(X_ptr, row * x_stride * VEC, col, mask, COMPUTE)
+    residual = load_tile(Residual_ptr, row * residual_stride * VEC, col, mask, COMPUTE)
+    passes = load_bits(Bits_ptr, row, first // 8, in_rows, (SPAN + 7) // 8, col.shape[1])
+    mean = load_statistics(Mean_ptr, row, in_rows, COMPUTE)
+    rstd = load_statistics(Rstd_ptr, row, in_rows, COMPUTE)
+    if x_hat is not None:
+        if mean is not None:
+            x_hat = tl.where(mask, x_hat - mean, 0.0)
+        x_hat = x_hat * rstd
+    dz = pre_activation_gradient(
+        dy, x_hat, weight, bias, residual, passes, SLOPE, PASSES, scalar(alpha, COMPUTE), scalar(beta, COMPUTE)
+    )
+    return x_hat, rstd, dz
+
+
+@triton.jit
+def store_gradients(
+    DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, row, col, mask, dtotal_stride,
+    SPAN: tl.constexpr, VEC: tl.constexpr, ADD_FIRST: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """dx and dresidual of one tile. Where the residual was added first, both are the gradient of the total."""
+    if ADD_FIRST:
+        dtotal = load_tile(DTotal_ptr, row * dtotal_stride * VEC, col, mask, COMPUTE)
+        if dtotal is not None:
+            dx = dx + dtotal
+        dresidual = dx
+    else:
+        dresidual = dz
+    offsets = (row * SPAN)[:, None] + col
+    if DX_ptr is not None:
+        tl.store(DX_ptr + offsets, dx.to(DX_ptr.dtype.element_ty), mask=mask)
+    if DResidual_ptr is not None:
+        tl.store(DResidual_ptr + offsets, dresidual.to(DResidual_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_column_sums(Partial_ptr, sums, partial_row, col, in_span, SPAN: tl.constexpr):
+    """Writes a tile [rows, columns], summed over its rows, as row `partial_row` of a partial gradient."""
+    if Partial_ptr is not None:
+        offsets = partial_row.to(tl.int64) * SPAN + col
+        tl.store(Partial_ptr + offsets, tl.sum(sums, axis=0, keep_dims=True), mask=in_span)
+
+
+@triton.jit(do_not_specialize=["rows", "dy_stride", "dtotal_stride", "x_stride", "residual_stride"])
+def row_norm_backward_kernel(
+    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
+    DX_ptr, DResidual_ptr, DWeight_ptr, DBias_ptr,
+    rows: tl.int64, dy_stride: tl.int64, dtotal_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64,
+    alpha: tl.float64, beta: tl.float64,
+    SPAN: tl.constexpr, VEC: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, ADD_FIRST: tl.constexpr, NEEDS_DX: tl.constexpr,
+    SLOPE: tl.constexpr, PASSES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SPAN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Every num_programs-th tile of whole rows. DWeight_ptr and DBias_ptr are partial sums [programs, SPAN]."""
+    COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
+    col = tl.arange(0, BLOCK_SPAN)[None, :]
+    in_span = col < SPAN
+    weight = load_columns(Weight_ptr, col, in_span, COMPUTE)
+    bias = load_columns(Bias_ptr, col, in_span, COMPUTE)
+    dweight = tl.zeros([BLOCK_ROWS, BLOCK_SPAN], COMPUTE)
+    dbias = tl.zeros([BLOCK_ROWS, BLOCK_SPAN], COMPUTE)
+
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = scalar(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        in_rows = row < rows
+        mask = in_rows[:, None] & in_span
+        x_hat, rstd, dz = load_gradients(
+            DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Mean_ptr, Rstd_ptr, weight, bias, row, in_rows, 0, col, mask,
+            dy_stride, x_stride, residual_stride, alpha, beta, SPAN, VEC, SLOPE, PASSES, COMPUTE,
+        )  # fmt: skip
+        if DWeight_ptr is not None:
+            dweight += dz * x_hat
+        if DBias_ptr is not None:
+            dbias += dz
+        dx = None
+        if NEEDS_DX:
+            g = dz * weight if weight is not None else dz
+            mean_g_x_hat = tl.sum(g * x_hat, axis=1)[:, None] * (1.0 / SPAN)
+            mean_g = tl.sum(g, axis=1)[:, None] * (1.0 / SPAN) if SUBTRACT_MEAN else None
+            dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
+        store_gradients(
+            DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, row, col, mask, dtotal_stride, SPAN, VEC, ADD_FIRST, COMPUTE
+        )
+
+    store_column_sums(DWeight_ptr, dweight, tl.program_id(0), col, in_span, SPAN)
+    store_column_sums(DBias_ptr, dbias, tl.program_id(0), col, in_span, SPAN)
+
+
+@triton.jit(do_not_specialize=["dy_stride", "x_stride", "residual_stride"])
+def row_gradient_sums_kernel(
+    DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, GSums_ptr, GXHatSums_ptr,
+    dy_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64, alpha: tl.float64, beta: tl.float64,
+    SPAN: tl.constexpr, VEC: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
+    BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one row a program: its sums of g = dL/dx_hat and of g * x_hat, each [rows, CHUNKS]."""
+    COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
+    program = tl.program_id(0).to(tl.int64)
+    row = program // CHUNKS + tl.arange(0, 1)
+    sum_g = tl.zeros([1], COMPUTE)
+    sum_g_x_hat = tl.zeros([1], COMPUTE)
+    for step in range(STEPS):
+        first = (program % CHUNKS * STEPS + step) * BLOCK_SPAN
+        col = first + tl.arange(0, BLOCK_SPAN)[None, :]
+        in_span = col < SPAN
+        weight = load_columns(Weight_ptr, col, in_span, COMPUTE)
+        bias = load_columns(Bias_ptr, col, in_span, COMPUTE)
+        x_hat, _, dz = load_gradients(
+            DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Mean_ptr, Rstd_ptr, weight, bias, row, row >= 0, first, col, in_span,
+            dy_stride, x_stride, residual_stride, alpha, beta, SPAN, VEC, SLOPE, PASSES, COMPUTE,
+        )  # fmt: skip
+        g = dz * weight if weight is not None else dz
+        sum_g += tl.sum(g, axis=1)
+        sum_g_x_hat += tl.sum(g * x_hat, axis=1)
+    if GSums_ptr is not None:
+        tl.store(GSums_ptr + program + tl.arange(0, 1), sum_g)
+    tl.store(GXHatSums_ptr + program + tl.arange(0, 1), sum_g_x_hat)
+
+
+@triton.jit
+def load_row_mean(Sums_ptr, row, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CHUNK_SLOTS: tl.constexpr):
+    """The mean over a row, [1, 1], from the sums [rows, CHUNKS] over its chunks; None stays None."""
+    if Sums_ptr is None:
+        return None
+    else:
+        index = tl.arange(0, CHUNK_SLOTS)[None, :]
+        sums = tl.load(Sums_ptr + (row * CHUNKS)[:, None] + index, mask=index < CHUNKS, other=0.0)
+        return tl.sum(sums, axis=1)[:, None] * (1.0 / SPAN)
+
+
+@triton.jit(do_not_specialize=["rows", "dy_stride", "dtotal_stride", "x_stride", "residual_stride"])
+def row_gradient_apply_kernel(
+    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
+    GSums_ptr, GXHatSums_ptr, DX_ptr, DResidual_ptr, DWeight_ptr, DBias_ptr,
+    rows: tl.int64, dy_stride: tl.int64, dtotal_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64,
+    alpha: tl.float64, beta: tl.float64,
+    SPAN: tl.constexpr, VEC: tl.constexpr, ADD_FIRST: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
+    BLOCK_SPAN: tl.constexpr, CHUNKS: tl.constexpr, CHUNK_SLOTS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One block of columns a program, down every stripes-th row; partial sums [stripes, SPAN]."""
+    COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
+    BLOCKS: tl.constexpr = (SPAN + BLOCK_SPAN - 1) // BLOCK_SPAN
+    stripe = tl.program_id(0) // BLOCKS
+    stripes = tl.num_programs(0) // BLOCKS
+    first = (tl.program_id(0) % BLOCKS).to(tl.int64) * BLOCK_SPAN
+    col = first + tl.arange(0, BLOCK_SPAN)[None, :]
+    in_span = col < SPAN
+    weight = load_columns(Weight_ptr, col, in_span, COMPUTE)
+    bias = load_columns(Bias_ptr, col, in_span, COMPUTE)
+    dweight = tl.zeros([1, BLOCK_SPAN], COMPUTE)
+    dbias = tl.zeros([1, BLOCK_SPAN], COMPUTE)
+
+    for index in tl.range(stripe, rows, stripes, num_stages=STAGES):
+        row = scalar(index, tl.int64) + tl.arange(0, 1)
+        x_hat, rstd, dz = load_gradients(
+            DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Mean_ptr, Rstd_ptr, weight, bias, row, row >= 0, first, col, in_span,
+            dy_stride, x_stride, residual_stride, alpha, beta, SPAN, VEC, SLOPE, PASSES, COMPUTE,
+        )  # fmt: skip
+        if DWeight_ptr is not None:
+            dweight += dz * x_hat
+        if DBias_ptr is not None:
+            dbias += dz
+        dx = None
+        if GXHatSums_ptr is not None:
+            g = dz * weight if weight is not None else dz
+            mean_g = load_row_mean(GSums_ptr, row, SPAN, CHUNKS, CHUNK_SLOTS)
+            mean_g_x_hat = load_row_mean(GXHatSums_ptr, row, SPAN, CHUNKS, CHUNK_SLOTS)
+            dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
+        store_gradients(
+            DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, row, col, in_span, dtotal_stride, SPAN, VEC, ADD_FIRST, COMPUTE
+        )
+
+    store_column_sums(DWeight_ptr, dweight, stripe, col, in_span, SPAN)
+    store_column_sums(DBias_ptr, dbias, stripe, col, in_span, SPAN)

@@ -1,0 +1,228 @@
+"""Row family, forward: statistics over one contiguous span, then affine, residual and activation.
+
+`row_norm_forward_kernel` holds whole rows in registers and reads them once. A longer row is cut into chunks: one
+program walks them all, or several share them (`row_moments_kernel`, then `row_apply_kernel`). Both ways reduce each
+chunk with `load_chunk` and `tile_moments` and merge the chunks with `merge_chunks`, so a row has the same bits
+whichever way it went."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..epilogue import activate, pre_activation, store_bits
+from ..moments import merge_chunks, merge_moments, reciprocal_deviation, tile_moments
+
+
+@triton.jit
+def scalar(value, dtype: tl.constexpr):
+    """A run-time number (a float arrives as float64, a loop counter as int32) in the type that is computed in."""
+    return tl.full((), value, dtype)
+
+
+@triton.jit
+def load_columns(ptr, col, in_span, COMPUTE: tl.constexpr):
+    """One value a column (a weight or a bias) as [1, columns], or None."""
+    if ptr is None:
+        return None
+    else:
+        return tl.load(ptr + col, mask=in_span, other=0.0).to(COMPUTE)
+
+
+@triton.jit
+def load_tile(ptr, base, col, mask, COMPUTE: tl.constexpr):
+    """A tile of activations, its rows starting at `base`; None stays None. Cast before anything else looks at it."""
+    if ptr is None:
+        return None
+    else:
+        return tl.load(ptr + base[:, None] + col, mask=mask, other=0.0).to(COMPUTE)
+
+
+@triton.jit
+def load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, y_base, col, mask, COMPUTE: tl.constexpr):
+    """What is normalized: x, or x + residual, which is then stored in Total_ptr and used as it was rounded there."""
+    x = load_tile(X_ptr, x_base, col, mask, COMPUTE)
+    if Total_ptr is not None:
+        total = (x + load_tile(Residual_ptr, residual_base, col, mask, COMPUTE)).to(Total_ptr.dtype.element_ty)
+        tl.store(Total_ptr + y_base[:, None] + col, total, mask=mask)
+        x = total.to(COMPUTE)
+    return x
+
+
+@triton.jit
+def store_statistics(Mean_ptr, Rstd_ptr, row, mean, rstd, in_rows):
+    if Mean_ptr is not None:
+        tl.store(Mean_ptr + row, mean, mask=in_rows)
+    if Rstd_ptr is not None:
+        tl.store(Rstd_ptr + row, rstd, mask=in_rows)
+
+
+@triton.jit(do_not_specialize=["rows", "x_stride", "residual_stride"])
+def row_norm_forward_kernel(
+    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Total_ptr, Bits_ptr, Mean_ptr, Rstd_ptr,
+    rows: tl.int64, x_stride: tl.int64, residual_stride: tl.int64, eps: tl.float64, alpha: tl.float64, beta: tl.float64,
+    SPAN: tl.constexpr, VEC: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_SPAN: tl.constexpr,
+):  # fmt: skip
+    """One tile of whole rows a program. Strides are in units of VEC elements; y, total and the bits are contiguous."""
+    COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col = tl.arange(0, BLOCK_SPAN)[None, :]
+    in_rows = row < rows
+    in_span = col < SPAN
+    mask = in_rows[:, None] & in_span
+
+    x = load_input(
+        X_ptr,
+        Residual_ptr,
+        Total_ptr,
+        row * x_stride * VEC,
+        row * residual_stride * VEC,
+        row * SPAN,
+        col,
+        mask,
+        COMPUTE,
+    )
+    # Everything that will be needed is asked for before the reduction waits for x.
+    weight = load_columns(Weight_ptr, col, in_span, COMPUTE)
+    bias = load_columns(Bias_ptr, col, in_span, COMPUTE)
+    residual = None
+    if Total_ptr is None:
+        residual = load_tile(Residual_ptr, row * residual_stride * VEC, col, mask, COMPUTE)
+
+    mean, m2, deviation = tile_moments(x, in_span, 1.0 / SPAN, SUBTRACT_MEAN)
+    rstd = reciprocal_deviation(m2, SPAN, scalar(eps, COMPUTE))
+    z = pre_activation(deviation * rstd[:, None], weight, bias, residual)
+    y = activate(z, ACTIVATION, scalar(alpha, COMPUTE), scalar(beta, COMPUTE))
+
+    tl.store(Y_ptr + (row * SPAN)[:, None] + col, y.to(Y_ptr.dtype.element_ty), mask=mask)
+    store_statistics(Mean_ptr, Rstd_ptr, row, mean, rstd, in_rows)
+    if Bits_ptr is not None:
+        store_bits(Bits_ptr, PASSES(z), row, 0, in_rows, (SPAN + 7) // 8)
+
+
+@triton.jit
+def chunk_moments(
+    X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, total_base, chunk,
+    SPAN: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """(mean, m2), each [1], of one chunk: STEPS tiles of BLOCK_SPAN, merged in order. Stores the total as it goes."""
+    count = tl.zeros([1], COMPUTE)
+    mean = tl.zeros([1], COMPUTE)
+    m2 = tl.zeros([1], COMPUTE)
+    for step in range(STEPS):
+        first = (scalar(chunk, tl.int64) * STEPS + step) * BLOCK_SPAN
+        col = first + tl.arange(0, BLOCK_SPAN)[None, :]
+        in_span = col < SPAN
+        x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, total_base, col, in_span, COMPUTE)
+        tile_count = tl.minimum(tl.maximum(SPAN - first, 0), BLOCK_SPAN).to(COMPUTE)
+        tile_mean, tile_m2, _ = tile_moments(x, in_span, 1.0 / tl.maximum(tile_count, 1.0), SUBTRACT_MEAN)
+        if SUBTRACT_MEAN:
+            count, mean, m2 = merge_moments(count, mean, m2, tile_count, tile_mean, tile_m2)
+        else:
+            m2 += tile_m2
+    return mean, m2
+
+
+@triton.jit
+def apply_chunk(
+    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Bits_ptr, row, x_base, residual_base, chunk, mean, rstd,
+    alpha, beta,
+    SPAN: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr, BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Normalizes and finishes one chunk, given the row's mean (or None) and rstd."""
+    for step in range(STEPS):
+        first = (scalar(chunk, tl.int64) * STEPS + step) * BLOCK_SPAN
+        col = first + tl.arange(0, BLOCK_SPAN)[None, :]
+        in_span = col < SPAN
+        x = load_tile(X_ptr, x_base, col, in_span, COMPUTE)
+        residual = load_tile(Residual_ptr, residual_base, col, in_span, COMPUTE)
+        weight = load_columns(Weight_ptr, col, in_span, COMPUTE)
+        bias = load_columns(Bias_ptr, col, in_span, COMPUTE)
+        if mean is not None:
+            x = x - mean[:, None]
+        z = pre_activation(x * rstd[:, None], weight, bias, residual)
+        y = activate(z, ACTIVATION, scalar(alpha, COMPUTE), scalar(beta, COMPUTE))
+        tl.store(Y_ptr + (row * SPAN)[:, None] + col, y.to(Y_ptr.dtype.element_ty), mask=in_span)
+        if Bits_ptr is not None:
+            store_bits(Bits_ptr, PASSES(z), row, first // 8, row >= 0, (SPAN + 7) // 8)
+
+
+@triton.jit(do_not_specialize=["x_stride", "residual_stride"])
+def row_walk_forward_kernel(
+    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Total_ptr, Bits_ptr, Mean_ptr, Rstd_ptr,
+    x_stride: tl.int64, residual_stride: tl.int64, eps: tl.float64, alpha: tl.float64, beta: tl.float64,
+    SPAN: tl.constexpr, VEC: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr,
+    BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, LOG2_CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """One row a program, too long for its registers: the chunks' moments, then the chunks again, last one first, so
+    that the second walk begins with what is still in the cache."""
+    COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    x_base = row * x_stride * VEC
+    residual_base = row * residual_stride * VEC
+
+    index = tl.arange(0, 2**LOG2_CHUNKS)
+    means = tl.zeros([2**LOG2_CHUNKS], COMPUTE)
+    m2s = tl.zeros([2**LOG2_CHUNKS], COMPUTE)
+    for chunk in range(CHUNKS):
+        mean, m2 = chunk_moments(
+            X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, row * SPAN, chunk,
+            SPAN, SUBTRACT_MEAN, BLOCK_SPAN, STEPS, COMPUTE,
+        )  # fmt: skip
+        means = tl.where(index == chunk, mean, means)
+        m2s = tl.where(index == chunk, m2, m2s)
+    mean, rstd = merge_chunks(means, m2s, scalar(eps, COMPUTE), SPAN, BLOCK_SPAN * STEPS, LOG2_CHUNKS, SUBTRACT_MEAN)
+    store_statistics(Mean_ptr, Rstd_ptr, row, mean, rstd, row >= 0)
+
+    if Total_ptr is not None:
+        tl.debug_barrier()  # the total was stored by other threads of this program than those that read it now
+        X_ptr, x_base, Residual_ptr = Total_ptr, row * SPAN, None
+    for chunk in range(CHUNKS):
+        apply_chunk(
+            X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Bits_ptr, row, x_base, residual_base, CHUNKS - 1 - chunk,
+            mean, rstd, alpha, beta, SPAN, ACTIVATION, PASSES, BLOCK_SPAN, STEPS, COMPUTE,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["x_stride", "residual_stride"])
+def row_moments_kernel(
+    X_ptr, Residual_ptr, Total_ptr, Means_ptr, M2s_ptr, x_stride: tl.int64, residual_stride: tl.int64,
+    SPAN: tl.constexpr, VEC: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one row a program: its moments into Means_ptr and M2s_ptr, both [rows, CHUNKS]."""
+    COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
+    program = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    row = program // CHUNKS
+    mean, m2 = chunk_moments(
+        X_ptr, Residual_ptr, Total_ptr, row * x_stride * VEC, row * residual_stride * VEC, row * SPAN,
+        tl.program_id(0) % CHUNKS, SPAN, SUBTRACT_MEAN, BLOCK_SPAN, STEPS, COMPUTE,
+    )  # fmt: skip
+    store_statistics(Means_ptr, M2s_ptr, program, mean, m2, row >= 0)
+
+
+@triton.jit(do_not_specialize=["x_stride", "residual_stride"])
+def row_apply_kernel(
+    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Bits_ptr, Mean_ptr, Rstd_ptr, Means_ptr, M2s_ptr,
+    x_stride: tl.int64, residual_stride: tl.int64, eps: tl.float64, alpha: tl.float64, beta: tl.float64,
+    SPAN: tl.constexpr, VEC: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr,
+    BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, LOG2_CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one row a program: merges the row's moments on reading them, then finishes the chunk. The last
+    chunks go first: they are what `row_moments_kernel` left in the cache."""
+    COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
+    program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
+    row = program // CHUNKS + tl.arange(0, 1)
+    index = tl.arange(0, 2**LOG2_CHUNKS)
+    means = tl.load(Means_ptr + row * CHUNKS + index, mask=index < CHUNKS, other=0.0) if SUBTRACT_MEAN else None
+    m2s = tl.load(M2s_ptr + row * CHUNKS + index, mask=index < CHUNKS, other=0.0)
+    mean, rstd = merge_chunks(means, m2s, scalar(eps, COMPUTE), SPAN, BLOCK_SPAN * STEPS, LOG2_CHUNKS, SUBTRACT_MEAN)
+    store_statistics(Mean_ptr, Rstd_ptr, row, mean, rstd, (program % CHUNKS + tl.arange(0, 1)) == 0)
+    apply_chunk(
+        X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Bits_ptr, row, row * x_stride * VEC,
+        row * residual_stride * VEC, program % CHUNKS, mean, rstd, alpha, beta,
+        SPAN, ACTIVATION, PASSES, BLOCK_SPAN, STEPS, COMPUTE,
+    )  # fmt: skip
