@@ -26,7 +26,7 @@ define run-tests
 	$(MAKE_VENV) test,bench
 	@if [ -d tests/compiled ]; then \
 		echo 'compiled kernels:'; \
-		env -u TRITON_INTERPRET $(PYTEST) $(1) $(ARGS) tests/compiled || [ $$? -eq 5 ]; \
+		TRITON_INTERPRET=0 $(PYTEST) $(1) $(ARGS) tests/compiled || [ $$? -eq 5 ]; \
 	fi
 	$(PYTEST) --ignore=tests/compiled $(1) $(ARGS)
 endef

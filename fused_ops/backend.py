@@ -15,6 +15,7 @@ except ImportError:  # Triton exists for Linux; elsewhere the package runs on to
 
 NAMES = ("auto", "triton", "torch")
 HAS_TRITON = triton is not None
+TRITON_VERSION: str | None = triton.__version__ if HAS_TRITON else None
 
 
 def _checked(name: str, source: str) -> str:

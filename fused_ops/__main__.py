@@ -1,0 +1,136 @@
+"""``python -m fused_ops``: versions, devices, the backend each gets and why, and a check of every function.
+
+The first thing to ask of a user who reports a fault. Exits with 1 where a result is wrong.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from . import __version__, backend, functional, reference
+
+ROWS, SPAN = 64, 768
+OUTPUTS = ("y", "total")
+
+
+class Case(NamedTuple):
+    """One function: which of x, residual, weight and bias it takes, and whether the residual is added first."""
+
+    function: str
+    operands: tuple[str, ...]
+    adds_first: bool
+
+
+CASES = (
+    Case("layer_norm", ("x", "residual", "weight", "bias"), False),
+    Case("rms_norm", ("x", "residual", "weight"), False),
+    Case("add_layer_norm", ("x", "residual", "weight", "bias"), True),
+    Case("add_rms_norm", ("x", "residual", "weight"), True),
+)
+
+
+class Check(NamedTuple):
+    """The largest error of one output against the reference, and what it may be."""
+
+    output: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed
+
+
+def _call(function: Callable[..., Any], case: Case, operands: Mapping[str, Any], before: Sequence[Any] = ()) -> tuple:
+    """Calls a function of `functional` or `reference` on a case's operands; the result always as a tuple."""
+    operands = dict(operands)
+    positional = [*before, operands.pop("x")]
+    if case.adds_first:
+        positional.append(operands.pop("residual"))
+    result = function(*positional, (SPAN,), eps=1e-5, activation="gelu", **operands)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def run_case(case: Case, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
+    """Forward and backward of one function on one device, each output and gradient against float64 NumPy.
+
+    An output may be 8 roundings of its type away, at the size of its largest element: a few for the arithmetic and, for
+    sums, the root of the number of rows.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (ROWS, SPAN), "residual": (ROWS, SPAN), "weight": (SPAN,), "bias": (SPAN,)}
+    values = {name: torch.randn(shapes[name], generator=generator).to(dtype) for name in case.operands}
+    cotangents = [torch.randn(ROWS, SPAN, generator=generator).to(dtype) for _ in range(1 + case.adds_first)]
+
+    tensors = {name: value.to(device, copy=True).requires_grad_() for name, value in values.items()}
+    outputs = _call(getattr(functional, case.function), case, tensors)
+    torch.autograd.backward(outputs, [cotangent.to(device) for cotangent in cotangents])
+
+    arrays = {name: value.double().numpy() for name, value in values.items()}
+    expected = dict(zip(OUTPUTS, _call(getattr(reference, case.function), case, arrays), strict=False))
+    before = [cotangent.double().numpy() for cotangent in cotangents]
+    (gradients,) = _call(getattr(reference, f"{case.function}_backward"), case, arrays, before)
+    expected |= gradients
+    actual = dict(zip(OUTPUTS, outputs, strict=False))
+    actual |= {f"d{name}": tensor.grad for name, tensor in tensors.items()}
+    for name, tensor in actual.items():
+        want = np.asarray(expected[name])
+        error = np.abs(tensor.detach().double().cpu().numpy() - want).max()
+        yield Check(name, float(error), 4 * torch.finfo(dtype).eps * float(np.abs(want).max()))
+
+
+def devices() -> list[torch.device]:
+    """Every device that a call could run on here."""
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+
+
+def describe(device: torch.device) -> str:
+    """A device's name, and the backend that it gets, with the reason."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return f"{device} ({name}): {backend.explain(device)}"
+
+
+def versions() -> str:
+    """What is installed, in one line."""
+    return (
+        f"fused_ops {__version__}, torch {torch.__version__}, triton {backend.TRITON_VERSION or 'absent'}, "
+        f"numpy {np.__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    )
+
+
+def main() -> int:
+    """Prints the report; 1 where anything in it is wrong."""
+    print(versions())
+    failures = 0
+    for device in devices():
+        print(f"\n{describe(device)}")
+        for case in CASES:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                label = f"  {case.function:16}{str(dtype).removeprefix('torch.'):10}"
+                try:
+                    checks = list(run_case(case, device, dtype))
+                except Exception:
+                    failures += 1
+                    print(f"{label}FAILED\n{traceback.format_exc()}")
+                    continue
+                wrong = [check for check in checks if not check.passed]
+                failures += len(wrong)
+                worst = max(checks, key=lambda check: check.error / check.allowed)
+                shown = wrong or [worst]
+                details = ", ".join(f"{c.output}: error {c.error:.1e}, allowed {c.allowed:.1e}" for c in shown)
+                print(f"{label}{'WRONG   ' if wrong else 'ok      '}{details}")
+    print(f"\n{'everything agrees with the NumPy reference' if not failures else f'{failures} results are wrong'}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

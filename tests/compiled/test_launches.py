@@ -1,0 +1,106 @@
+"""What the public calls launch on an sm_90 that is not there: how often, how wide, how many compilations, no spill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fused_ops import functional as F
+
+MULTIPROCESSORS = 132  # of the device whose facts CPU tensors get
+
+
+def forward_and_backward(rows: int, span: int, dtype: torch.dtype, call: Callable, offset: int = 0) -> None:
+    """Runs `call(x, residual, weight, bias)` and its backward on tensors `offset` elements into their storage."""
+    x, residual = (torch.zeros(rows * span + offset, dtype=dtype)[offset:].view(rows, span) for _ in range(2))
+    weight, bias = (torch.zeros(span, dtype=dtype) for _ in range(2))
+    outputs = call(*(tensor.requires_grad_() for tensor in (x, residual, weight, bias)))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.backward(outputs, [torch.zeros(rows, span, dtype=dtype) for _ in outputs])
+
+
+def plain(x, residual, weight, bias):
+    return F.layer_norm(x, weight.shape, weight, bias)
+
+
+def after(x, residual, weight, bias):
+    return F.layer_norm(x, weight.shape, weight, bias, residual=residual, activation="gelu")
+
+
+def after_relu(x, residual, weight, bias):
+    return F.layer_norm(x, weight.shape, weight, bias, residual=residual, activation="relu")
+
+
+def added(x, residual, weight, bias):
+    return F.add_rms_norm(x, residual, weight.shape, weight, activation="silu")
+
+
+CALLS = {call.__name__: call for call in (plain, after, after_relu, added)}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_whole_rows_take_one_launch_forward_and_two_backward(name, sm_90):
+    forward_and_backward(512, 1024, torch.bfloat16, CALLS[name])
+    assert [launch.name for launch in sm_90] == [
+        "row_norm_forward_kernel",
+        "row_norm_backward_kernel",
+        "column_sum_kernel",
+    ]
+
+
+def test_no_sum_is_launched_where_no_parameter_gradient_is_asked_for(sm_90):
+    x = torch.zeros(512, 1024, requires_grad=True)
+    F.layer_norm(x, (1024,), torch.ones(1024), activation="gelu").sum().backward()
+    assert [launch.name for launch in sm_90] == ["row_norm_forward_kernel", "row_norm_backward_kernel"]
+
+
+def test_long_rows_are_shared_where_they_are_few_and_walked_where_they_are_many(sm_90):
+    for rows in (4, MULTIPROCESSORS):
+        F.layer_norm(torch.empty(rows, 40000, dtype=torch.bfloat16), (40000,))
+    names = [launch.name for launch in sm_90]
+    assert names == ["row_moments_kernel", "row_apply_kernel", "row_walk_forward_kernel"]
+
+
+@pytest.mark.parametrize(("rows", "span"), [(16384, 256), (4096, 1024), (1024, 4096), (512, 8192), (4, 1 << 20)])
+@pytest.mark.parametrize("name", ["plain", "after"])
+def test_four_million_elements_fill_the_device(name, rows, span, sm_90):
+    forward_and_backward(rows, span, torch.bfloat16, CALLS[name])
+    for launch in sm_90:
+        if launch.name != "column_sum_kernel":
+            assert launch.programs >= MULTIPROCESSORS, f"{launch.name}: {launch.programs} programs"
+
+
+@pytest.mark.parametrize("span", [256, 1024, 4096, 8192, 16384, 65536])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_spills_and_activations_move_sixteen_bytes_at_a_time(name, dtype, span, sm_90):
+    forward_and_backward(8, span, dtype, CALLS[name])
+    for launch in sm_90:
+        found = launch.resources()
+        assert found["STACK"] == found["LOCAL"] == 0, f"{launch.name} spills: {found}"
+        if launch.name != "column_sum_kernel":
+            assert max(launch.global_access_widths()) == 16, f"{launch.name}: {launch.global_access_widths()}"
+
+
+def test_row_counts_and_parameters_compile_nothing_anew(sm_90):
+    for rows in (1, 2, 16, 17, 48, 4096):
+        for slope in (0.01, 0.2, 1.0):
+            activation = torch.nn.LeakyReLU(slope)
+            x = torch.zeros(rows, 1024, requires_grad=True)
+            weight = torch.ones(1024, requires_grad=True)
+            F.layer_norm(x, (1024,), weight, eps=1e-5 * slope, activation=activation).sum().backward()
+    compiled = {launch.name: set() for launch in sm_90}
+    for launch in sm_90:
+        compiled[launch.name].add(launch.compiled.hash)
+    assert {name: len(hashes) for name, hashes in compiled.items()} == dict.fromkeys(compiled, 1)
+
+
+def test_what_is_remembered_depends_on_alignment_and_type(sm_90):
+    """Aligned, unaligned, aligned again, another type: each gets a kernel of its own, and the first comes back."""
+    for dtype, offset in ((torch.float32, 0), (torch.float32, 1), (torch.float32, 0), (torch.bfloat16, 0)):
+        forward_and_backward(8, 1024, dtype, plain, offset)
+    aligned, unaligned, again, half = (launch.compiled for launch in sm_90 if launch.name == "row_norm_forward_kernel")
+    assert aligned is again
+    assert len({aligned.hash, unaligned.hash, half.hash}) == 3

@@ -1,0 +1,47 @@
+"""Chooses, before fused_ops is imported, how kernels run: compiled where there is a GPU, elsewhere interpreted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Read as fused_ops.kernels defines its kernels; TRITON_INTERPRET=0 compiles them, as tests/compiled wants it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import fused_ops  # noqa: E402
+
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run here."""
+    return DEVICE
+
+
+@pytest.fixture(params=["triton", "torch"])
+def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once with the kernels and once with the torch composition."""
+    with fused_ops.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def triton_backend() -> Iterator[None]:
+    """Runs a test with the kernels."""
+    with fused_ops.use_backend("triton"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan() -> Iterator[None]:
+    """Fills what torch.empty returns with NaN, so that an element no kernel writes cannot pass by luck."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
