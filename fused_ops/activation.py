@@ -65,6 +65,9 @@ class Activation:
     def __setattr__(self, key: str, value: Any) -> None:
         raise AttributeError(f"Activation is immutable; make a new one to change {key}")
 
+    def __delattr__(self, key: str) -> None:
+        raise AttributeError(f"Activation is immutable; {key} cannot be deleted")
+
     def __reduce__(self) -> tuple[Callable[..., Activation], tuple[str, dict[str, float]]]:
         return _rebuild, (self.name, dict(self.parameters))
 
@@ -77,7 +80,7 @@ class Activation:
         return hash((self.name, *self.parameters.values()))
 
     def __repr__(self) -> str:
-        arguments = [repr(self.name), *(f"{key}={value:g}" for key, value in self.parameters.items())]
+        arguments = [repr(self.name), *(f"{key}={value}" for key, value in self.parameters.items())]
         return f"Activation({', '.join(arguments)})"
 
 

@@ -81,6 +81,8 @@ class RowNormFunction(torch.autograd.Function):
                 out.bits,
             )
         )
+        if norm.add_first and not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(out.total)
         ctx.set_materialize_grads(False)
         ctx.norm = norm
         ctx.x_dtype = x.dtype
@@ -101,12 +103,12 @@ def gradients(
     needs: Needs,
     backward: Backward,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dresidual, dweight, dbias), each where needed, by `backward` or, under create_graph, differentiably."""
+    """(dx, dresidual, dweight, dbias), each where needed, by `backward` or by the composition (see `_composes`)."""
     if dy is None:  # only the total was used, and it is x + residual
         dx = dtotal.to(x_dtype) if dtotal is not None and needs.x else None
         return dx, dtotal if needs.residual else None, None, None
-    if torch.is_grad_enabled():
-        dx, dresidual, dweight, dbias = _differentiable(saved, dy, dtotal, norm)
+    if _composes(saved, dy, dtotal):
+        dx, dresidual, dweight, dbias = _composed(saved, dy, dtotal, norm, torch.is_grad_enabled())
     else:
         dx, dresidual, dweight, dbias = _launched(saved, dy, dtotal, norm, needs, backward)
     if needs.residual and dresidual is None:
@@ -118,6 +120,19 @@ def gradients(
         dresidual if needs.residual else None,
         None if dweight is None or saved.weight is None or not needs.weight else dweight.view(saved.weight.shape),
         None if dbias is None or saved.bias is None or not needs.bias else dbias.view(saved.bias.shape),
+    )
+
+
+def _composes(saved: Saved, dy: Tensor, dtotal: Tensor | None) -> bool:
+    """Whether torch's composition has to find the gradients: they are to be differentiated again (create_graph), they
+    come in batches (vmap, is_grads_batched), or forward was traced for inference and kept no statistics."""
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return (
+        torch.is_grad_enabled()
+        or fallback.transformed()
+        or (saved.x is not None and saved.rstd is None)
+        or batched(dy)
+        or (dtotal is not None and batched(dtotal))
     )
 
 
@@ -134,16 +149,19 @@ def _launched(
         wanted = Wanted(needs.x, needs.residual and norm.activation is not None, needs.weight, needs.bias)
     if not any(wanted):
         return Gradients(None, None, None, None)
+    if not (wanted.dx or wanted.dresidual):
+        dtotal = None  # a compiler has total require a gradient where only a parameter does
     x, residual, weight, bias, mean, rstd, bits = saved
     return backward(dy, dtotal, x, residual, bits, weight, bias, mean, rstd, norm, wanted)
 
 
-def _differentiable(saved: Saved, dy: Tensor, dtotal: Tensor | None, norm: RowNorm) -> Gradients:
-    """By torch's own differentiable composition, so that the gradients can be differentiated again."""
-    span, rows = (norm.span,), (-1, max(1, norm.span))
+@torch.enable_grad()
+def _composed(saved: Saved, dy: Tensor, dtotal: Tensor | None, norm: RowNorm, create_graph: bool) -> Gradients:
+    """By torch's own differentiable composition, so that with create_graph they can be differentiated again."""
+    span, rows = (norm.span,), (dy.numel() // max(1, norm.span), norm.span)
     # Views of their own, so that a tensor passed in two places gets a gradient for each.
     x, residual = (None if tensor is None else tensor.reshape(rows) for tensor in (saved.x, saved.residual))
-    weight, bias = (None if tensor is None else tensor.view(span) for tensor in (saved.weight, saved.bias))
+    weight, bias = (None if tensor is None else tensor.reshape(span) for tensor in (saved.weight, saved.bias))
     g = dy.reshape(rows)
     dz = g
     if saved.bits is not None:
@@ -152,14 +170,14 @@ def _differentiable(saved: Saved, dy: Tensor, dtotal: Tensor | None, norm: RowNo
     if x is None:
         dbias = dz.sum(0) if bias is not None else None
     else:
-        z = fallback.layer_norm(x, span, weight, bias, norm.eps, norm.subtract_mean)
+        z = fallback.differentiable_norm(x, weight, bias, norm.eps, norm.subtract_mean)
         if residual is not None:
             z = z + residual
         if saved.bits is None and norm.activation is not None:
             z = fallback.activate(z, Activation.from_scalars(norm.activation, norm.alpha, norm.beta))
         inputs = [tensor for tensor in (x, residual, weight, bias) if tensor is not None and tensor.requires_grad]
         found = dict(
-            zip(map(id, inputs), torch.autograd.grad(z, inputs, dz.to(z.dtype), create_graph=True), strict=True)
+            zip(map(id, inputs), torch.autograd.grad(z, inputs, dz.to(z.dtype), create_graph=create_graph), strict=True)
         )
         dx, dresidual, dweight, dbias = (found.get(id(tensor)) for tensor in (x, residual, weight, bias))
         dx = None if dx is None else dx.view(dy.shape)

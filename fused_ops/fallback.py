@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,37 @@ from .validation import FLOATING
 
 Tensor = torch.Tensor
 Shape = tuple[int, ...]
+
+
+@torch.compiler.assume_constant_result  # torch.compile traces the transforms itself, and guards on those around it
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is active; both refuse in-place work here."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+class _Hardsigmoid(torch.autograd.Function):
+    """F.hardsigmoid with a gradient that can be differentiated, as torch's own cannot."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return F.hardsigmoid(z)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return torch.where((z > -3) & (z < 3), dy / 6, 0.0)
+        return torch.ops.aten.hardsigmoid_backward(dy, z)
+
+
+def _hardsigmoid(z: Tensor) -> Tensor:
+    if transformed():  # the same for a transform, which cannot look into a Function
+        return F.relu6(z + 3) / 6
+    if z.requires_grad and not torch.compiler.is_compiling():
+        return _Hardsigmoid.apply(z)
+    return F.hardsigmoid(z)
+
 
 _OUT_OF_PLACE: dict[str, Callable[..., Tensor]] = {
     "relu": torch.relu,
@@ -31,7 +63,7 @@ _OUT_OF_PLACE: dict[str, Callable[..., Tensor]] = {
     "tanh": torch.tanh,
     "mish": F.mish,
     "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid,
+    "hardsigmoid": _hardsigmoid,
     "softplus": F.softplus,
 }
 
@@ -56,11 +88,6 @@ _IN_PLACE: dict[str, Callable[..., Tensor]] = {
     "hardswish": functools.partial(F.hardswish, inplace=True),
     "hardsigmoid": functools.partial(F.hardsigmoid, inplace=True),
 }
-
-
-def transformed() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is active; both refuse in-place work here."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def activate(z: Tensor, activation: Activation | None) -> Tensor:
@@ -116,7 +143,7 @@ def layer_norm(
 ) -> Tensor:
     """torch's layer_norm, or rms_norm (and a bias) without subtract_mean, in x's type whatever the parameters' is."""
     dtype = _common_dtype(x, weight, bias)
-    if dtype != x.dtype:
+    if any(tensor is not None and tensor.dtype != dtype for tensor in (x, weight, bias)):
         # torch refuses some mixtures and takes a slow path for others.
         weight, bias = (None if parameter is None else parameter.to(dtype) for parameter in (weight, bias))
         return layer_norm(x.to(dtype), shape, weight, bias, eps, subtract_mean).to(x.dtype)
@@ -124,3 +151,19 @@ def layer_norm(
         return F.layer_norm(x, shape, weight, bias, eps)
     y = F.rms_norm(x, shape, weight, eps)
     return y if bias is None else y + bias
+
+
+def differentiable_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, subtract_mean: bool
+) -> Tensor:
+    """The norm over the last dim in elementary operations, in the type that kernels compute in.
+
+    Any derivative of it is right; of torch's own layer_norm the third is not.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    deviation = x = x.to(dtype)
+    if subtract_mean:
+        deviation = x - x.mean(-1, keepdim=True)
+    y = deviation * torch.rsqrt(deviation.square().mean(-1, keepdim=True) + eps)
+    y = y if weight is None else y * weight.to(dtype)
+    return y if bias is None else y + bias.to(dtype)

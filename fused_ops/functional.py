@@ -193,12 +193,13 @@ def _kernel(x: Tensor):  # type: ignore[no-untyped-def]
     """What runs the kernels for this call: eagerly, as an op, or None for the torch composition."""
     if not backend.chooses_triton(x):
         return None
+    # A transform, traced or not, cannot look into an op or a Function.
+    if fallback.transformed():
+        return None
     if _traced(x):
         return ops.row_norm
     # A tensor subclass of somebody's own knows torch's functions, not ours.
-    if type(x) not in _PLAIN or fallback.transformed():
-        return None
-    return autograd.row_norm
+    return autograd.row_norm if type(x) in _PLAIN else None
 
 
 def _row_norm(

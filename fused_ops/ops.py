@@ -101,10 +101,16 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, residual, weight, bias, *fields, save_statistics, save_bits = inputs
     _, total, mean, rstd, bits = output
     norm = RowNorm(*fields)
+    ctx.mark_non_differentiable(mean, rstd, bits)
     mean, rstd, bits = _or_none(mean, rstd, bits)
-    keeps_residual = save_statistics and not save_bits and not norm.add_first and norm.activation is not None
-    normalized = (total if norm.add_first else x) if save_statistics else None
-    ctx.save_for_backward(*Saved(normalized, residual if keeps_residual else None, weight, bias, mean, rstd, bits))
+    saving = what_to_save(norm, Needs(*ctx.needs_input_grad[:4]), residual is not None)
+    normalized = (total if norm.add_first else x) if saving.statistics else None
+    residual = residual if saving.residual else None
+    if (saving.statistics and not save_statistics) or (saving.bits and not save_bits):
+        # Traced for inference, run for training: keep what backward can compute everything from.
+        normalized, residual = (total, None) if norm.add_first else (x, inputs[1])
+        mean = rstd = bits = None
+    ctx.save_for_backward(*Saved(normalized, residual, weight, bias, mean, rstd, bits))
     ctx.norm, ctx.x_dtype = norm, x.dtype
     ctx.set_materialize_grads(False)
 
@@ -167,6 +173,8 @@ def sample_inputs(name: str, device: torch.device | str | None = None) -> Iterat
         tensors = (x, residual if has_residual else None, weight, bias)
         if name == "row_norm_forward":
             yield (*tensors, *norm, saving.statistics, saving.bits), {}
+            if not affine:  # for inference, where nothing is saved
+                yield (x.detach(), residual.detach() if has_residual else None, None, None, *norm, False, False), {}
             continue
         out = row_norm_forward(*tensors, norm, save_statistics=saving.statistics, save_bits=saving.bits)
         normalized = out.total if norm.add_first else x

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+# They stand to the right of a tensor: interpreted, a constexpr times a tensor is a constexpr, which builtins refuse.
 _SQRT_HALF = tl.constexpr(0.7071067811865476)  # 1 / sqrt(2)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 _INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)  # height of the normal density at 0
@@ -53,13 +54,25 @@ def _log1p_unit(e):
 
 @triton.jit
 def _sigmoid(z):
-    return 1.0 / (1.0 + tl.exp(-z))
+    e = tl.exp(-tl.abs(z))
+    return tl.where(z >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def _sigmoid_and_slope(z):
+    """sigmoid(z) and sigmoid(z) * sigmoid(-z): 1 - sigmoid(z) would cancel for large z."""
+    e = tl.exp(-tl.abs(z))
+    inv = 1.0 / (1.0 + e)
+    return tl.where(z >= 0, 1.0, e) * inv, e * inv * inv
 
 
 @triton.jit
 def _tanh(z):
-    m = _expm1_nonpositive(-2.0 * tl.abs(z))
-    t = -m / (m + 2.0)
+    v = -2.0 * tl.abs(z)
+    m = _expm1_nonpositive(v)
+    e = tl.exp(v)
+    # Near 0 by expm1, so that nothing cancels; near 1 as its distance from 1, whose rounding errors are small.
+    t = tl.where(v > -2.0, -m / (m + 2.0), 1.0 - 2.0 * e / (1.0 + e))
     return tl.where(z < 0, -t, t)
 
 
@@ -111,12 +124,12 @@ def elu_slope(z, alpha, beta):
 
 @triton.jit
 def selu_value(z, alpha, beta):
-    return _SELU_SCALE * tl.where(z > 0, z, _SELU_ALPHA * _expm1_nonpositive(z))
+    return tl.where(z > 0, z, _expm1_nonpositive(z) * _SELU_ALPHA) * _SELU_SCALE
 
 
 @triton.jit
 def selu_slope(z, alpha, beta):
-    return _SELU_SCALE * tl.where(z <= 0, _SELU_ALPHA * tl.exp(z), 1.0)
+    return tl.where(z <= 0, tl.exp(z) * _SELU_ALPHA, 1.0) * _SELU_SCALE
 
 
 @triton.jit
@@ -126,30 +139,37 @@ def gelu_value(z, alpha, beta):
 
 @triton.jit
 def gelu_slope(z, alpha, beta):
-    return 0.5 * (1.0 + tl.math.erf(z * _SQRT_HALF)) + z * (_INV_SQRT_2_PI * tl.exp(-0.5 * z * z))
+    return 0.5 * (1.0 + tl.math.erf(z * _SQRT_HALF)) + z * (tl.exp(-0.5 * z * z) * _INV_SQRT_2_PI)
+
+
+# 0.5 * (1 + tanh(u)) is sigmoid(2 * u), whose slope has a form in which nothing cancels.
+
+
+@triton.jit
+def _twice_gelu_tanh_argument(z):
+    return (z + z * z * z * _GELU_CUBIC) * (2.0 * _SQRT_2_OVER_PI)
 
 
 @triton.jit
 def gelu_tanh_value(z, alpha, beta):
-    return 0.5 * z * (1.0 + _tanh(_SQRT_2_OVER_PI * (z + _GELU_CUBIC * z * z * z)))
+    return z * _sigmoid(_twice_gelu_tanh_argument(z))
 
 
 @triton.jit
 def gelu_tanh_slope(z, alpha, beta):
-    t = _tanh(_SQRT_2_OVER_PI * (z + _GELU_CUBIC * z * z * z))
-    inner_slope = _SQRT_2_OVER_PI * (1.0 + 3.0 * _GELU_CUBIC * z * z)
-    return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * inner_slope
+    s, ds = _sigmoid_and_slope(_twice_gelu_tanh_argument(z))
+    return s + z * ds * ((z * z * (3.0 * _GELU_CUBIC) + 1.0) * (2.0 * _SQRT_2_OVER_PI))
 
 
 @triton.jit
 def silu_value(z, alpha, beta):
-    return z / (1.0 + tl.exp(-z))
+    return z * _sigmoid(z)
 
 
 @triton.jit
 def silu_slope(z, alpha, beta):
-    s = _sigmoid(z)
-    return s * (1.0 + z * (1.0 - s))
+    s, ds = _sigmoid_and_slope(z)
+    return s + z * ds
 
 
 @triton.jit
@@ -159,8 +179,8 @@ def sigmoid_value(z, alpha, beta):
 
 @triton.jit
 def sigmoid_slope(z, alpha, beta):
-    s = _sigmoid(z)
-    return s * (1.0 - s)
+    _, ds = _sigmoid_and_slope(z)
+    return ds
 
 
 @triton.jit
@@ -170,8 +190,8 @@ def tanh_value(z, alpha, beta):
 
 @triton.jit
 def tanh_slope(z, alpha, beta):
-    t = _tanh(z)
-    return 1.0 - t * t
+    _, ds = _sigmoid_and_slope(2.0 * z)
+    return 4.0 * ds
 
 
 @triton.jit
@@ -208,7 +228,8 @@ def hardsigmoid_value(z, alpha, beta):
 
 @triton.jit
 def hardsigmoid_slope(z, alpha, beta):
-    return tl.where((z > -3) & (z < 3), 1.0 / 6.0, 0.0)
+    # Of two plain numbers tl.where would make float32.
+    return tl.where((z > -3) & (z < 3), tl.full((), 1.0 / 6.0, z.dtype), 0.0)
 
 
 @triton.jit

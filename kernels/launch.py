@@ -17,8 +17,7 @@ from triton.runtime.jit import JITFunction
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # read by @triton.jit at the same time as here
 
-THREADS_PER_WARP = 32
-BYTES_PER_THREAD = 64  # of one operand: four 16-byte loads in flight; more spills, fewer leave the memory idle
+THREADS_PER_WARP = 32  # what a warp count means here; the launcher converts it for devices with wider warps
 
 
 class DeviceFacts(NamedTuple):
@@ -52,6 +51,7 @@ class RowConfig:
     block_span: int
     num_warps: int
     stages: int = 1  # of the software pipeline over tiles, where a program takes several
+    most_registers: int | None = None  # a thread, where a compiler left alone takes so many that fewer programs fit
 
 
 @dataclass(frozen=True)
@@ -72,33 +72,64 @@ def _padded_span(span: int) -> int:
     return max(8, triton.next_power_of_2(span))  # 8: the bits of a mask fill whole bytes
 
 
-def _row_tile(span: int, elements_per_thread: int, least_threads: int, stages: int = 1) -> RowConfig:
+def _row_tile(
+    span: int,
+    elements_per_thread: int,
+    least_rows: int = 1,
+    stages: int = 1,
+    most_registers: int | None = None,
+) -> RowConfig:
+    """A tile of at least 128 threads and least_rows rows."""
     block_span = _padded_span(span)
-    block_rows = max(1, least_threads * elements_per_thread // block_span)
-    threads = block_rows * block_span // elements_per_thread
-    return RowConfig(block_rows, block_span, min(32, threads // THREADS_PER_WARP), stages)
+    block_rows = max(least_rows, 128 * elements_per_thread // block_span)
+    num_warps = block_rows * block_span // (elements_per_thread * THREADS_PER_WARP)
+    return RowConfig(block_rows, block_span, num_warps, stages, most_registers)
 
 
-def row_forward_config(span: int, itemsize: int, operands: int) -> RowConfig | None:
+# The longest rows that are held whole are the longest that do not spill, for any activation, residual and parameter
+# type, on sm_80, sm_90, sm_100 and gfx942, with Triton 3.6, 3.7 and 3.9: one table for all of them.
+
+
+@functools.cache
+def row_forward_config(
+    span: int, itemsize: int, operands: int, parameter_itemsize: int = 0, activation: bool = True
+) -> RowConfig | None:
     """Tile of the forward kernel that holds whole rows, or None where a row has to be cut into chunks.
 
-    operands counts the activation- or parameter-sized reads: x, residual, weight, bias.
+    operands counts what waits in registers for the statistics: x or the total, a residual that is added afterwards,
+    weight and bias. parameter_itemsize is the wider of weight's and bias's, 0 without either.
     """
-    # Longest span without a spill on any target, for any activation.
-    longest = {2: 16384, 4: 16384, 8: 2048}[itemsize]
-    if itemsize == 2 and operands == 1:
-        longest = 32768
+    bare = operands == 1 and not activation
+    longest = {2: 32768 if bare else 16384, 4: 16384 if operands <= 3 else 8192, 8: 2048}[itemsize]
     if span > longest:
         return None
-    return _row_tile(span, BYTES_PER_THREAD // itemsize, least_threads=128)
+    if itemsize == 8:
+        # One row will do, as weights are no wider than x. The bound keeps ptxas from spilling to fit more programs.
+        return _row_tile(span, elements_per_thread=4, most_registers=128)
+    # A tile reads weight and bias once. With two rows a tile, and weights no wider than x, that is half of what x and
+    # y move; wider weights move as much as x and y, where one row a tile would move twice that. Above, two rows leave
+    # only one program a multiprocessor.
+    two_rows = span <= 4096 or (span <= 8192 and parameter_itemsize > itemsize)
+    # 64 bytes of x a thread: with the two programs that fit, 32 KB and more in flight on a multiprocessor.
+    return _row_tile(span, 64 // itemsize, least_rows=2 if two_rows else 1)
 
 
+@functools.cache
 def row_backward_config(span: int, itemsize: int) -> RowConfig | None:
-    """Tile of the backward kernel that holds whole rows, or None where a row has to be cut into chunks."""
+    """Tile of the backward kernel that holds whole rows, or None where a row has to be cut into chunks.
+
+    Each keeps 32 KB of dy and x in flight with the programs of `backward_programs`, which all fit at once.
+    """
     longest = {2: 8192, 4: 8192, 8: 1024}[itemsize]
     if span > longest:
         return None
-    return _row_tile(span, 8 if itemsize == 8 else 16, least_threads=128, stages=2)
+    if itemsize == 8:
+        return _row_tile(span, elements_per_thread=4, stages=2)
+    if span <= 1024:
+        # Tiles of several rows need registers to spread weights over them; a deeper pipeline makes up for the bytes.
+        return _row_tile(span, elements_per_thread=8, stages=3)
+    # 128 registers suffice, and let 16 warps share a multiprocessor; left alone ptxas takes up to 190.
+    return _row_tile(span, elements_per_thread=16, stages=2, most_registers=128)
 
 
 def column_block_config(itemsize: int) -> RowConfig:
@@ -111,28 +142,44 @@ def column_stripes(rows: int, blocks: int, facts: DeviceFacts) -> int:
     return min(rows, cdiv(4 * facts.multiprocessors, blocks))
 
 
-MOST_CHUNKS = 1024  # merged in registers by every program that applies them
+# Merged by every program that applies them, so few; but enough that one long row fills a device.
+MOST_CHUNKS = 256
 
 
-def chunk_config(span: int, itemsize: int) -> ChunkConfig:
-    """Chunks of a row that is too long to hold: 32 KB, or 16 KB of a row under 64 KB so that two programs overlap."""
-    num_warps = 32 if span * itemsize > 65536 else 16
-    block_span = num_warps * THREADS_PER_WARP * 32 // itemsize
+def _chunks(span: int, itemsize: int, num_warps: int) -> ChunkConfig:
+    block_span = num_warps * THREADS_PER_WARP * 32 // itemsize  # 32 bytes a thread: 64 spill
     steps = cdiv(span, block_span * MOST_CHUNKS)
     return ChunkConfig(block_span, steps, cdiv(span, block_span * steps), num_warps)
 
 
+@functools.cache
+def chunk_config(span: int, itemsize: int) -> ChunkConfig:
+    """Chunks of a row that is too long for the forward to hold: the same whether one program walks them or several
+    share them. 32 KB, or 16 KB of a row of up to 64 KB, so that several programs overlap their phases; also 16 KB of
+    float64, which spills with the 64 registers that 32 warps leave a thread."""
+    return _chunks(span, itemsize, num_warps=32 if span * itemsize > 65536 and itemsize < 8 else 16)
+
+
+@functools.cache
+def backward_chunk_config(span: int, itemsize: int) -> ChunkConfig:
+    """Chunks of a row that is too long for the backward to hold: 8 KB, several programs a multiprocessor."""
+    return _chunks(span, itemsize, num_warps=8)
+
+
 def walks_rows(rows: int, span: int, itemsize: int, facts: DeviceFacts) -> bool:
     """Whether one program should walk a chunked row twice: there are rows for all, and the second walk stays in L2."""
-    return rows >= facts.multiprocessors and facts.multiprocessors * span * itemsize <= facts.l2_bytes // 2
+    # Walking takes over 40 registers a thread, so no more programs than these fit on a multiprocessor at once.
+    resident = 1 if chunk_config(span, itemsize).num_warps == 32 else 3
+    walked_bytes = resident * facts.multiprocessors * span * itemsize
+    return rows >= facts.multiprocessors and walked_bytes <= facts.l2_bytes // 2
 
 
-# A program's accumulators make it worth many rows, so the longer the row the fewer programs. Quack's table for Hopper.
-_BACKWARD_PROGRAMS = ((256, 16), (1024, 8), (2048, 4), (4096, 2))
+# As many as fit at once, 16 warps a multiprocessor: a second wave would run half empty, and each adds a partial row.
+_BACKWARD_PROGRAMS = ((2048, 4), (4096, 2))
 
 
 def backward_programs(tiles: int, span: int, facts: DeviceFacts) -> int:
-    """Programs of a row backward that accumulates parameter gradients, and so the rows of its partial sums."""
+    """Programs of a row backward that takes many tiles a program, and so the rows of its partial sums."""
     per_multiprocessor = next((programs for limit, programs in _BACKWARD_PROGRAMS if span <= limit), 1)
     return min(tiles, per_multiprocessor * facts.multiprocessors)
 
@@ -145,16 +192,23 @@ def column_sum_config(span: int) -> RowConfig:
 # --- launching -----------------------------------------------------------------------------------------------------
 
 
+def _somebody_watches() -> bool:
+    """Whether a profiler has hooked itself into launches, and wants to be told of each."""
+    runtime = triton.knobs.runtime
+    return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+
+
 class Launcher:
-    """A kernel with its constants fixed. A call through Triton costs 7 us, of what it compiled 2 us: so that is kept.
+    """A kernel with its constants fixed. A call through Triton costs 7 us, of what it compiled 1 us: so that is kept.
 
     The key of what is kept: driver, device, the type of every tensor (or that it is None) and its 16-byte alignment.
     All other run-time arguments are declared so that Triton does not specialize on their values.
     """
 
-    def __init__(self, kernel: Any, num_warps: int, *constants: Any) -> None:
+    def __init__(self, kernel: Any, num_warps: int, *constants: Any, most_registers: int | None = None) -> None:
         self.kernel = kernel
         self.num_warps = num_warps
+        self.most_registers = most_registers
         self.constants = constants
         self._compiled: dict[tuple[Any, ...], Any] = {}
         self._compiles = isinstance(kernel, JITFunction)
@@ -179,16 +233,26 @@ class Launcher:
         aligned: Any = True
         if addresses & 15:
             aligned = tuple([None if t is None else t.data_ptr() & 15 == 0 for t in tensors])
-        types = tuple([None if t is None else t.dtype for t in tensors])
-        key = (triton.runtime.driver.active, device, types, aligned)
+        driver = triton.runtime.driver.active
+        key = (driver, device, aligned, *[None if t is None else t.dtype for t in tensors])
         compiled = self._compiled.get(key)
         if compiled is None:
             self._compiled[key] = self._first_launch(programs, tensors, scalars)
-        else:
+        elif _somebody_watches():
             compiled[(programs, 1, 1)](*tensors, *scalars, *self.constants)
+        else:
+            stream = driver.get_current_stream(driver.get_current_device())
+            function, metadata = compiled.function, compiled.packed_metadata
+            compiled.run(
+                programs, 1, 1, stream, function, metadata, None, None, None, *tensors, *scalars, *self.constants
+            )
 
     def _first_launch(self, programs: int, tensors: tuple, scalars: tuple) -> Any:
         # fp fusion: its default changes in Triton 3.10, and with it the bits.
-        return self.kernel[(programs,)](
-            *tensors, *scalars, *self.constants, num_warps=self.num_warps, enable_fp_fusion=True
-        )
+        options: dict[str, Any] = {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        if self._compiles:
+            target = triton.runtime.driver.active.get_current_target()
+            options["num_warps"] = max(1, self.num_warps * THREADS_PER_WARP // target.warp_size)
+            if self.most_registers is not None and target.backend == "cuda":
+                options["maxnreg"] = self.most_registers
+        return self.kernel[(programs,)](*tensors, *scalars, *self.constants, **options)

@@ -11,9 +11,9 @@ from ..activations import ACTIVATIONS
 from ..column_sum import column_sum
 from ..launch import (
     Launcher,
+    backward_chunk_config,
     backward_programs,
     cdiv,
-    chunk_config,
     column_block_config,
     column_stripes,
     device_facts,
@@ -70,8 +70,8 @@ def row_norm_backward(
 
 def _zeros(weight: Tensor | None, bias: Tensor | None, wanted: Wanted) -> tuple[Tensor | None, Tensor | None]:
     """The parameter gradients of a call without rows."""
-    dweight = torch.zeros_like(weight) if weight is not None and wanted.dweight else None
-    dbias = torch.zeros_like(bias) if bias is not None and wanted.dbias else None
+    dweight = weight.new_zeros(weight.numel()) if weight is not None and wanted.dweight else None
+    dbias = bias.new_zeros(bias.numel()) if bias is not None and wanted.dbias else None
     return dweight, dbias
 
 
@@ -94,10 +94,11 @@ def _whole_rows(
     options: tuple,
 ) -> tuple[Tensor | None, Tensor | None]:
     span, dy = options[0], inputs[0]
-    accumulates = wanted.dweight or wanted.dbias
-    launch, block_rows = _whole_row_launcher(*options, needs_dx, accumulates)
+    # Parameters are read, and their gradients summed up, once a program: with any, a program takes many tiles.
+    takes_many = wanted.dweight or wanted.dbias or inputs[5] is not None or inputs[6] is not None
+    launch, block_rows = _whole_row_launcher(*options, needs_dx, takes_many)
     programs = cdiv(rows, block_rows)
-    if accumulates:
+    if takes_many:
         programs = backward_programs(programs, span, device_facts(dy.device))
     partials = _partials(programs, span, dy, wanted)
     launch(programs, (*inputs, *outputs, *partials), rows, *strides, *floats)
@@ -118,7 +119,7 @@ def _chunked_rows(
     dy, _, x, residual, bits, weight, bias, mean, rstd = inputs
     g_sums = g_x_hat_sums = None
     if needs_dx:
-        chunks = chunk_config(span, itemsize).chunks
+        chunks = backward_chunk_config(span, itemsize).chunks
         g_x_hat_sums = torch.empty((rows, chunks), dtype=compute_dtype(dy.dtype), device=dy.device)
         g_sums = torch.empty_like(g_x_hat_sums) if subtract_mean else None
         tensors = (dy, x, residual, bits, weight, bias, mean, rstd, g_sums, g_x_hat_sums)
@@ -144,21 +145,22 @@ def _whole_row_launcher(
     activation: str | None,
     vec: int,
     needs_dx: bool,
-    accumulates: bool,
+    takes_many: bool,
 ) -> tuple[Launcher, int]:
     config = row_backward_config(span, itemsize)
     assert config is not None
     _, slope, passes = ACTIVATIONS[activation]
-    tile = (config.block_rows, config.block_span, config.stages if accumulates else 1)
+    tile = (config.block_rows, config.block_span, config.stages if takes_many else 1)
     constants = (span, vec, subtract_mean, add_first, needs_dx, slope, passes, *tile)
-    return Launcher(row_norm_backward_kernel, config.num_warps, *constants), config.block_rows
+    launch = Launcher(row_norm_backward_kernel, config.num_warps, *constants, most_registers=config.most_registers)
+    return launch, config.block_rows
 
 
 @functools.cache
 def _sums_launcher(
     span: int, itemsize: int, subtract_mean: bool, add_first: bool, activation: str | None, vec: int
 ) -> Launcher:
-    config = chunk_config(span, itemsize)
+    config = backward_chunk_config(span, itemsize)
     _, slope, passes = ACTIVATIONS[activation]
     constants = (span, vec, slope, passes, config.block_span, config.steps, config.chunks)
     return Launcher(row_gradient_sums_kernel, config.num_warps, *constants)
@@ -168,7 +170,7 @@ def _sums_launcher(
 def _apply_launcher(
     span: int, itemsize: int, subtract_mean: bool, add_first: bool, activation: str | None, vec: int
 ) -> tuple[Launcher, int]:
-    chunks = chunk_config(span, itemsize).chunks
+    chunks = backward_chunk_config(span, itemsize).chunks
     config = column_block_config(itemsize)
     _, slope, passes = ACTIVATIONS[activation]
     tile = (config.block_span, chunks, triton.next_power_of_2(chunks), config.stages)

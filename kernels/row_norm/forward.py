@@ -42,7 +42,9 @@ def row_norm_forward(
     options = (norm.span, x.element_size(), norm.subtract_mean, norm.activation, save_bits)
     tensors = (x, residual, columns(weight), columns(bias), out.y, out.total, out.bits, out.mean, out.rstd)
 
-    whole = _whole_row_launcher(*options, vec, sum(operand is not None for operand in tensors[:4]))
+    operands = sum(operand is not None for operand in tensors[:4]) - norm.add_first
+    parameter_itemsize = max(0 if parameter is None else parameter.itemsize for parameter in (weight, bias))
+    whole = _whole_row_launcher(*options, vec, operands, parameter_itemsize)
     if whole is not None:
         launch, block_rows = whole
         launch(cdiv(rows, block_rows), tensors, rows, *strides, *floats)
@@ -95,13 +97,21 @@ def _epilogue(activation: str | None, save_bits: bool) -> tuple[Any, Any]:
 
 @functools.cache
 def _whole_row_launcher(
-    span: int, itemsize: int, subtract_mean: bool, activation: str | None, save_bits: bool, vec: int, operands: int
+    span: int,
+    itemsize: int,
+    subtract_mean: bool,
+    activation: str | None,
+    save_bits: bool,
+    vec: int,
+    operands: int,
+    parameter_itemsize: int,
 ) -> tuple[Launcher, int] | None:
-    config = row_forward_config(span, itemsize, operands)
+    config = row_forward_config(span, itemsize, operands, parameter_itemsize, activation is not None)
     if config is None:
         return None
     constants = (span, vec, subtract_mean, *_epilogue(activation, save_bits), config.block_rows, config.block_span)
-    return Launcher(row_norm_forward_kernel, config.num_warps, *constants), config.block_rows
+    launch = Launcher(row_norm_forward_kernel, config.num_warps, *constants, most_registers=config.most_registers)
+    return launch, config.block_rows
 
 
 @functools.cache

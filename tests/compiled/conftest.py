@@ -16,13 +16,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="Triton is not installed, so there is no kernel to compile")
-if triton.knobs.runtime.interpret:
-    pytest.skip("kernels are interpreted in this process; set TRITON_INTERPRET=0", allow_module_level=True)
+import fused_ops
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
+try:
+    import triton
+    from triton.backends.compiler import GPUTarget
+except ImportError:
+    triton = None
 
-import fused_ops  # noqa: E402
+if triton is None or triton.knobs.runtime.interpret:
+    collect_ignore_glob = ["test_*.py"]  # there is nothing that compiles in this process
 
 
 class Launch(NamedTuple):

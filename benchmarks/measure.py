@@ -1,0 +1,198 @@
+"""One workload, all contenders: build, check, count memory, and only then time."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import correctness, memory, timing
+from .peers import COMPARED, PEERS, Peer, forget_compiled
+from .records import Measurement, Ratio, Row, Spread, Status
+from .traffic import DIRECTIONS, Direction, minimal_bytes
+from .workloads import Call, Case, Size, Workload
+
+
+@dataclass(frozen=True)
+class Settings:
+    """seconds: how long the contenders of one row are timed, together. compile_all: also where a CPU takes long to.
+    patient_until: on the clock of time.perf_counter, when a disturbed row is no longer given more than its seconds."""
+
+    device: torch.device
+    size: Size
+    seconds: float = 1.0
+    compile_all: bool = False
+    patient_until: float = 0.0
+    peers: Sequence[Peer] = PEERS
+
+    @property
+    def patience(self) -> float:
+        """How many times its seconds a disturbed row gets."""
+        return timing.PATIENCE if time.perf_counter() < self.patient_until else 1.0
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A peer's call of this workload, or why there is none."""
+
+    name: str
+    call: Call | None
+    status: Status = "timed"
+    reason: str = ""
+
+
+def measure(workload: Workload, dtype: torch.dtype, settings: Settings) -> Iterator[Row]:
+    """A row for each direction."""
+    forget_compiled()
+    shape = workload.shape(settings.size)
+    contenders = [_contender(peer, workload, settings) for peer in settings.peers]
+    problem = ""
+    try:
+        case = workload.case(settings.size, dtype, settings.device)
+        expected = correctness.expect(workload, case)
+    except torch.OutOfMemoryError as error:
+        problem = _first_line(error)
+    for direction in DIRECTIONS:
+        row = Row(
+            workload.name,
+            workload.function,
+            shape,
+            str(dtype).removeprefix("torch."),
+            direction,
+            minimal_bytes(workload, shape, dtype, direction),
+            workload.launch_bound,
+        )
+        if problem:
+            row.measurements.extend(Measurement(contender.name, "failed", problem) for contender in contenders)
+        else:
+            with torch.no_grad() if direction == "forward" else contextlib.nullcontext():
+                _fill(row, workload, case, expected, contenders, direction, settings)
+        yield row
+
+
+def _contender(peer: Peer, workload: Workload, settings: Settings) -> Contender:
+    gap = peer.gap(workload, settings.device.type)
+    if gap:
+        return Contender(peer.name, None, "unavailable", gap)
+    compiled_by_default = settings.device.type != "cpu" or workload.compiled_on_cpu
+    if peer.compiles and not (compiled_by_default or settings.compile_all):
+        return Contender(peer.name, None, "skipped", "compiling takes long on a CPU: this row only with --full")
+    try:
+        return Contender(peer.name, peer.build(workload))
+    except Exception as error:
+        return Contender(peer.name, None, "failed", _first_line(error))
+
+
+def _fill(
+    row: Row,
+    workload: Workload,
+    case: Case,
+    expected: correctness.Expected,
+    contenders: Sequence[Contender],
+    direction: Direction,
+    settings: Settings,
+) -> None:
+    found: dict[str, Measurement] = {}
+    runs: dict[str, timing.Run] = {}
+    for contender in contenders:
+        if contender.call is None:
+            found[contender.name] = Measurement(contender.name, contender.status, contender.reason)
+            continue
+        try:
+            found[contender.name] = _admit(contender, workload, case, expected, direction, settings.device)
+        except Exception as error:  # a peer may fail in any way, and the others are measured all the same
+            found[contender.name] = Measurement(contender.name, "failed", _first_line(error))
+        if found[contender.name].status == "timed":
+            run = correctness.run_forward if direction == "forward" else correctness.run_forward_backward
+            runs[contender.name] = functools.partial(run, contender.call, case)
+    samples: dict[str, list[float]] = {}
+    if runs:
+        time_all = _time_on_cpu if settings.device.type == "cpu" else _time_on_gpu
+        samples = time_all(runs, found, settings)
+    row.measurements.extend(found.values())
+    row.ratios.extend(ratios(samples, paired=settings.device.type == "cpu"))
+
+
+def _admit(
+    contender: Contender,
+    workload: Workload,
+    case: Case,
+    expected: correctness.Expected,
+    direction: Direction,
+    device: torch.device,
+) -> Measurement:
+    """What is known before the clock starts; status timed where the contender may be timed."""
+    call = contender.call
+    assert call is not None
+    verdict = correctness.check(workload, case, call, expected, direction)
+    if verdict.reason:
+        return Measurement(contender.name, "wrong", verdict.reason, error=verdict.error)
+    backward = direction != "forward"
+    run = correctness.run_forward_backward if backward else correctness.run_forward
+    return Measurement(
+        contender.name,
+        "timed",
+        error=verdict.error,
+        peak_bytes=memory.peak_bytes(functools.partial(run, call, case), device),
+        kept_bytes=memory.kept_bytes(call, case) if backward else None,
+    )
+
+
+def _with_samples(measurement: Measurement, samples: list[float], method: str, host: list[float] | None) -> Measurement:
+    return Measurement(
+        measurement.contender,
+        "timed",
+        seconds=Spread.of(samples),
+        host_seconds=None if host is None else Spread.of(host),
+        method=method,
+        error=measurement.error,
+        peak_bytes=measurement.peak_bytes,
+        kept_bytes=measurement.kept_bytes,
+    )
+
+
+def _time_on_cpu(
+    runs: dict[str, timing.Run], found: dict[str, Measurement], settings: Settings
+) -> dict[str, list[float]]:
+    turns = {name: timing.cpu_turn(run) for name, run in runs.items()}
+    samples = timing.interleave(turns, settings.seconds, settings.patience)
+    for name, taken in samples.items():
+        found[name] = _with_samples(found[name], taken, "cpu clock", None)
+    return samples
+
+
+def _time_on_gpu(
+    runs: dict[str, timing.Run], found: dict[str, Measurement], settings: Settings
+) -> dict[str, list[float]]:
+    flush = timing.CacheFlush(settings.device)
+    small = timing.is_small(runs, flush)
+    turns: dict[str, timing.Turn] = {}
+    for name, run in runs.items():
+        try:
+            turns[name] = timing.graph_turn(run, flush) if small else timing.event_turn(run, flush)
+        except RuntimeError as error:  # what a capture raises
+            found[name] = Measurement(name, "failed", f"no CUDA graph of it: {_first_line(error)}")
+    samples = timing.interleave(turns, settings.seconds, settings.patience)
+    for name, taken in samples.items():
+        method = "graph replay, cache flushed" if small else "events, cache flushed"
+        found[name] = _with_samples(found[name], taken, method, timing.host_seconds(runs[name]))
+    return samples
+
+
+def ratios(samples: dict[str, list[float]], paired: bool) -> Iterator[Ratio]:
+    """Of each pair that is compared; paired: the n-th samples of both are from one round."""
+    for contender, over in COMPARED:
+        if contender in samples and over in samples:
+            ours, theirs = samples[contender], samples[over]
+            rounds = [a / b for a, b in zip(ours, theirs, strict=True)] if paired else None
+            of_medians = Spread.of(ours).median / Spread.of(theirs).median
+            yield Ratio(contender, over, of_medians, None if rounds is None else Spread.of(rounds))
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,117 @@
+"""`python -m benchmarks.run`: the fused calls beside torch on the device that is here.
+
+Prints a table and writes JSON and a plot to benchmarks/results/local/. The default takes some minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import environment, report, timing
+from .measure import Settings, measure
+from .peers import EAGER, OURS
+from .plots import draw
+from .records import Row, Run
+from .traffic import DIRECTIONS
+from .workloads import WORKLOADS, Workload
+
+# For how long a run goes on giving disturbed rows more time; the rest of a default run then fits five minutes.
+DEFAULT_PATIENCE_S, FULL_PATIENCE_S = 150, 1800
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--full", action="store_true", help="every workload, more types, torch.compile on every row")
+    parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
+    parser.add_argument(
+        "--filter", nargs="*", default=[], metavar="TEXT", help="only workloads whose name holds a text"
+    )
+    parser.add_argument("--size", choices=("full", "reduced", "tiny"), help="full on a GPU, reduced on a CPU")
+    parser.add_argument("--seconds", type=float, default=1.0, help="how long the contenders of a row are timed")
+    parser.add_argument(
+        "--output", type=Path, default=environment.LOCAL_RESULTS, help="folder of the JSON and the plot"
+    )
+    return parser.parse_args(arguments)
+
+
+def chosen(device: torch.device, full: bool, filters: Sequence[str]) -> list[Workload]:
+    """What this run measures. Launch-bound calls are a matter of a GPU; on a CPU only --full or a filter has them."""
+    if filters:
+        return [workload for workload in WORKLOADS.values() if any(text in workload.name for text in filters)]
+    return [
+        workload
+        for workload in WORKLOADS.values()
+        if full or (workload.in_default_run and not (workload.launch_bound and device.type == "cpu"))
+    ]
+
+
+def dtypes(device: torch.device, full: bool) -> tuple[torch.dtype, ...]:
+    """What people train in: bfloat16 on a GPU, float32 on a CPU; the other as well with --full."""
+    both = (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32, torch.bfloat16)
+    return both if full else both[:1]
+
+
+def progress(row: Row) -> str:
+    """One line as soon as a row is done."""
+    ours, ratio = row.measurement(OURS), row.ratio(OURS, EAGER)
+    name = f"{row.workload} {row.dtype} {row.direction}"
+    if ours is None or ours.seconds is None:
+        return f"{name}: {'not run' if ours is None else f'{ours.status}: {ours.reason}'}"
+    against = "" if ratio is None else f", {ratio.of_medians:.2f} of torch eager"
+    return f"{name}: {report.milliseconds(ours.seconds.median)} ms{against}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs; 1 where a contender of ours was wrong or failed, or where nothing was chosen."""
+    options = parse(arguments)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    workloads = chosen(device, options.full, options.filter)
+    if not workloads:
+        print(f"no workload's name holds any of {options.filter}; known are {', '.join(WORKLOADS)}")
+        return 1
+    described = environment.describe(device)
+    if device.type == "cpu":
+        described["allocator"] = timing.keep_freed_memory()
+    settings = Settings(
+        device,
+        options.size or ("full" if device.type == "cuda" else "reduced"),
+        options.seconds,
+        compile_all=options.full,
+        patient_until=time.perf_counter() + (FULL_PATIENCE_S if options.full else DEFAULT_PATIENCE_S),
+    )
+    cases = [(workload, dtype) for workload in workloads for dtype in dtypes(device, options.full)]
+    started = time.perf_counter()
+    rows: list[Row] = []
+    with tqdm(total=len(cases) * len(DIRECTIONS), unit="row") as bar:
+        for workload, dtype in cases:
+            bar.set_description(workload.name)
+            for row in measure(workload, dtype, settings):
+                rows.append(row)
+                bar.write(progress(row))
+                bar.update()
+    described["seconds"] = round(time.perf_counter() - started, 1)
+    run = Run(described, rows)
+    json_path = options.output / f"rows-{environment.stamp(described)}.json"
+    run.write(json_path)
+    plot_path = json_path.with_suffix(".png")
+    draw(run, plot_path)
+    print(f"\n{report.summary(run)}\nFull data: {json_path}\nPlot:      {plot_path}")
+    return 1 if ours_is_broken(run) else 0
+
+
+def ours_is_broken(run: Run) -> bool:
+    """Whether our own call was wrong or raised anywhere."""
+    found = (row.measurement(OURS) for row in run.rows)
+    return any(measurement is not None and measurement.status in ("wrong", "failed") for measurement in found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

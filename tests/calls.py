@@ -1,0 +1,75 @@
+"""A case of `row_norm_cases` as a function of its tensors: what autograd, compilers and transforms are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fused_ops import functional as F
+from tests.row_norm_cases import DEVICE, FUNCTIONS, OPERANDS, Case, torch_expression
+
+Tensor = torch.Tensor
+Outputs = tuple[Tensor, ...]
+Function = Callable[..., Outputs]
+
+# Every function, without and with a residual where it takes one or not.
+PLACES = [
+    (function, residual)
+    for function in FUNCTIONS
+    for residual in (False, True)
+    if residual or not function.startswith("add_")
+]
+
+
+def operands(case: Case) -> dict[str, Tensor]:
+    """New leaves for one run, by name: x, residual, weight, bias, as far as the case has them."""
+    leaves = case.leaves()
+    return {
+        name: leaf.detach().to(DEVICE, copy=True).requires_grad_(leaf.requires_grad) for name, leaf in leaves.items()
+    }
+
+
+def given(case: Case) -> tuple[str, ...]:
+    return tuple(name for name in OPERANDS if getattr(case, name) is not None)
+
+
+def fused(case: Case) -> Function:
+    """The call of fused_ops.functional as a function of `operands(case).values()` that always returns a tuple."""
+    names = given(case)
+
+    def function(*tensors: Tensor) -> Outputs:
+        args, kwargs = case.arguments(dict(zip(names, tensors, strict=True)))
+        return as_tuple(getattr(F, case.function)(*args, **kwargs))
+
+    return function
+
+
+def composed(case: Case) -> Function:
+    """The same call as torch.nn.functional alone makes it."""
+    names = given(case)
+
+    def function(*tensors: Tensor) -> Outputs:
+        return as_tuple(torch_expression(case, dict(zip(names, tensors, strict=True))))
+
+    return function
+
+
+def as_tuple(outputs: Tensor | Outputs) -> Outputs:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def scalar(outputs: Outputs) -> Tensor:
+    """A number in which every element of every output counts, each differently and none linearly."""
+    loss = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
+    for output in outputs:
+        index = torch.arange(output.numel(), dtype=torch.float64, device=output.device)
+        loss = loss + (output.double().sin() * (1.5 + index.cos()).view(output.shape)).sum()
+    return loss
+
+
+def gradients(function: Function, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """d scalar(function) / d tensor of every tensor that requires it."""
+    wanted = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    found = torch.autograd.grad(scalar(function(*tensors.values())), list(wanted.values()))
+    return dict(zip(wanted, found, strict=True))

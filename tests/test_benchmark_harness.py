@@ -1,0 +1,424 @@
+"""The benchmark's own promises: it times only what is right, says what is missing, and counts bytes as written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import correctness, memory, report, run, timing, train_digits
+from benchmarks.measure import Settings, measure, ratios
+from benchmarks.models import MODELS
+from benchmarks.peers import EAGER, OURS, OURS_COMPILED, PEERS, Peer
+from benchmarks.plots import draw
+from benchmarks.records import Measurement, Ratio, Row, Run, Spread
+from benchmarks.traffic import DIRECTIONS, Direction, minimal_bytes
+from benchmarks.workloads import FUNCTIONS, WORKLOADS, Call, Shapes, Workload, swept
+
+CPU = torch.device("cpu")
+EAGERLY = [peer for peer in PEERS if peer.name in (OURS, EAGER)]
+
+
+def settings(*peers: Peer) -> Settings:
+    return Settings(CPU, "tiny", seconds=0.01, peers=peers)
+
+
+def measured(row: Row, contender: str) -> Measurement:
+    found = row.measurement(contender)
+    assert found is not None
+    return found
+
+
+def rows_of(workload: Workload, *peers: Peer) -> list[Row]:
+    return list(measure(workload, torch.float32, settings(*peers)))
+
+
+# --- the list of workloads -----------------------------------------------------------------------------------------
+
+
+def test_the_issue_s_spans_and_models_are_there() -> None:
+    spans = {workload.shapes.full[-1] for workload in WORKLOADS.values() if "layer_norm_" in workload.name}
+    assert {256, 65536} <= spans
+    assert {workload.function for workload in WORKLOADS.values()} == set(FUNCTIONS)
+    for model, hidden in {"gpt2": 768, "llama3_8b": 4096, "vit_b": 768}.items():
+        of_model = [workload for workload in WORKLOADS.values() if workload.name.startswith(model)]
+        assert of_model and all(workload.shapes.full[-1] == hidden for workload in of_model)
+    assert any(workload.shapes.full[1] == 197 for workload in WORKLOADS.values() if workload.name.startswith("vit_b"))
+
+
+@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=lambda workload: workload.name)
+def test_sizes_differ_in_rows_alone_and_the_full_one_fills_a_gpu(workload: Workload) -> None:
+    full, reduced, tiny = (workload.shape(size) for size in ("full", "reduced", "tiny"))
+    assert full[-1] == reduced[-1] == tiny[-1]
+    assert math.prod(tiny) <= math.prod(reduced) <= math.prod(full)
+    if not workload.launch_bound:
+        assert math.prod(full) * torch.bfloat16.itemsize >= 64 * 2**20
+
+
+def test_two_workloads_of_one_name_are_refused() -> None:
+    from benchmarks.workloads import _named
+
+    twin = Workload("layer_norm_256", "layer_norm", swept(256))
+    with pytest.raises(ValueError, match="unique"):
+        _named(twin, twin)
+
+
+def test_inputs_follow_from_the_seed() -> None:
+    workload = WORKLOADS["layer_norm_residual_gelu"]
+    first, again, other = (workload.case("tiny", torch.float32, CPU, seed) for seed in (1, 1, 2))
+    assert list(first.inputs) == ["x", "residual", "weight", "bias"]
+    assert first.parameters == {"weight", "bias"}
+    for name, tensor in first.inputs.items():
+        assert torch.equal(tensor, again.inputs[name])
+        assert not torch.equal(tensor, other.inputs[name])
+
+
+# --- bytes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "forward", "both"),
+    [
+        # S = 8 * 1024 * 2 bytes = 16384. Forward x, y; backward x, dy, dx.
+        ("layer_norm_1024", (8, 1024), torch.bfloat16, 32768, 32768 + 49152),
+        # S = 10 * 1024 * 4 = 40960, m = 10240 / 8 = 1280. Forward x, residual, y, and m where a backward follows; that
+        # reads x, dy, m and writes dx, dresidual.
+        ("layer_norm_residual_relu", (10, 1024), torch.float32, 122880, 122880 + 1280 + 163840 + 1280),
+        # S = 2 * 3 * 4096 * 2 = 49152. Forward x, residual, total, y; backward total, dy, dtotal and one dx.
+        ("llama3_8b_add_rms_norm", (2, 3, 4096), torch.bfloat16, 196608, 196608 + 196608),
+        # S = 4 * 1024 * 4 = 16384. Forward x, residual, y; backward x, residual, dy, dx, dresidual.
+        ("layer_norm_residual_gelu", (4, 1024), torch.float32, 49152, 49152 + 81920),
+    ],
+)
+def test_minimal_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, forward: int, both: int) -> None:
+    assert minimal_bytes(WORKLOADS[name], shape, dtype, "forward") == forward
+    assert minimal_bytes(WORKLOADS[name], shape, dtype, "forward+backward") == both
+
+
+def test_the_rate_is_minimal_bytes_over_the_median() -> None:
+    measurement = Measurement(OURS, "timed", seconds=Spread(0.002, 0.001, 0.003, 9))
+    row = Row("w", "layer_norm", (1,), "float32", "forward", 6_000_000, measurements=[measurement])
+    assert row.gigabytes_per_second(OURS) == pytest.approx(3.0)
+    assert row.gigabytes_per_second("another") is None
+
+
+def test_kept_bytes_are_the_distinct_storages_without_parameters() -> None:
+    case = WORKLOADS["layer_norm_gelu"].case("tiny", torch.float32, CPU)
+
+    def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        z = x * weight  # keeps x and weight
+        return z * z + z.sin() + bias  # keeps z, in three places
+
+    assert memory.kept_bytes(call, case) == 2 * case.inputs["x"].nbytes
+
+
+def test_peak_bytes_count_what_lives_at_one_time() -> None:
+    x = torch.ones(2**16)  # 256 KiB
+
+    def two_at_a_time() -> torch.Tensor:
+        y = x
+        for _ in range(5):
+            y = y + x  # the sum before is released as soon as the next is there
+        return y
+
+    assert memory.peak_bytes(two_at_a_time, CPU) == 2 * x.nbytes
+
+
+# --- the gate ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=lambda workload: workload.name)
+def test_ours_and_torch_pass_the_gate(workload: Workload, direction: Direction, dtype: torch.dtype) -> None:
+    case = workload.case("tiny", dtype, CPU)
+    expected = correctness.expect(workload, case)
+    for call in (workload.ours(), workload.torch_composition()):
+        verdict = correctness.check(workload, case, call, expected, direction)
+        assert not verdict.reason
+        assert 0 <= verdict.error <= 1
+
+
+def _in_place(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    y = torch.nn.functional.layer_norm(x, weight.shape, weight, bias)
+    x.detach().add_(1.0)
+    return y
+
+
+def _one_element_off(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    y = torch.nn.functional.layer_norm(x, weight.shape, weight, bias)
+    off = torch.zeros_like(y)
+    off[-1, -1] = 1e-3
+    return y + off
+
+
+def _no_gradient_of_the_statistics(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    rstd = torch.rsqrt(x.detach().var(-1, keepdim=True, unbiased=False) + 1e-5)
+    return (x - x.detach().mean(-1, keepdim=True)) * rstd * weight + bias
+
+
+WRONG = {
+    "changes its inputs": _in_place,
+    "y differs": _one_element_off,
+    "dx differs": _no_gradient_of_the_statistics,
+    "instead of": lambda x, weight, bias: torch.nn.functional.layer_norm(x, weight.shape, weight, bias).double(),
+    "y differs from float64 by nan": lambda x, weight, bias: x * float("nan") + weight + bias,
+    "returns 2 tensors": lambda x, weight, bias: (x * weight + bias, x * 1.0),
+}
+
+
+@pytest.mark.parametrize(("reason", "call"), WRONG.items())
+def test_a_wrong_contender_is_reported_and_not_timed(reason: str, call: Call) -> None:
+    rows = rows_of(WORKLOADS["layer_norm_1024"], *EAGERLY, Peer("wrong", lambda workload: call))
+    wrong = [found for row in rows if (found := measured(row, "wrong")).status == "wrong"]
+    assert wrong and reason in wrong[0].reason
+    assert all(found.seconds is None and found.peak_bytes is None for found in wrong)
+    assert all(measured(row, OURS).status == "timed" for row in rows)
+    assert any("wrong" in line and reason in line for line in report.gaps(Run({}, rows)))
+
+
+def test_a_wrong_backward_leaves_the_forward_in_the_table() -> None:
+    wrong = Peer("wrong", lambda workload: _no_gradient_of_the_statistics)
+    forward, both = rows_of(WORKLOADS["layer_norm_1024"], wrong)
+    assert [measured(row, "wrong").status for row in (forward, both)] == ["timed", "wrong"]
+
+
+def test_a_contender_is_checked_before_any_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    check, interleave = correctness.check, timing.interleave
+
+    def noted_check(*arguments: Any) -> correctness.Verdict:
+        happened.append("check")
+        return check(*arguments)
+
+    def noted_interleave(*arguments: Any) -> dict[str, list[float]]:
+        happened.append("time")
+        return interleave(*arguments)
+
+    monkeypatch.setattr(correctness, "check", noted_check)
+    monkeypatch.setattr(timing, "interleave", noted_interleave)
+    rows_of(WORKLOADS["rms_norm_512"], *EAGERLY)
+    assert happened == ["check", "check", "time"] * 2
+
+
+# --- gaps ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_unavailable_peer_is_a_stated_gap() -> None:
+    def never(workload: Workload) -> Call:
+        raise AssertionError("built although unavailable")
+
+    absent = Peer("absent", never, lambda workload, device: f"no {workload.function} on {device}")
+    rows = rows_of(WORKLOADS["rms_norm_512"], *EAGERLY, absent)
+    for row in rows:
+        assert measured(row, "absent") == Measurement("absent", "unavailable", "no rms_norm on cpu")
+        assert row.gigabytes_per_second("absent") is None
+    lines = report.gaps(Run({}, rows))
+    assert lines == ["absent: unavailable on every row: no rms_norm on cpu"]
+
+
+def test_a_peer_that_raises_is_a_stated_gap() -> None:
+    def broken(**inputs: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no compiler found\nand a long trace")
+
+    def unbuildable(workload: Workload) -> Call:
+        raise ImportError("half installed")
+
+    rows = rows_of(
+        WORKLOADS["rms_norm_512"],
+        *EAGERLY,
+        Peer("broken", lambda workload: broken),
+        Peer("unbuildable", unbuildable),
+    )
+    for row in rows:
+        assert measured(row, "broken") == Measurement("broken", "failed", "RuntimeError: no compiler found")
+        assert measured(row, "unbuildable") == Measurement("unbuildable", "failed", "ImportError: half installed")
+
+
+def test_compiling_is_left_out_of_a_default_run_on_a_cpu_but_where_it_is_asked_for() -> None:
+    compiled = Peer(OURS_COMPILED, Workload.ours, compiles=True)  # declared so, and quick
+    status = {}
+    for name in ("layer_norm_1024", "layer_norm_256"):
+        row, _ = rows_of(WORKLOADS[name], *EAGERLY, compiled)
+        status[name] = measured(row, OURS_COMPILED).status
+    assert status == {"layer_norm_1024": "timed", "layer_norm_256": "skipped"}
+
+
+# --- the clock -----------------------------------------------------------------------------------------------------
+
+
+def test_contenders_take_turns_in_changing_order() -> None:
+    taken: list[str] = []
+
+    def turn(name: str, seconds: float) -> timing.Turn:
+        def take() -> float:
+            taken.append(name)
+            return seconds
+
+        return take
+
+    samples = timing.interleave({"a": turn("a", 1.0), "b": turn("b", 2.0), "c": turn("c", 3.0)}, budget_s=0.0)
+    rounds = [tuple(taken[start : start + 3]) for start in range(0, len(taken), 3)]
+    assert len(rounds) == timing.MIN_ROUNDS
+    assert all(set(order) == {"a", "b", "c"} for order in rounds)
+    assert len(set(rounds)) > 1
+    assert samples == {name: [seconds] * len(rounds) for name, seconds in {"a": 1.0, "b": 2.0, "c": 3.0}.items()}
+
+
+def test_only_an_uncertain_row_is_given_more_than_its_budget() -> None:
+    noise = iter([1.0, 9.0] * 10**6)
+    quiet = timing.interleave({"a": lambda: 1.0}, budget_s=0.0, patience=1e6)
+    assert len(quiet["a"]) == timing.MIN_ROUNDS
+    disturbed = timing.interleave({"a": lambda: next(noise)}, budget_s=0.001, patience=20.0)
+    assert len(disturbed["a"]) > timing.MAX_ROUNDS
+
+
+def test_a_turn_on_a_cpu_first_calls_untimed() -> None:
+    calls = Counter[str]()
+    turn = timing.cpu_turn(lambda: calls.update(["call"]) or sum(range(10**5)))
+    before = calls["call"]
+    assert 0 < turn() < 1
+    assert calls["call"] - before >= 2
+
+
+def test_spread_and_ratios() -> None:
+    assert Spread.of([3.0, 1.0, 2.0, 5.0, 4.0]) == Spread(3.0, 2.0, 4.0, 5)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0, 1)
+    (ratio,) = ratios({OURS: [1.0, 2.0, 3.0], EAGER: [2.0, 8.0, 4.0], "alone": [1.0]}, paired=True)
+    assert ratio == Ratio(OURS, EAGER, 0.5, Spread(0.5, 0.375, 0.625, 3))
+    (ratio,) = ratios({OURS: [1.0, 2.0, 3.0], EAGER: [2.0, 8.0, 4.0]}, paired=False)
+    assert ratio.rounds is None
+
+
+# --- from end to end -----------------------------------------------------------------------------------------------
+
+ENVIRONMENT = {
+    "device": "cpu",
+    "device_name": "a CPU",
+    "cores": 2,
+    "threads": 2,
+    "load_average": 0.1,
+    "torch": "2.13",
+    "triton": None,
+    "python": "3.11",
+    "fused_ops": "0.1.0",
+    "commit": "0123456789abcdef",
+    "dirty": True,
+}
+
+
+def test_a_run_survives_json_and_becomes_a_table(tmp_path: Path) -> None:
+    rows = rows_of(WORKLOADS["layer_norm_residual_relu"], *EAGERLY)
+    written = Run(ENVIRONMENT, rows)
+    path = tmp_path / "run.json"
+    written.write(path)
+    read = Run.read(path)
+    assert read == written
+    text = report.summary(read)
+    heading = text.splitlines()[0]
+    assert all(title in heading for title in ("ours ms", "GB/s", "ours/eager", "peak MiB o/e", "kept MiB o/e"))
+    assert max(map(len, report.text_table(read).splitlines())) <= 160
+    assert text.splitlines()[-1].startswith("Figures from: CPU a CPU, 2 threads of 2 cores")
+    markdown = report.markdown_table(read).splitlines()
+    assert len(markdown) == 2 + len(rows) and len({line.count("|") for line in markdown}) == 1
+    draw(read, tmp_path / "run.png")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_of_another_schema_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"schema": 0, "rows": []}))
+    with pytest.raises(ValueError, match="schema"):
+        Run.read(path)
+
+
+def test_rows_above_the_limit_are_named() -> None:
+    def row(name: str, of_medians: float) -> Row:
+        return Row(name, "layer_norm", (8, 8), "float32", "forward", 1, ratios=[Ratio(OURS, EAGER, of_medians)])
+
+    (line,) = report.verdicts(Run({}, [row("slow", 1.2), row("equal", 1.0), row("just", 1.054)]))
+    assert "at most 1.05 on 2 of 3 rows" in line and line.endswith("above on slow float32 forward 1.20")
+
+
+def test_run_from_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--device", "cpu", "--size", "tiny", "--seconds", "0.01", "--output", str(tmp_path)]
+    assert run.main([*arguments, "--filter", "rms_norm_residual_silu"]) == 0
+    out, err = capfd.readouterr()
+    (data,) = tmp_path.glob("rows-cpu-*.json")
+    (plot,) = tmp_path.glob("rows-cpu-*.png")
+    assert "2/2" in err  # the progress bar
+    assert "rms_norm_residual_silu float32 forward:" in out
+    assert str(data) in out.splitlines()[-2] and str(plot) in out.splitlines()[-1]
+    assert "Figures from: CPU" in out.splitlines()[-3]
+    read = Run.read(data)
+    assert [row.direction for row in read.rows] == ["forward", "forward+backward"]
+    assert {"cpu", "threads", "torch", "triton", "numpy", "python", "commit", "dirty", "allocator"} <= set(
+        read.environment
+    )
+    for row in read.rows:
+        ours = measured(row, OURS)
+        assert ours.status == "timed" and ours.seconds is not None
+        assert ours.seconds.lower <= ours.seconds.median <= ours.seconds.upper
+
+
+def test_a_filter_that_fits_nothing_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--device", "cpu", "--filter", "no such workload"]) == 1
+    assert "layer_norm_256" in capsys.readouterr().out
+
+
+def test_ours_being_wrong_fails_the_run() -> None:
+    row = Row("w", "layer_norm", (8,), "float32", "forward", 1, measurements=[Measurement(OURS, "timed")])
+    assert not run.ours_is_broken(Run({}, [row]))
+    assert run.ours_is_broken(Run({}, [dataclasses.replace(row, measurements=[Measurement(OURS, "wrong", "y")])]))
+
+
+def test_what_a_default_run_holds() -> None:
+    cpu, gpu = ({w.name for w in run.chosen(torch.device(kind), False, [])} for kind in ("cpu", "cuda"))
+    assert not any(WORKLOADS[name].launch_bound for name in cpu)
+    assert any(WORKLOADS[name].launch_bound for name in gpu)
+    assert {w.name for w in run.chosen(CPU, True, [])} == set(WORKLOADS)
+
+
+def test_a_workload_of_another_rank_needs_no_other_code() -> None:
+    shapes = Shapes((8, 4, 6, 32), (4, 4, 6, 32), (2, 2, 3, 32))
+    rows = rows_of(Workload("images", "layer_norm", shapes, residual=True), *EAGERLY)
+    assert [measured(row, OURS).status for row in rows] == ["timed", "timed"]
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+def test_the_twins_learn_the_same(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert train_digits.main(["--steps", "4", "--device", "cpu", "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("digits-vit-cpu-*.json")
+    result = json.loads(path.read_text())
+    plain, fused = (result["losses"][name] for name in (train_digits.PLAIN, train_digits.FUSED))
+    assert len(plain) == len(fused) == 4
+    # Four steps do not amplify: each loss is a mean over a batch of values of some units, rounded a few dozen times.
+    assert result["largest_difference"] <= 100 * torch.finfo(torch.float32).eps * max(plain)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    out = capfd.readouterr().out
+    assert "largest difference" in out and "accuracy" in out and "time of a step" in out
+
+
+def test_the_plain_twin_is_of_torch_nn_alone() -> None:
+    plain, fused = MODELS["vit"].build(seed=0)
+    assert not any(type(module).__module__.startswith("fused_ops") for module in plain.modules())
+    norms = Counter(type(module).__name__ for module in fused.modules() if "Norm" in type(module).__name__)
+    assert norms == {"LayerNorm": 1, "AddLayerNorm": 7}
+    assert all(type(m).__module__.startswith("fused_ops") for m in fused.modules() if "Norm" in type(m).__name__)
+    for name, parameter in plain.state_dict().items():
+        assert torch.equal(parameter, fused.state_dict()[name])
+
+
+def test_batches_are_whole_and_the_same_for_a_seed() -> None:
+    first, again = (list(train_digits.batches(300, 5, seed=3)) for _ in range(2))
+    assert [len(batch) for batch in first] == [128] * 5
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert len(set(torch.cat(first[:2]).tolist())) == 256  # an epoch repeats no image

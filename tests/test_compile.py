@@ -1,0 +1,255 @@
+"""torch.compile: one graph without a break, the op in it, eager's numbers, and no compilation more than there must be."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fused_ops
+from fused_ops import Activation
+from fused_ops import functional as F
+from tests.calls import as_tuple, fused, gradients, operands, scalar
+from tests.row_norm_cases import DEVICE, FUNCTIONS, make_case, normal
+
+Tensor = torch.Tensor
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Recorder:
+    """A compiler that runs the graphs as they are and keeps them: dynamo's, AOTAutograd's forward and its backward."""
+
+    def __init__(self) -> None:
+        self.dynamo: list[torch.fx.GraphModule] = []
+        self.forward: list[torch.fx.GraphModule] = []
+        self.backward: list[torch.fx.GraphModule] = []
+        self._aot = aot_autograd(fw_compiler=self._keep(self.forward), bw_compiler=self._keep(self.backward))
+
+    @staticmethod
+    def _keep(graphs: list[torch.fx.GraphModule]) -> Any:
+        def compile(graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        return compile
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        self.dynamo.append(graph)
+        return self._aot(graph, example_inputs)
+
+
+def nodes(graphs: list[torch.fx.GraphModule], name: str) -> list[torch.fx.Node]:
+    return [node for graph in graphs for node in graph.graph.nodes if name in str(node.target)]
+
+
+def assert_as_eager(compiled: Any, eager: Any, tensors: dict[str, Tensor]) -> None:
+    """Outputs and gradients: the same bits with the kernels, which are the same; torch may decompose its own."""
+    exact = {"rtol": 0, "atol": 0} if fused_ops.get_backend() == "triton" else {}
+    torch.testing.assert_close(as_tuple(compiled(*tensors.values())), as_tuple(eager(*tensors.values())), **exact)
+    ours, expected = (gradients(lambda *t: as_tuple(call(*t)), tensors) for call in (compiled, eager))  # noqa: B023
+    torch.testing.assert_close(ours, expected, **exact)
+
+
+@pytest.mark.parametrize("activation", ["relu", Activation("leaky_relu", negative_slope=0.2), nn.Softplus(beta=2)])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_compiled_function_is_one_graph_with_one_op_each_way(function, activation, each_backend):
+    case = make_case(function, 4, 8, residual=True, activation="relu")
+    names = tuple(operands(case))
+
+    def call(*tensors: Tensor) -> Any:
+        args, kwargs = case.arguments(dict(zip(names, tensors, strict=True)))
+        return getattr(F, function)(*args, **{**kwargs, "activation": activation})
+
+    recorder = Recorder()
+    assert_as_eager(torch.compile(call, backend=recorder, fullgraph=True), call, operands(case))
+    assert len(recorder.dynamo) == len(recorder.forward) == len(recorder.backward) == 1
+    expected = [1, 1] if each_backend == "triton" else [0, 0]
+    found = [nodes(recorder.forward, "row_norm_forward"), nodes(recorder.backward, "row_norm_backward")]
+    assert [len(graph) for graph in found] == expected
+
+
+MODULES = {
+    fused_ops.LayerNorm: None,
+    fused_ops.RMSNorm: "gelu",
+    fused_ops.AddLayerNorm: Activation("elu", alpha=0.5),
+    fused_ops.AddRMSNorm: nn.SiLU(),
+}
+
+
+@pytest.mark.parametrize("cls", MODULES)
+def test_a_compiled_module_trains_as_the_module(cls, each_backend):
+    module = cls(8, activation=MODULES[cls], device=DEVICE)
+    compiled = torch.compile(copy.deepcopy(module), backend="aot_eager", fullgraph=True)
+    x, residual = normal(4, 8), normal(4, 8, seed=1)
+    for run in (module, compiled):
+        scalar(as_tuple(run(x, residual))).backward()
+    exact = {"rtol": 0, "atol": 0} if each_backend == "triton" else {}
+    torch.testing.assert_close(as_tuple(compiled(x, residual)), as_tuple(module(x, residual)), **exact)
+    for ours, eager in zip(compiled.parameters(), module.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, eager.grad, **exact)
+
+
+def test_several_layers_are_one_graph(each_backend):
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before = fused_ops.AddLayerNorm(8)
+            self.linear = nn.Linear(8, 8)
+            self.after = fused_ops.AddRMSNorm(8, activation="gelu")
+
+        def forward(self, x: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+            y, stream = self.before(x, stream)
+            return self.after(self.linear(y), stream)
+
+    block = Block().to(DEVICE)
+    assert_as_eager(
+        torch.compile(block, backend="aot_eager", fullgraph=True),
+        block,
+        {"x": normal(4, 8).requires_grad_()} | stream(),
+    )
+
+
+def stream() -> dict[str, Tensor]:
+    return {"stream": normal(4, 8, seed=1).requires_grad_()}
+
+
+# --- how often -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_row_counts_compile_once(function, each_backend):
+    """Forward and backward; 0 and 1 are numbers of their own to torch.compile."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = None
+    for rows in (4, 7, 2, 64, 3):
+        case = make_case(function, rows, 8, residual=True, activation="gelu", seed=rows)
+        compiled = compiled or torch.compile(fused(case), backend=counter, dynamic=True, fullgraph=True)
+        assert_as_eager(compiled, fused(case), operands(case))
+    assert counter.frame_count == 1
+
+
+def test_a_second_row_count_makes_it_dynamic_by_itself(each_backend):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x: F.layer_norm(x, (8,), activation="relu"), backend=counter, fullgraph=True)
+    for rows in (4, 7, 9, 11, 30):
+        compiled(normal(rows, 8))
+    assert counter.frame_count == 2
+
+
+def test_a_dim_may_be_declared_dynamic(each_backend):
+    """Raises where a call would fix the number of rows by looking at it."""
+    x = normal(4, 8).requires_grad_()
+    torch._dynamo.mark_dynamic(x, 0, min=2, max=1 << 30)
+    compiled = torch.compile(lambda x: F.rms_norm(x, (8,), activation="relu"), backend="aot_eager", fullgraph=True)
+    compiled(x).sum().backward()
+
+
+def test_the_normalized_shape_may_be_read_from_a_dynamic_tensor(each_backend):
+    compiled = torch.compile(
+        lambda x: F.layer_norm(x, x.shape[-1:]) + F.rms_norm(x, x.shape[-1]),
+        backend="eager",
+        dynamic=True,
+        fullgraph=True,
+    )
+    for span in (8, 12):
+        x = normal(4, span)
+        torch.testing.assert_close(compiled(x), F.layer_norm(x, (span,)) + F.rms_norm(x, (span,)))
+
+
+def test_another_backend_or_activation_parameter_is_another_graph():
+    pytest.importorskip("triton")
+    recorder = Recorder()
+    compiled = torch.compile(
+        lambda x, activation: F.layer_norm(x, (8,), activation=activation), backend=recorder, fullgraph=True
+    )
+    x = normal(4, 8)
+    for backend in ("triton", "torch", "triton"):
+        with fused_ops.use_backend(backend):
+            for slope in (0.1, 0.4):
+                activation = Activation("leaky_relu", negative_slope=slope)
+                torch.testing.assert_close(compiled(x, activation), F.layer_norm(x, (8,), activation=activation))
+    assert len(nodes(recorder.dynamo, "row_norm_forward")) >= 1
+    assert len(nodes(recorder.dynamo, "leaky_relu")) >= 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_graph_for_inference_saves_nothing(mode, triton_backend):
+    recorder = Recorder()
+    case = make_case("add_layer_norm", 4, 8, activation="gelu")
+    compiled = torch.compile(fused(case), backend=recorder, fullgraph=True)
+    with mode():
+        compiled(*operands(case).values())
+    (node,) = nodes(recorder.dynamo, "row_norm_forward")
+    assert node.args[-2:] == (False, False)
+
+
+# --- beside other features -----------------------------------------------------------------------------------------
+
+
+def test_a_compiled_gradient_is_only_that_of_what_requires_it(triton_backend):
+    recorder = Recorder()
+    case = make_case("layer_norm", 4, 8, residual=True, activation="gelu", frozen=("x", "bias"))
+    assert_as_eager(torch.compile(fused(case), backend=recorder, fullgraph=True), fused(case), operands(case))
+    (node,) = nodes(recorder.backward, "row_norm_backward")
+    assert node.args[-4:] == (False, True, True, False)
+
+
+def test_checkpointing_inside_a_compiled_function(each_backend):
+    from torch.utils.checkpoint import checkpoint
+
+    case = make_case("layer_norm", 4, 8, residual=True, activation="gelu")
+    call = fused(case)
+    compiled = torch.compile(lambda *t: checkpoint(call, *t, use_reentrant=False), backend="aot_eager", fullgraph=True)
+    assert_as_eager(compiled, call, operands(case))
+
+
+def test_autocast_inside_a_compiled_function(each_backend):
+    case = make_case("add_layer_norm", 4, 8, activation="gelu")
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            return fused(case)(*tensors)
+
+    assert_as_eager(torch.compile(call, backend="aot_eager"), call, operands(case))
+
+
+TRANSFORMS = {
+    "vmap": lambda call: torch.vmap(call),
+    "grad": lambda call: torch.func.grad(lambda x: scalar((call(x),))),
+    "jacrev": lambda call: torch.func.jacrev(call),
+    "jvp": lambda call: lambda x: torch.func.jvp(call, (x,), (x.cos(),)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_transform_inside_a_compiled_function_and_around_one(transform, each_backend):
+    def call(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (8,), residual=x, activation="hardsigmoid")
+
+    x = normal(4, 8, dtype=torch.float64)
+    expected = TRANSFORMS[transform](call)(x)
+    inside = torch.compile(TRANSFORMS[transform](call), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(inside(x), expected)
+    around = torch.compile(call, backend="aot_eager")
+    around(x)  # compiled for a plain call first, which must not serve a transformed one
+    torch.testing.assert_close(TRANSFORMS[transform](around)(x), expected)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the C++ side of Inductor")
+def test_inductor_fuses_the_composition():
+    case = make_case("add_layer_norm", 4, 8, activation="gelu")
+    with fused_ops.use_backend("torch"):
+        assert_as_eager(torch.compile(fused(case), fullgraph=True), fused(case), operands(case))

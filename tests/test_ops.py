@@ -1,0 +1,250 @@
+"""The torch.library ops, and everything that traces them: fake tensors, meta tensors, make_fx, export."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused_ops
+from fused_ops import Activation
+from tests.calls import PLACES, as_tuple, composed, fused, gradients, operands, scalar
+from tests.row_norm_cases import DEVICE, FUNCTIONS, Case, make_case, normal
+
+pytest.importorskip("triton", reason="Triton is not installed, so there are no ops")
+
+from fused_ops import ops
+from fused_ops.kernels.row_norm import RowNorm
+
+Tensor = torch.Tensor
+
+NAMES = ("row_norm_forward", "row_norm_backward")
+FORWARD, BACKWARD = (getattr(torch.ops.fused_ops, name).default for name in NAMES)
+SAMPLES = [
+    pytest.param(name, *sample, id=f"{name}-{index}", marks=[] if index % 3 == 0 else pytest.mark.full)
+    for name in NAMES
+    for index, sample in enumerate(ops.sample_inputs(name, DEVICE))
+]
+
+
+# --- the ops -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "args", "kwargs"), SAMPLES)
+def test_opcheck(name, args, kwargs):
+    torch.library.opcheck(getattr(torch.ops.fused_ops, name), args, kwargs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_have_every_optional_tensor_and_every_flag_both_ways(name):
+    schema = getattr(torch.ops.fused_ops, name).default._schema
+    seen: dict[str, set[Any]] = {argument.name: set() for argument in schema.arguments}
+    for args, kwargs in ops.sample_inputs(name, DEVICE):
+        assert len(args) == len(schema.arguments) and not kwargs
+        for argument, value in zip(schema.arguments, args, strict=True):
+            seen[argument.name].add(value if isinstance(value, bool) else value is None)
+    both_ways = [a.name for a in schema.arguments if isinstance(a.type, torch.OptionalType | torch.BoolType)]
+    # dx is wanted in every sample, and backward always has something to read.
+    assert {name for name in both_ways if seen[name] != {True, False}} <= {"wants_dx", "x", "rstd"}
+
+
+def test_an_unknown_op_has_no_samples():
+    with pytest.raises(ValueError, match="unknown op 'row_norm'; known are row_norm_forward, row_norm_backward"):
+        next(ops.sample_inputs("row_norm"))
+
+
+@pytest.mark.parametrize("case", [make_case("layer_norm", 0, 2, 3, dims=2, residual=True, activation="relu")])
+def test_an_op_without_rows_is_as_its_fake_says(case):
+    """Two dims of parameters, none contiguous: their gradients are flat all the same."""
+    case = replace(case, weight=normal(3, 2).t(), bias=normal(3, 2).t())
+    x, residual, weight, bias = operands(case).values()
+    norm = RowNorm(6, 1e-5, True, False, "relu")
+    torch.library.opcheck(FORWARD, (x, residual, weight, bias, *norm, True, True))
+    empty = x.new_empty(0), x.new_empty((0, 1), dtype=torch.uint8)
+    saved = (x.detach(), None, empty[1], weight.detach(), bias.detach(), empty[0], empty[0])
+    torch.library.opcheck(BACKWARD, (x.detach(), None, *saved, *norm, True, True, True, True))
+
+
+@pytest.mark.parametrize(("function", "residual"), PLACES)
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_an_op_called_for_inference_has_right_gradients_nonetheless(function, residual, activation, triton_backend):
+    """A graph that was traced without gradients asks for no statistics, and may yet be run with them."""
+    case = make_case(function, 3, 5, dtype=torch.float64, residual=residual, activation=activation)
+    traced = make_fx(fused(case))(*(tensor.detach() for tensor in operands(case).values()))
+    torch.testing.assert_close(gradients(traced, operands(case)), gradients(composed(case), operands(case)))
+
+
+def test_statistics_of_an_op_carry_no_gradient():
+    x = torch.ones(2, 4, device=DEVICE, requires_grad=True)
+    y, _, mean, rstd, bits = FORWARD(x, x, None, None, *RowNorm(4, 1e-5, True, False, "relu"), True, True)
+    assert [t.requires_grad for t in (y, mean, rstd, bits)] == [True, False, False, False]
+
+
+# --- fake and meta tensors -----------------------------------------------------------------------------------------
+
+
+def layouts(function: str) -> dict[str, Case]:
+    """Calls in every layout and mixture of types that decides the type or strides of a result."""
+    case = make_case(function, 4, 2, 6, residual=True, activation="gelu")
+    weight = normal(2, 6)
+    cases = {
+        "contiguous": case,
+        "transposed": replace(case, x=normal(2, 4, 6).transpose(0, 1), dy=normal(6, 2, 4).permute(2, 1, 0)),
+        "expanded": replace(case, residual=normal(1, 1, 6).expand(4, 2, 6), dy=normal(1).expand(4, 2, 6)),
+        "two dims, a transposed weight": replace(case, normalized_shape=(2, 6), weight=weight, bias=None),
+        "no rows": make_case(function, 0, 2, 6, dims=2, residual=True, activation="relu"),
+        "no span": make_case(function, 3, 0, residual=True),
+        "half with float32 parameters": make_case(
+            function, 4, 6, dtype=torch.bfloat16, parameters=torch.float32, residual=True, activation="relu"
+        ),
+        "float64": make_case(function, 4, 6, dtype=torch.float64, residual=True),
+    }
+    if "layer" in function:
+        transposed = normal(6, 2).t()
+        cases["two dims, a transposed weight"] = replace(case, normalized_shape=(2, 6), weight=transposed, bias=weight)
+    if function.startswith("add_"):
+        half = make_case(function, 4, 6, dtype=torch.float16)
+        cases["half with a float32 stream"] = replace(half, residual=half.residual.float(), dtotal=half.dtotal.float())
+    return cases
+
+
+LAYOUTS = [
+    pytest.param(case, id=f"{function}-{layout}")
+    for function in FUNCTIONS
+    for layout, case in layouts(function).items()
+]
+
+
+def described(tensors: Any) -> list[tuple]:
+    """Shapes and types, and with the kernels strides: torch's own fakes of a gradient differ from it in theirs."""
+    strides = fused_ops.get_backend() == "triton"
+    return [(tuple(t.shape), t.dtype, t.stride() if t.numel() and strides else None) for t in tensors]
+
+
+def call_and_gradients(case: Case, tensors: dict[str, Tensor], arriving: list[Tensor]) -> tuple[Tensor, ...]:
+    outputs = fused(case)(*tensors.values())
+    found = torch.autograd.grad(outputs, list(tensors.values()), arriving)
+    return *outputs, *found
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_fake_tensors_are_as_the_real_ones(case, each_backend):
+    def arriving() -> list[Tensor]:
+        return [d.to(DEVICE) for d in (case.dy, case.dtotal) if d is not None]
+
+    leaves = {name: leaf.to(DEVICE).detach().requires_grad_() for name, leaf in case.leaves().items()}
+    real = call_and_gradients(case, leaves, arriving())
+    with FakeTensorMode() as mode:
+        fakes = {name: mode.from_tensor(leaf) for name, leaf in leaves.items()}
+        fake = call_and_gradients(case, fakes, [mode.from_tensor(d) for d in arriving()])
+    assert described(fake) == described(real)
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_meta_tensors_are_as_the_real_ones(case, each_backend):
+    real = fused(case)(*operands(case).values())
+    on_meta = fused(case)(*(tensor.to("meta") for tensor in operands(case).values()))
+    assert all(output.is_meta for output in on_meta)
+    assert described(on_meta) == described(real)
+
+
+# --- graphs --------------------------------------------------------------------------------------------------------
+
+
+def targets(graph_module: torch.fx.GraphModule) -> list[Any]:
+    return [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_make_fx_sees_one_op_each_way(function, tracing_mode, each_backend):
+    case = make_case(function, 3, 8, residual=True, activation="gelu")
+
+    def step(*tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = fused(case)(*tensors)
+        return *outputs, *torch.autograd.grad(scalar(outputs), tensors)
+
+    tensors = tuple(operands(case).values())
+    graph = make_fx(step, tracing_mode=tracing_mode)(*tensors)
+    shown = [target for target in targets(graph) if "fused_ops" in str(target)]
+    assert shown == ([FORWARD, BACKWARD] if each_backend == "triton" else [])
+    torch.testing.assert_close(graph(*tensors), step(*tensors), rtol=0, atol=0)
+    if tracing_mode == "symbolic":
+        more = tuple(operands(make_case(function, 5, 8, residual=True, seed=7)).values())
+        torch.testing.assert_close(graph(*more), step(*more), rtol=0, atol=0)
+
+
+def test_a_dispatch_mode_sees_the_op(triton_backend):
+    seen = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    case = make_case("add_layer_norm", 3, 8)
+    with Recorder():
+        recorded = gradients(fused(case), operands(case))
+    assert seen.count(FORWARD) == seen.count(BACKWARD) == 1
+    torch.testing.assert_close(recorded, gradients(fused(case), operands(case)), rtol=0, atol=0)
+
+
+MODULES = [
+    (fused_ops.LayerNorm, Activation("leaky_relu", negative_slope=0.2)),
+    (fused_ops.AddRMSNorm, "silu"),
+]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("cls", "activation"), MODULES)
+def test_an_exported_module_runs_on_any_number_of_rows_and_trains(cls, activation, strict, each_backend):
+    module = cls(8, activation=activation, device=DEVICE)
+    rows = torch.export.Dim("rows", min=2)
+
+    def inputs(count: int) -> tuple[Tensor, Tensor]:
+        x, residual = (normal(count, 8, seed=seed).to(DEVICE) for seed in (count, count + 1))
+        return x.requires_grad_(), residual
+
+    program = torch.export.export(module, inputs(4), dynamic_shapes=({0: rows}, {0: rows}), strict=strict)
+    assert (FORWARD in targets(program.graph_module)) == (each_backend == "triton")
+    exported = program.module()
+    for count in (4, 7):
+        x, residual = inputs(count)
+        torch.testing.assert_close(exported(x, residual), module(x, residual))
+        ours, expected = (
+            torch.autograd.grad(scalar(as_tuple(run(x, residual))), (x, *run.parameters()))
+            for run in (exported, module)
+        )
+        torch.testing.assert_close(ours, expected)
+
+
+def test_an_exported_program_is_saved_and_loaded(triton_backend, tmp_path):
+    module = fused_ops.RMSNorm(8, activation="gelu", device=DEVICE)
+    x = normal(4, 8).to(DEVICE)
+    path = tmp_path / "norm.pt2"
+    torch.export.save(torch.export.export(module, (x,)), path)
+    assert torch.equal(torch.export.load(path).module()(x), module(x))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_op_for_inference_saves_nothing(mode, triton_backend):
+    case = make_case("layer_norm", 3, 8, residual=True, activation="relu")
+    with mode():
+        graph = make_fx(fused(case))(*operands(case).values())
+    (node,) = (node for node in graph.graph.nodes if node.target is FORWARD)
+    assert node.args[-2:] == (False, False)
+
+
+def test_every_flag_combination_of_the_forward_op_returns_what_it_names():
+    x = normal(3, 8).to(DEVICE)
+    for subtract_mean, add_first, statistics, bits in itertools.product((True, False), repeat=4):
+        norm = RowNorm(8, 1e-5, subtract_mean, add_first, "relu")
+        y, total, mean, rstd, mask = FORWARD(x, x, None, None, *norm, statistics, bits)
+        sizes = [t.numel() for t in (y, total, mean, rstd, mask)]
+        assert sizes == [24, 24 * add_first, 3 * (statistics and subtract_mean), 3 * statistics, 3 * bits]

@@ -1,0 +1,387 @@
+"""The numbers of the row norms, forward and backward, against NumPy float64 within torch eager's own error."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fused_ops import Activation, use_backend
+from tests.row_norm_cases import (
+    DTYPES,
+    FUNCTIONS,
+    HALF,
+    TORCH_ACTIVATIONS,
+    Case,
+    check,
+    make_case,
+    run_fused,
+    run_reference,
+    same_bits,
+    short,
+    with_fields,
+)
+from tests.tolerances import assert_within_budget, rounding
+
+Tensor = torch.Tensor
+
+# Inf - Inf and overflow are what these tests are about, and NumPy, which interprets the kernels, warns of them.
+non_finite = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+NORMS = ("layer_norm", "rms_norm")
+PLACES = [
+    pytest.param(function, residual, id=f"{function}{'-residual' if residual else ''}")
+    for function, residual in [*itertools.product(NORMS, (False, True)), *((name, True) for name in FUNCTIONS[2:])]
+]
+every_function = pytest.mark.parametrize("function", FUNCTIONS)
+every_place = pytest.mark.parametrize(("function", "residual"), PLACES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
+# The torch composition is nearly what it is measured against, so `make test` leaves most of its runs to `make test-full`.
+mostly_kernels = pytest.mark.parametrize(
+    "each_backend", ["triton", pytest.param("torch", marks=pytest.mark.full)], indirect=True
+)
+
+ACTIVATIONS = [
+    *TORCH_ACTIVATIONS,
+    Activation("leaky_relu", negative_slope=0.3),
+    Activation("leaky_relu", negative_slope=-0.5),
+    Activation("elu", alpha=1.7),
+    Activation("softplus", beta=2.0, threshold=3.0),
+]
+
+
+# --- ordinary data -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@every_dtype
+@every_place
+def test_ordinary_data(function: str, residual: bool, dtype: torch.dtype, activation: str | None) -> None:
+    case = make_case(function, 64, 60, dtype=dtype, residual=residual, activation=activation)
+    if activation == "relu" and case.adds_first:
+        # Multiples of 1/16, whose sums every type holds: a total that is rounded may move z across the kink.
+        case = with_fields(case, x=(case.x * 16).round() / 16, residual=(case.residual * 16).round() / 16)
+    check(case)
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@every_place
+def test_every_activation(function: str, residual: bool, activation: str | Activation) -> None:
+    check(make_case(function, 64, 60, residual=residual, activation=activation))
+
+
+@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.parametrize("dtype", HALF, ids=short)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@every_place
+@pytest.mark.full
+def test_every_activation_in_half(
+    function: str, residual: bool, activation: str | Activation, dtype: torch.dtype
+) -> None:
+    case = make_case(function, 64, 60, dtype=dtype, residual=residual, activation=activation)
+    if case.adds_first:  # as above
+        case = with_fields(case, x=(case.x * 16).round() / 16, residual=(case.residual * 16).round() / 16)
+    check(case)
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("affine", ["neither", "weight", "bias"])
+@every_function
+def test_weight_and_bias_are_optional(function: str, affine: str) -> None:
+    case = make_case(function, 5, 40, residual=True, activation="silu")
+    if affine != "weight":
+        case = with_fields(case, weight=None)
+    if affine != "bias":
+        case = with_fields(case, bias=None)
+    check(case)
+
+
+@non_finite  # 1 / sqrt(0) of the lanes that pad a tile
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-3, 2.0])
+@every_function
+def test_eps(function: str, eps: float) -> None:
+    check(make_case(function, 5, 40, eps=eps))
+
+
+@pytest.mark.usefixtures("each_backend")
+@every_dtype
+@pytest.mark.parametrize("function", ["rms_norm", "add_rms_norm"])
+def test_rms_eps_defaults_to_that_of_torch(function: str, dtype: torch.dtype) -> None:
+    # Small numbers, beside which every candidate for eps is large.
+    case = make_case(function, 5, 40, dtype=dtype, eps=None)
+    case = with_fields(case, x=case.x * 2.0**-13, residual=None if case.residual is None else case.residual * 2.0**-13)
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    of_torch = torch.nn.functional.rms_norm(torch.ones(1, dtype=dtype) * 2.0**-13, (1,)).double().item()
+    implied = (2.0**-13 / of_torch) ** 2 - 2.0**-26
+    if abs(implied - eps) > 0.1 * eps:  # an older torch, which took x's type
+        eps = torch.finfo(dtype).eps
+    explicit = with_fields(case, eps=eps)
+    actual, expected = run_fused(case), run_fused(explicit)
+    for name, output in actual.everything().items():
+        assert same_bits(output, expected.everything()[name]), name
+    check(explicit)
+
+
+# --- spans ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.parametrize("span", [1, 2, 7, 8, 64, 100, 255, 1000, 1024, 4097])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@every_place
+def test_spans(function: str, residual: bool, dtype: torch.dtype, span: int) -> None:
+    # Summing parameter gradients over long spans takes an interpreter seconds; test_long_parameter_gradients does it.
+    frozen = ("weight", "bias") if span > 255 else ()
+    rows = max(3, 2048 // span)
+    check(make_case(function, rows, span, dtype=dtype, residual=residual, activation="silu", frozen=frozen))
+
+
+@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.parametrize("span", [1000, 4097, 8193])
+def test_long_parameter_gradients(span: int) -> None:
+    check(make_case("layer_norm", 3, span, activation="gelu", frozen=("x",)))
+
+
+RESIDENT_LIMITS = [  # (dtype, affine, span): the longest row that some kernel holds whole
+    (torch.float32, True, 8192),
+    (torch.float32, True, 16384),
+    (torch.float16, True, 16384),
+    (torch.bfloat16, False, 32768),
+    (torch.float64, True, 1024),
+    (torch.float64, True, 2048),
+]
+
+
+@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.parametrize("beyond", [0, 1])
+@pytest.mark.parametrize(("dtype", "affine", "limit"), RESIDENT_LIMITS, ids=short)
+@pytest.mark.parametrize("function", ["layer_norm", "add_rms_norm"])
+def test_at_and_beyond_a_resident_limit(
+    function: str, dtype: torch.dtype, affine: bool, limit: int, beyond: int
+) -> None:
+    frozen = ("weight", "bias")
+    check(make_case(function, 2, limit + beyond, dtype=dtype, affine=affine, frozen=frozen))
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_beyond_128k() -> None:
+    check(make_case("layer_norm", 1, 131_073, dtype=torch.float16, residual=True, frozen=("weight", "bias")))
+
+
+# --- data that rounds badly ----------------------------------------------------------------------------------------
+
+
+def large_mean(x: Tensor) -> Tensor:
+    return (1e4 + 1e-2 * x.double()).to(x.dtype)
+
+
+def constant_rows(x: Tensor) -> Tensor:
+    return x[..., :1].repeat_interleave(x.shape[-1], -1)
+
+
+def zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def tiny(x: Tensor) -> Tensor:
+    return (x.double() * math.sqrt(torch.finfo(x.dtype).tiny)).to(x.dtype)
+
+
+def huge(x: Tensor) -> Tensor:
+    """As large as the type holds, or as its squares do where all arithmetic is in it: torch overflows beyond."""
+    info = torch.finfo(x.dtype)
+    largest = info.max if x.dtype == torch.float16 else math.sqrt(info.max / x.shape[-1])
+    return (x.double().tanh() * 0.5 * largest).to(x.dtype)
+
+
+def huge_and_alike(x: Tensor) -> Tensor:
+    return (huge(x).abs().max() * (1 + 2.0**-5 * x.double().tanh())).to(x.dtype)
+
+
+def outlier(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[..., 3] = 1e4
+    return x
+
+
+HARD = [large_mean, constant_rows, zeros, tiny, huge, huge_and_alike, outlier]
+hard_data = pytest.mark.parametrize("data", HARD, ids=lambda data: data.__name__)
+
+
+def hard_case(function: str, data: Callable[[Tensor], Tensor], *shape: int, **fields: Any) -> Case:
+    """A case whose normalized tensor is such data; where it is a sum, the halves are exact."""
+    case = make_case(function, *shape, **fields)
+    x = data(case.x)
+    return with_fields(case, x=x / 2, residual=x / 2) if case.adds_first else with_fields(case, x=x)
+
+
+@mostly_kernels
+@hard_data
+@every_dtype
+@every_place
+def test_data_that_rounds_badly(
+    each_backend: str, function: str, residual: bool, dtype: torch.dtype, data: Callable[[Tensor], Tensor]
+) -> None:
+    # A smooth activation: beside a kink a slope may be either, and no error bounds the difference.
+    check(hard_case(function, data, 32, 100, dtype=dtype, residual=residual, activation="silu"))
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("span", [1000, 4099])
+def test_large_mean_of_long_rows(span: int) -> None:
+    check(hard_case("layer_norm", large_mean, 4, span, frozen=("weight", "bias")))
+
+
+@non_finite  # the squares of what rounding leaves do overflow
+@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("span", [8, 100, 1024])
+def test_mean_of_rows_at_the_largest_number_does_not_overflow(dtype: torch.dtype, span: int) -> None:
+    """torch's own sum overflows here, so its error would allow anything."""
+    largest = 0.99 * torch.finfo(dtype).max
+    bias = torch.linspace(-2, 2, span).to(dtype)
+    x = torch.stack([torch.full((span,), largest), torch.full((span,), -largest)]).to(dtype)
+    case = make_case("layer_norm", 2, span, dtype=dtype, x=x, bias=bias, weight=torch.zeros(span, dtype=dtype), dy=None)
+    assert same_bits(run_fused(case).outputs["y"], bias.expand(2, span))
+
+
+@pytest.mark.usefixtures("each_backend")
+@every_function
+def test_zero_weights(function: str) -> None:
+    case = make_case(function, 6, 40, residual=True, activation="gelu")
+    some = case.weight * (torch.arange(40) % 3 != 0)
+    check(with_fields(case, weight=some))
+    actual = check(with_fields(case, weight=torch.zeros_like(some)))
+    arrived = case.dtotal if case.adds_first else torch.zeros_like(case.x)
+    assert torch.equal(actual.gradients["dx"], arrived)
+
+
+@non_finite
+@pytest.mark.usefixtures("each_backend")
+@every_function
+def test_constant_rows_without_eps_are_nan(function: str) -> None:
+    check(hard_case(function, zeros, 3, 20, eps=0.0))
+
+
+# --- NaN and Inf ---------------------------------------------------------------------------------------------------
+
+
+@non_finite
+@mostly_kernels
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("operand", ["x", "residual", "dy"])
+@every_function
+def test_non_finite_in_one_row_stays_there(
+    each_backend: str, function: str, operand: str, value: float, activation: str | None
+) -> None:
+    clean = make_case(function, 5, 20, residual=True, activation=activation)
+    tensor = getattr(clean, operand).clone()
+    tensor[2, 7] = value
+    poisoned = with_fields(clean, **{operand: tensor})
+    if activation != "gelu" or operand != "residual":  # gelu'(Inf) is NaN in torch, whose limit is 1
+        check(poisoned)
+    actual, expected = run_fused(poisoned).everything(), run_fused(clean).everything()
+    others = torch.tensor([0, 1, 3, 4])
+    for name in ("y", "total", "dx", "dresidual"):
+        if name in actual:
+            assert same_bits(actual[name][others], expected[name][others]), name
+
+
+@non_finite
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("operand", ["weight", "bias"])
+def test_non_finite_parameter(operand: str, value: float) -> None:
+    case = make_case("layer_norm", 5, 20)
+    tensor = getattr(case, operand).clone()
+    tensor[7] = value
+    check(with_fields(case, **{operand: tensor}))
+
+
+@non_finite
+@pytest.mark.usefixtures("each_backend")
+@every_dtype
+@every_function
+def test_overflow_leaves_other_rows_alone(function: str, dtype: torch.dtype) -> None:
+    clean = make_case(function, 5, 20, dtype=dtype)
+    x = clean.x.clone()
+    x[2] = torch.finfo(dtype).max
+    x[2, ::2] *= -1
+    actual, expected = run_fused(with_fields(clean, x=x)), run_fused(clean)
+    others = torch.tensor([0, 1, 3, 4])
+    for name in ("y", "dx"):
+        assert same_bits(actual.everything()[name][others], expected.everything()[name][others]), name
+
+
+# --- mixed types ---------------------------------------------------------------------------------------------------
+
+MIXED = [
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.float16, torch.bfloat16),
+    (torch.float64, torch.float32),
+]
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize(("dtype", "parameters"), MIXED, ids=short)
+@every_place
+def test_parameters_of_another_type(function: str, residual: bool, dtype: torch.dtype, parameters: torch.dtype) -> None:
+    check(make_case(function, 6, 60, dtype=dtype, parameters=parameters, residual=residual, activation="gelu"))
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("types", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=short)
+def test_weight_and_bias_of_different_types(types: tuple[torch.dtype, torch.dtype]) -> None:
+    case = make_case("layer_norm", 6, 60, dtype=torch.bfloat16)
+    check(with_fields(case, weight=case.weight.to(types[0]), bias=case.bias.to(types[1])))
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("parameters", ["x's", "float32"])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("dtype", HALF, ids=short)
+@pytest.mark.parametrize("function", FUNCTIONS[2:])
+def test_float32_residual_of_half_x(function: str, dtype: torch.dtype, activation: str | None, parameters: str) -> None:
+    wide = torch.float32 if parameters == "float32" else dtype
+    case = make_case(function, 6, 60, dtype=dtype, parameters=wide, activation=activation)
+    case = with_fields(case, residual=case.residual.float(), dtotal=case.dtotal.float())
+    actual = check(case)
+    assert actual.outputs["total"].dtype == actual.gradients["dresidual"].dtype == torch.float32
+    assert actual.outputs["y"].dtype == actual.gradients["dx"].dtype == dtype
+    assert same_bits(actual.outputs["total"], case.residual + case.x)
+
+
+@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.parametrize("dtype", HALF, ids=short)
+def test_each_output_is_rounded_once(dtype: torch.dtype) -> None:
+    """Residual and activation cost no rounding of their own: half input misses by one rounding of each number."""
+    case = make_case("layer_norm", 8, 100, dtype=dtype, residual=True, activation="silu")
+    y = run_fused(case).outputs["y"].double()
+    expected = run_reference(case).outputs["y"]
+    truncates = 2 if dtype == torch.bfloat16 else 1
+    in_float32 = 32 * rounding(torch.float32) * float(expected.abs().max())
+    allowed = truncates * rounding(dtype) * expected.abs() + in_float32
+    assert bool(((y - expected).abs() <= allowed).all())
+
+
+def test_backends_agree_within_their_budgets() -> None:
+    case = make_case("add_layer_norm", 6, 60, activation="gelu")
+    with use_backend("triton"):
+        kernels = run_fused(case).everything()
+    with use_backend("torch"):
+        composition = run_fused(case).everything()
+    expected = run_reference(case).everything()
+    for name, tensor in kernels.items():
+        terms = 6 if name in ("dweight", "dbias") else 1
+        assert_within_budget(name, tensor, composition[name], expected[name], terms)

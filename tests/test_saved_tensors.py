@@ -1,0 +1,326 @@
+"""What lies between forward and backward: what is kept, who may change it, who may look at it, and where it may go."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests.calls import PLACES, composed, fused, gradients, operands, scalar
+from tests.row_norm_cases import DEVICE, FUNCTIONS, TORCH_ACTIVATIONS, Case, make_case
+
+Tensor = torch.Tensor
+
+# No slope, a slope of two values, a slope that is computed again.
+EACH_KIND = (None, "relu", "gelu")
+TWO_VALUED = ("relu", "relu6", "leaky_relu")
+
+EVERY_CASE = [
+    pytest.param(
+        make_case(function, 4, 16, residual=residual, activation=activation),
+        id=f"{function}-{'residual' if residual else 'alone'}-{activation}",
+    )
+    for (function, residual), activation in itertools.product(PLACES, EACH_KIND)
+]
+every_case = pytest.mark.parametrize("case", EVERY_CASE)
+
+
+def unchanged_gradients(case: Case) -> dict[str, Tensor]:
+    return gradients(composed(case), operands(case))
+
+
+def finish(outputs: tuple[Tensor, ...], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of scalar(outputs), the rest of `tests.calls.gradients` once the outputs are there."""
+    return dict(zip(tensors, torch.autograd.grad(scalar(outputs), list(tensors.values())), strict=True))
+
+
+# --- what is kept --------------------------------------------------------------------------------------------------
+
+
+class Kept:
+    """Records the tensors that autograd keeps while it is entered."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        self.tensors.append(tensor)
+        return tensor
+
+    def __enter__(self) -> Kept:
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.hooks.__exit__(*exception)
+
+    @property
+    def bytes(self) -> int:
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors}.values())
+
+
+@pytest.mark.parametrize("activation", [None, *TORCH_ACTIVATIONS])
+@pytest.mark.parametrize(("function", "residual"), PLACES)
+def test_never_more_bytes_are_kept_than_torch_keeps(function, residual, activation, each_backend):
+    case = make_case(function, 8, 64, residual=residual, activation=activation)
+    with Kept() as ours:
+        fused(case)(*operands(case).values())
+    with Kept() as torchs:
+        composed(case)(*operands(case).values())
+    assert 0 < ours.bytes <= torchs.bytes
+
+
+@pytest.mark.parametrize("activation", [None, *TORCH_ACTIVATIONS])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_the_kernels_keep_the_input_two_statistics_and_what_the_slope_needs(function, activation, triton_backend):
+    case = make_case(function, 8, 64, residual=True, activation=activation)
+    tensors = operands(case)
+    with Kept() as kept:
+        outputs = fused(case)(*tensors.values())
+    by_address = {tensor.data_ptr(): name for name, tensor in tensors.items()}
+    by_address[outputs[-1].data_ptr()] = "total" if case.adds_first else "y"
+    own = [(*tensor.shape, str(tensor.dtype)) for tensor in kept.tensors if tensor.data_ptr() not in by_address]
+    given = {by_address[tensor.data_ptr()] for tensor in kept.tensors if tensor.data_ptr() in by_address}
+
+    statistics = [(8, "torch.float32")] * (2 if "layer" in function else 1)
+    has_bits = activation in TWO_VALUED and not case.adds_first
+    assert own == statistics + [(8, 8, "torch.uint8")] * has_bits
+    normalized = "total" if case.adds_first else "x"
+    recomputes = activation is not None and not has_bits and not case.adds_first
+    assert given - {"weight", "bias"} == {normalized, "residual"} if recomputes else {normalized}
+
+
+@every_case
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_kept_where_no_gradient_can_come(case, mode, each_backend, monkeypatch):
+    from fused_ops import autograd
+
+    asked = []
+    forward = autograd.row_norm_forward
+
+    def recorded(*args, **kwargs):
+        asked.append(kwargs)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(autograd, "row_norm_forward", recorded)
+    tensors = operands(case)
+    with mode(), Kept() as kept:
+        outputs = fused(case)(*tensors.values())
+    assert kept.tensors == []
+    assert not any(output.requires_grad for output in outputs)
+    assert all(output.is_inference() == (mode is torch.inference_mode) for output in outputs)
+    assert not any(kwargs.get("save_statistics") or kwargs.get("save_bits") for kwargs in asked)
+    torch.testing.assert_close(outputs, composed(case)(*(tensor.detach() for tensor in tensors.values())))
+
+
+def test_a_graph_is_freed_without_the_garbage_collector(triton_backend):
+    case = make_case("add_layer_norm", 2, 4, activation="gelu")
+    gc.disable()
+    try:
+        y, total = fused(case)(*operands(case).values())
+        alive = weakref.ref(total.grad_fn)
+        del y, total
+        assert alive() is None, "the node holds itself, by way of the total that it keeps"
+    finally:
+        gc.enable()
+
+
+# --- what users change ---------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_a_tensor_changed_before_backward_raises_or_does_not_matter(case, each_backend):
+    """Which of the two is our choice, except for x, total and weight: no way leads around them."""
+    expected = unchanged_gradients(case)
+    for name in operands(case):
+        tensors = operands(case)
+        outputs = fused(case)(*tensors.values())
+        with torch.no_grad():
+            tensors[name].mul_(2)
+        try:
+            found = finish(outputs, tensors)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error), name
+            continue
+        assert name not in ({"weight"} if case.adds_first else {"weight", "x"}), f"{name} changed unnoticed"
+        torch.testing.assert_close(found, expected)
+
+
+@every_case
+def test_an_output_changed_in_place_raises_or_has_torchs_gradients(case, each_backend):
+    changes = {"add": lambda output: output.add_(1), "mul": lambda output: output.mul_(2), "zero": Tensor.zero_}
+    for index, (name, change) in itertools.product(range(1 + case.adds_first), changes.items()):
+
+        def then_changed(call, index=index, change=change):
+            def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+                outputs = call(*tensors)
+                change(outputs[index])
+                return outputs
+
+            return function
+
+        def out_of_place(*tensors: Tensor, index=index, change=change) -> tuple[Tensor, ...]:
+            outputs = list(composed(case)(*tensors))
+            outputs[index] = change(outputs[index].clone())
+            return tuple(outputs)
+
+        expected = gradients(out_of_place, operands(case))
+        try:
+            found = gradients(then_changed(fused(case)), operands(case))
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error), (index, name)
+            continue
+        assert index == 0, "total is kept for backward"
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_kernels_let_users_change_y(triton_backend):
+    """y is not kept, so that an in-place operation may follow, as after torch's own layer_norm."""
+    for function, activation in itertools.product(FUNCTIONS, EACH_KIND):
+        case = make_case(function, 3, 8, residual=True, activation=activation)
+        tensors = operands(case)
+        outputs = fused(case)(*tensors.values())
+        outputs[0].add_(1)
+        finish(outputs, tensors)
+
+
+@every_case
+@pytest.mark.parametrize("used", [slice(0, 1), slice(1, 2), slice(0, 2)], ids=["y", "total", "both"])
+def test_gradients_of_x_and_residual_share_no_memory(case, used, each_backend):
+    """The kernels write one tensor for both, but whoever scales x.grad in place must not scale residual.grad."""
+    tensors = operands(case)
+    outputs = fused(case)(*tensors.values())[used] or fused(case)(*tensors.values())
+    arriving = [torch.ones_like(output) for output in outputs]
+    torch.autograd.backward(outputs, arriving)
+    given = [tensor.grad for tensor in tensors.values() if tensor.grad is not None]
+    before = [gradient.clone() for gradient in given]
+    for changed, gradient in enumerate(given):
+        gradient.fill_(float("nan"))
+        for other in range(changed + 1, len(given)):
+            assert torch.equal(given[other], before[other])
+    assert all(torch.equal(gradient, torch.ones_like(gradient)) for gradient in arriving), "dy belongs to the caller"
+
+
+@every_case
+def test_gradients_accumulate(case, each_backend):
+    tensors = operands(case)
+    expected = unchanged_gradients(case)
+    for times in (1, 2, 3):
+        scalar(fused(case)(*tensors.values())).backward()
+        torch.testing.assert_close({n: t.grad for n, t in tensors.items()}, {n: times * g for n, g in expected.items()})
+
+
+@every_case
+def test_a_graph_is_walked_twice_only_if_retained(case, each_backend):
+    tensors = operands(case)
+    loss = scalar(fused(case)(*tensors.values()))
+    first = torch.autograd.grad(loss, list(tensors.values()), retain_graph=True)
+    second = torch.autograd.grad(loss, list(tensors.values()))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, list(tensors.values()))
+
+
+# --- who looks, and where it goes ----------------------------------------------------------------------------------
+
+
+@every_case
+def test_hooks_on_y_and_on_the_operands_see_and_replace_gradients(case, each_backend):
+    """Not on total: what the norm sends back to it passes a hook in the composition and stays inside the kernels."""
+
+    def hooked(call):
+        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+            inputs = [tensor * 1 for tensor in tensors]
+            for tensor in inputs:
+                tensor.register_hook(lambda gradient: gradient * 3)
+            outputs = call(*inputs)
+            outputs[0].register_hook(lambda gradient: gradient * 2)
+            outputs[0].retain_grad()
+            return outputs
+
+        return function
+
+    ours, torchs = (gradients(hooked(call(case)), operands(case)) for call in (fused, composed))
+    torch.testing.assert_close(ours, torchs)
+
+
+@every_case
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_changes_no_bit(case, use_reentrant, each_backend):
+    def checkpointed(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return checkpoint(fused(case), *tensors, use_reentrant=use_reentrant)
+
+    def loss_gradients(function) -> dict[str, Tensor | None]:
+        tensors = operands(case)
+        scalar(function(*tensors.values())).backward()
+        return {name: tensor.grad for name, tensor in tensors.items()}
+
+    plain, again = loss_gradients(fused(case)), loss_gradients(checkpointed)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@every_case
+def test_saved_tensors_may_be_packed_and_moved(case, each_backend):
+    """Packed to NumPy arrays, so that nothing but the values comes back, and by torch's own save_on_cpu."""
+    expected = gradients(fused(case), operands(case))
+
+    def unpack(packed: tuple) -> Tensor:
+        array, device = packed
+        return torch.from_numpy(array.copy()).to(device)
+
+    arrays = torch.autograd.graph.saved_tensors_hooks(lambda t: (t.detach().cpu().numpy(), t.device), unpack)
+    for hooks in (arrays, torch.autograd.graph.save_on_cpu(pin_memory=False)):
+        tensors = operands(case)
+        with hooks:
+            outputs = fused(case)(*tensors.values())
+        found = finish(outputs, tensors)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_case
+def test_autocast_changes_nothing_but_what_torchs_would(case, dtype, each_backend):
+    """On a CPU torch's autocast leaves these functions alone; on a GPU it has norms return float32."""
+    cast = {name: None if (tensor := getattr(case, name)) is None else tensor.to(dtype) for name in ("x", "residual")}
+    case = replace(case, **cast)
+
+    def run(call) -> tuple[list[torch.dtype], dict[str, Tensor]]:
+        tensors = operands(case)
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            outputs = call(case)(*tensors.values())
+            loss = scalar(outputs)
+            found = torch.autograd.grad(loss, list(tensors.values()))
+        return [output.dtype for output in outputs], dict(zip(tensors, found, strict=True))
+
+    (ours, our_gradients), (torchs, torch_gradients) = run(fused), run(composed)
+    assert ours == torchs
+    assert all(our_gradients[name].dtype == tensor.dtype for name, tensor in torch_gradients.items())
+    if DEVICE.type == "cpu":
+        with torch.autocast(DEVICE.type, enabled=False):
+            plain = gradients(fused(case), operands(case))
+        assert all(torch.equal(plain[name], our_gradients[name]) for name in plain)
+
+
+def test_backward_runs_on_another_thread(each_backend):
+    """As under torch.nn.DataParallel or a pipeline, where who calls backward never saw the forward."""
+    import threading
+
+    case = make_case("add_rms_norm", 4, 8, activation="silu")
+    tensors = operands(case)
+    loss = scalar(fused(case)(*tensors.values()))
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    torch.testing.assert_close({name: tensor.grad for name, tensor in tensors.items()}, unchanged_gradients(case))
+
+
+def test_anomaly_detection_finds_no_anomaly(each_backend):
+    case = make_case("layer_norm", 4, 8, residual=True, activation="elu")
+    with pytest.warns(UserWarning, match="Anomaly Detection"), torch.autograd.detect_anomaly():
+        gradients(fused(case), operands(case))
