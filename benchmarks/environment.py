@@ -40,6 +40,18 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, or the GPU if there is one; ValueError for what the benchmark cannot time."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"the device must be cpu or cuda, but is {device}")
+    if device.type == "cuda":
+        if ":" not in str(device):
+            device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.set_device(device)  # events and graphs belong to the current one
+    return device
+
+
 def device_name(device: torch.device) -> str:
     """The model of the GPU, or of the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()

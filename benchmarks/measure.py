@@ -111,8 +111,10 @@ def _fill(
             runs[contender.name] = functools.partial(run, contender.call, case)
     samples: dict[str, list[float]] = {}
     if runs:
-        time_all = _time_on_cpu if settings.device.type == "cpu" else _time_on_gpu
-        samples = time_all(runs, found, settings)
+        if settings.device.type == "cpu":
+            samples = _time_on_cpu(runs, found, settings)
+        else:
+            samples = _time_on_gpu(runs, found, settings, workload.launch_bound)
     row.measurements.extend(found.values())
     row.ratios.extend(ratios(samples, paired=settings.device.type == "cpu"))
 
@@ -166,10 +168,10 @@ def _time_on_cpu(
 
 
 def _time_on_gpu(
-    runs: dict[str, timing.Run], found: dict[str, Measurement], settings: Settings
+    runs: dict[str, timing.Run], found: dict[str, Measurement], settings: Settings, launch_bound: bool
 ) -> dict[str, list[float]]:
     flush = timing.CacheFlush(settings.device)
-    small = timing.is_small(runs, flush)
+    small = launch_bound or timing.is_small(runs, flush)
     turns: dict[str, timing.Turn] = {}
     for name, run in runs.items():
         try:

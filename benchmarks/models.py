@@ -56,7 +56,7 @@ class PlainVisionTransformer(nn.Module):
     The embedding has a norm and a gelu of its own, so that the fused twin uses an activation after a norm too.
     """
 
-    def __init__(self, width: int = 64, depth: int = 3, heads: int = 4) -> None:
+    def __init__(self, width: int = 64, depth: int = 2, heads: int = 4) -> None:
         super().__init__()
         self.embed = nn.Linear(PATCH * PATCH, width)
         self.embed_norm = nn.LayerNorm(width)
@@ -89,7 +89,7 @@ class FusedBlock(nn.Module):
 class FusedVisionTransformer(nn.Module):
     """The same model: LayerNorm with gelu in the embedding, AddLayerNorm along the residual stream."""
 
-    def __init__(self, width: int = 64, depth: int = 3, heads: int = 4) -> None:
+    def __init__(self, width: int = 64, depth: int = 2, heads: int = 4) -> None:
         super().__init__()
         self.embed = nn.Linear(PATCH * PATCH, width)
         self.embed_norm = fused_ops.LayerNorm(width, activation="gelu")
@@ -130,4 +130,4 @@ class Twins:
         return plain, fused
 
 
-MODELS: Mapping[str, Twins] = {"vit": Twins(PlainVisionTransformer, FusedVisionTransformer, learning_rate=1e-3)}
+MODELS: Mapping[str, Twins] = {"vit": Twins(PlainVisionTransformer, FusedVisionTransformer, learning_rate=3e-3)}

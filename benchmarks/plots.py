@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only: there may be no display
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from . import environment
 from .peers import COMPARED
@@ -20,6 +20,32 @@ from .traffic import DIRECTIONS
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 ROW_INCHES = 0.27
+RATIO_TICKS = (
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+    1,
+    1.2,
+    1.5,
+    2,
+    3,
+    4,
+    5,
+    7,
+    10,
+    20,
+    50,
+    100,
+)
 
 
 def draw(run: Run, path: Path) -> None:
@@ -73,10 +99,11 @@ def _ratios(axes: Axes, lines: Lines) -> None:
             axes.plot(ratio.of_medians, height, marker, color=f"C{place}", markersize=5)
             extent = max(extent, 1.1 * ratio.of_medians, 1.1 / ratio.of_medians)
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xscale("log", base=2)
+    axes.set_xscale("log")
     axes.set_xlim(1 / extent, extent)  # equal ways to both sides of 1; a far quartile may lie outside
-    axes.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0,) if extent > 4 else (1.0, 1.25, 1.5, 1.75)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.xaxis.set_major_locator(FixedLocator(RATIO_TICKS))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("time over the peer's: of medians, line between quartiles over rounds (less is better)", fontsize=9)
 
 

@@ -21,6 +21,7 @@ CPU_RATIO_LIMIT = 1.05
 DISTURBED = 0.25
 
 MIB = 2**20
+BROKEN = ("wrong", "failed")
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def _ratio(contender: str, over: str) -> Callable[[Row], str]:
             return ratio_text(found)
         for name in (over, contender):
             gap = row.measurement(name)
-            if gap is not None and gap.status in ("wrong", "failed"):
-                return gap.status
+            if gap is not None and gap.status in BROKEN:
+                return "no compiler" if "CxxCompiler" in gap.reason else gap.status
         return "-"
 
     return cell
@@ -111,10 +112,15 @@ RATIO_HEADINGS = {
 }
 
 
+def _says_something(row: Row, pair: tuple[str, str]) -> bool:
+    found = (row.measurement(name) for name in pair)
+    return row.ratio(*pair) is not None or any(gap is not None and gap.status in BROKEN for gap in found)
+
+
 def columns(run: Run) -> list[Column]:
-    """Those that hold something: a ratio to a peer that ran nowhere is told under the table instead."""
+    """Those that hold something: a peer that is not here at all is told under the table instead."""
     several_dtypes = len({row.dtype for row in run.rows}) > 1
-    held = [pair for pair in COMPARED if any(row.ratio(*pair) for row in run.rows)]
+    held = [pair for pair in COMPARED if any(_says_something(row, pair) for row in run.rows)]
     chosen = [
         Column("workload", lambda row: row.workload, left=True),
         Column("shape", lambda row: "x".join(map(str, row.shape)), left=True),

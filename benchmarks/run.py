@@ -72,7 +72,7 @@ def progress(row: Row) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs; 1 where a contender of ours was wrong or failed, or where nothing was chosen."""
     options = parse(arguments)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = environment.pick_device(options.device)
     workloads = chosen(device, options.full, options.filter)
     if not workloads:
         print(f"no workload's name holds any of {options.filter}; known are {', '.join(WORKLOADS)}")

@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", type=Path, default=environment.LOCAL_RESULTS, help="folder of the JSON and the plot"
     )
     options = parser.parse_args(arguments)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = environment.pick_device(options.device)
     described = environment.describe(device)
     if device.type == "cpu":
         described["allocator"] = timing.keep_freed_memory()

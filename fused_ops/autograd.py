@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import fallback
+from . import backend, fallback
 from .activation import Activation
 from .kernels.row_norm import Gradients, RowNorm, Wanted, row_norm_backward, row_norm_forward
 
@@ -91,7 +91,12 @@ class RowNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
         needs = Needs(*ctx.needs_input_grad[:4])
-        return *gradients(Saved(*ctx.saved_tensors), dy, dtotal, ctx.norm, ctx.x_dtype, needs, row_norm_backward), None
+        run: Backward = row_norm_backward
+        if dy is not None and backend.traced(dy):  # as a backward may be whose forward was not
+            from . import ops
+
+            run = ops.row_norm_backward
+        return *gradients(Saved(*ctx.saved_tensors), dy, dtotal, ctx.norm, ctx.x_dtype, needs, run), None
 
 
 def gradients(
@@ -118,22 +123,27 @@ def gradients(
     return (
         dx if needs.x else None,
         dresidual if needs.residual else None,
-        None if dweight is None or saved.weight is None or not needs.weight else dweight.view(saved.weight.shape),
-        None if dbias is None or saved.bias is None or not needs.bias else dbias.view(saved.bias.shape),
+        _shaped(dweight, saved.weight) if needs.weight else None,
+        _shaped(dbias, saved.bias) if needs.bias else None,
     )
+
+
+def _shaped(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """The gradient [span] in the parameter's shape. A view costs microseconds, so only where it changes something."""
+    if gradient is None or parameter is None or parameter.dim() == 1:
+        return gradient
+    return gradient.view(parameter.shape)
 
 
 def _composes(saved: Saved, dy: Tensor, dtotal: Tensor | None) -> bool:
     """Whether torch's composition has to find the gradients: they are to be differentiated again (create_graph), they
     come in batches (vmap, is_grads_batched), or forward was traced for inference and kept no statistics."""
+    if torch.is_grad_enabled() or fallback.transformed() or (saved.x is not None and saved.rstd is None):
+        return True
+    if torch.compiler.is_compiling():  # a compiler cannot ask, and has no batches
+        return False
     batched = torch._C._functorch.is_legacy_batchedtensor
-    return (
-        torch.is_grad_enabled()
-        or fallback.transformed()
-        or (saved.x is not None and saved.rstd is None)
-        or batched(dy)
-        or (dtotal is not None and batched(dtotal))
-    )
+    return batched(dy) or (dtotal is not None and batched(dtotal))
 
 
 def _launched(

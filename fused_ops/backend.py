@@ -92,6 +92,16 @@ def chooses_triton(x: torch.Tensor) -> bool:
     )
 
 
+def traced(x: torch.Tensor) -> bool:
+    """Whether a compiler, a FakeTensor or another dispatch mode looks at a call on x, and needs an op to see."""
+    return (
+        torch.compiler.is_compiling()
+        or isinstance(x, torch._subclasses.FakeTensor)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or x.is_meta
+    )
+
+
 def explain(device: torch.device) -> str:
     """Which backend a tensor on `device` gets, and why, in one sentence."""
     if _current == "torch":

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .activation import Activation
-from .validation import FLOATING
+from .validation import FLOATING, HALF
 
 Tensor = torch.Tensor
 Shape = tuple[int, ...]
@@ -138,10 +138,16 @@ def _common_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
     return dtype
 
 
+def _all_float32(weight: Tensor | None, bias: Tensor | None) -> bool:
+    return weight is not None and all(t is None or t.dtype == torch.float32 for t in (weight, bias))
+
+
 def layer_norm(
     x: Tensor, shape: Shape, weight: Tensor | None, bias: Tensor | None, eps: float, subtract_mean: bool = True
 ) -> Tensor:
     """torch's layer_norm, or rms_norm (and a bias) without subtract_mean, in x's type whatever the parameters' is."""
+    if subtract_mean and x.dtype in HALF and x.device.type == "cpu" and _all_float32(weight, bias):
+        return F.layer_norm(x, shape, weight, bias, eps)  # the one mixture that torch takes, on a CPU
     dtype = _common_dtype(x, weight, bias)
     if any(tensor is not None and tensor.dtype != dtype for tensor in (x, weight, bias)):
         # torch refuses some mixtures and takes a slow path for others.

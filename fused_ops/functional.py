@@ -176,30 +176,20 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tensors
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
-def _traced(x: Tensor) -> bool:
-    """Whether a compiler, a FakeTensor or another dispatch mode looks at the call, and needs an op to see."""
-    return (
-        torch.compiler.is_compiling()
-        or isinstance(x, torch._subclasses.FakeTensor)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or x.is_meta
-    )
-
-
-def _kernel(x: Tensor):  # type: ignore[no-untyped-def]
+def _kernel(x: Tensor, *others: Tensor | None):  # type: ignore[no-untyped-def]
     """What runs the kernels for this call: eagerly, as an op, or None for the torch composition."""
     if not backend.chooses_triton(x):
         return None
     # A transform, traced or not, cannot look into an op or a Function.
     if fallback.transformed():
         return None
-    if _traced(x):
+    if backend.traced(x):
         return ops.row_norm
     # A tensor subclass of somebody's own knows torch's functions, not ours.
-    return autograd.row_norm if type(x) in _PLAIN else None
+    return autograd.row_norm if {type(x), *map(type, others)} <= _PLAIN else None
 
 
 def _row_norm(
@@ -214,7 +204,7 @@ def _row_norm(
     activation: Activation | None,
 ) -> Tensor:
     x, residual = _autocast(x, residual)  # type: ignore[assignment]
-    run = _kernel(x)
+    run = _kernel(x, residual, weight, bias)
     if run is not None:
         return run(x, residual, weight, bias, _kernel_norm(span, eps, subtract_mean, False, activation))
     y = fallback.layer_norm(x, shape, weight, bias, eps, subtract_mean)
@@ -233,7 +223,7 @@ def _add_row_norm(
     activation: Activation | None,
 ) -> tuple[Tensor, Tensor]:
     x, residual = _autocast(x, residual)  # type: ignore[assignment]
-    run = _kernel(x)
+    run = _kernel(x, residual, weight, bias)
     if run is not None:
         return run(x, residual, weight, bias, _kernel_norm(span, eps, subtract_mean, True, activation))
     total = residual + x

@@ -10,7 +10,7 @@ import torch
 Tensor = torch.Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 class ArgumentError(ValueError, RuntimeError):
@@ -73,8 +73,8 @@ def residual(function: str, tensor: Tensor | None, x: Tensor, *, may_be_float32:
         raise ArgumentError(
             f"{function}: residual must lie on the input's device {x.device}, but lies on {tensor.device}; move one"
         )
-    if tensor.dtype != x.dtype and not (may_be_float32 and tensor.dtype == torch.float32 and x.dtype in _HALF):
-        allowed = f"{x.dtype} or torch.float32" if may_be_float32 and x.dtype in _HALF else f"{x.dtype}"
+    if tensor.dtype != x.dtype and not (may_be_float32 and tensor.dtype == torch.float32 and x.dtype in HALF):
+        allowed = f"{x.dtype} or torch.float32" if may_be_float32 and x.dtype in HALF else f"{x.dtype}"
         raise ArgumentError(f"{function}: residual must have type {allowed}, but has {tensor.dtype}; cast one of them")
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import correctness, memory, report, run, timing, train_digits
-from benchmarks.measure import Settings, measure, ratios
-from benchmarks.models import MODELS
-from benchmarks.peers import EAGER, OURS, OURS_COMPILED, PEERS, Peer
+from benchmarks import correctness, memory, report, run, timing
+from benchmarks.measure import Settings, measure
+from benchmarks.peers import COMPILED, EAGER, OURS, OURS_COMPILED, PEERS, Peer
 from benchmarks.plots import draw
 from benchmarks.records import Measurement, Ratio, Row, Run, Spread
 from benchmarks.traffic import DIRECTIONS, Direction, minimal_bytes
@@ -219,8 +217,7 @@ def test_an_unavailable_peer_is_a_stated_gap() -> None:
     for row in rows:
         assert measured(row, "absent") == Measurement("absent", "unavailable", "no rms_norm on cpu")
         assert row.gigabytes_per_second("absent") is None
-    lines = report.gaps(Run({}, rows))
-    assert lines == ["absent: unavailable on every row: no rms_norm on cpu"]
+    assert report.gaps(Run({}, rows)) == ["absent: unavailable on every row: no rms_norm on cpu"]
 
 
 def test_a_peer_that_raises_is_a_stated_gap() -> None:
@@ -241,6 +238,18 @@ def test_a_peer_that_raises_is_a_stated_gap() -> None:
         assert measured(row, "unbuildable") == Measurement("unbuildable", "failed", "ImportError: half installed")
 
 
+def test_without_a_compiler_its_columns_say_so() -> None:
+    def uncompilable(**inputs: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+
+    peers = [Peer(name, lambda workload: uncompilable) for name in (COMPILED, OURS_COMPILED)]
+    heading, _, first, second = report.text_table(
+        Run({}, rows_of(WORKLOADS["layer_norm_1024"], *EAGERLY, *peers))
+    ).splitlines()
+    assert "ours/compile" in heading and "both compiled" in heading
+    assert first.count("no compiler") == second.count("no compiler") == 2
+
+
 def test_compiling_is_left_out_of_a_default_run_on_a_cpu_but_where_it_is_asked_for() -> None:
     compiled = Peer(OURS_COMPILED, Workload.ours, compiles=True)  # declared so, and quick
     status = {}
@@ -248,52 +257,6 @@ def test_compiling_is_left_out_of_a_default_run_on_a_cpu_but_where_it_is_asked_f
         row, _ = rows_of(WORKLOADS[name], *EAGERLY, compiled)
         status[name] = measured(row, OURS_COMPILED).status
     assert status == {"layer_norm_1024": "timed", "layer_norm_256": "skipped"}
-
-
-# --- the clock -----------------------------------------------------------------------------------------------------
-
-
-def test_contenders_take_turns_in_changing_order() -> None:
-    taken: list[str] = []
-
-    def turn(name: str, seconds: float) -> timing.Turn:
-        def take() -> float:
-            taken.append(name)
-            return seconds
-
-        return take
-
-    samples = timing.interleave({"a": turn("a", 1.0), "b": turn("b", 2.0), "c": turn("c", 3.0)}, budget_s=0.0)
-    rounds = [tuple(taken[start : start + 3]) for start in range(0, len(taken), 3)]
-    assert len(rounds) == timing.MIN_ROUNDS
-    assert all(set(order) == {"a", "b", "c"} for order in rounds)
-    assert len(set(rounds)) > 1
-    assert samples == {name: [seconds] * len(rounds) for name, seconds in {"a": 1.0, "b": 2.0, "c": 3.0}.items()}
-
-
-def test_only_an_uncertain_row_is_given_more_than_its_budget() -> None:
-    noise = iter([1.0, 9.0] * 10**6)
-    quiet = timing.interleave({"a": lambda: 1.0}, budget_s=0.0, patience=1e6)
-    assert len(quiet["a"]) == timing.MIN_ROUNDS
-    disturbed = timing.interleave({"a": lambda: next(noise)}, budget_s=0.001, patience=20.0)
-    assert len(disturbed["a"]) > timing.MAX_ROUNDS
-
-
-def test_a_turn_on_a_cpu_first_calls_untimed() -> None:
-    calls = Counter[str]()
-    turn = timing.cpu_turn(lambda: calls.update(["call"]) or sum(range(10**5)))
-    before = calls["call"]
-    assert 0 < turn() < 1
-    assert calls["call"] - before >= 2
-
-
-def test_spread_and_ratios() -> None:
-    assert Spread.of([3.0, 1.0, 2.0, 5.0, 4.0]) == Spread(3.0, 2.0, 4.0, 5)
-    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0, 1)
-    (ratio,) = ratios({OURS: [1.0, 2.0, 3.0], EAGER: [2.0, 8.0, 4.0], "alone": [1.0]}, paired=True)
-    assert ratio == Ratio(OURS, EAGER, 0.5, Spread(0.5, 0.375, 0.625, 3))
-    (ratio,) = ratios({OURS: [1.0, 2.0, 3.0], EAGER: [2.0, 8.0, 4.0]}, paired=False)
-    assert ratio.rounds is None
 
 
 # --- from end to end -----------------------------------------------------------------------------------------------
@@ -389,36 +352,3 @@ def test_a_workload_of_another_rank_needs_no_other_code() -> None:
     shapes = Shapes((8, 4, 6, 32), (4, 4, 6, 32), (2, 2, 3, 32))
     rows = rows_of(Workload("images", "layer_norm", shapes, residual=True), *EAGERLY)
     assert [measured(row, OURS).status for row in rows] == ["timed", "timed"]
-
-
-# --- training ------------------------------------------------------------------------------------------------------
-
-
-def test_the_twins_learn_the_same(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert train_digits.main(["--steps", "4", "--device", "cpu", "--output", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("digits-vit-cpu-*.json")
-    result = json.loads(path.read_text())
-    plain, fused = (result["losses"][name] for name in (train_digits.PLAIN, train_digits.FUSED))
-    assert len(plain) == len(fused) == 4
-    # Four steps do not amplify: each loss is a mean over a batch of values of some units, rounded a few dozen times.
-    assert result["largest_difference"] <= 100 * torch.finfo(torch.float32).eps * max(plain)
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    out = capfd.readouterr().out
-    assert "largest difference" in out and "accuracy" in out and "time of a step" in out
-
-
-def test_the_plain_twin_is_of_torch_nn_alone() -> None:
-    plain, fused = MODELS["vit"].build(seed=0)
-    assert not any(type(module).__module__.startswith("fused_ops") for module in plain.modules())
-    norms = Counter(type(module).__name__ for module in fused.modules() if "Norm" in type(module).__name__)
-    assert norms == {"LayerNorm": 1, "AddLayerNorm": 7}
-    assert all(type(m).__module__.startswith("fused_ops") for m in fused.modules() if "Norm" in type(m).__name__)
-    for name, parameter in plain.state_dict().items():
-        assert torch.equal(parameter, fused.state_dict()[name])
-
-
-def test_batches_are_whole_and_the_same_for_a_seed() -> None:
-    first, again = (list(train_digits.batches(300, 5, seed=3)) for _ in range(2))
-    assert [len(batch) for batch in first] == [128] * 5
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert len(set(torch.cat(first[:2]).tolist())) == 256  # an epoch repeats no image

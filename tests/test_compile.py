@@ -1,4 +1,4 @@
-"""torch.compile: one graph without a break, the op in it, eager's numbers, and no compilation more than there must be."""
+"""torch.compile: one graph without a break, the op in it, eager's numbers, and no more compilations than needed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -19,6 +20,9 @@ from tests.calls import as_tuple, fused, gradients, operands, scalar
 from tests.row_norm_cases import DEVICE, FUNCTIONS, make_case, normal
 
 Tensor = torch.Tensor
+
+# torch's own, as it first loads Inductor or forward-mode differentiation.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +45,7 @@ class Recorder:
     def _keep(graphs: list[torch.fx.GraphModule]) -> Any:
         def compile(graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
             graphs.append(graph)
-            return graph.forward
+            return make_boxed_func(graph.forward)
 
         return compile
 
@@ -62,8 +66,14 @@ def assert_as_eager(compiled: Any, eager: Any, tensors: dict[str, Tensor]) -> No
     torch.testing.assert_close(ours, expected, **exact)
 
 
-@pytest.mark.parametrize("activation", ["relu", Activation("leaky_relu", negative_slope=0.2), nn.Softplus(beta=2)])
-@pytest.mark.parametrize("function", FUNCTIONS)
+FORMS = [
+    *((function, "relu") for function in FUNCTIONS),
+    ("layer_norm", Activation("leaky_relu", negative_slope=0.2)),
+    ("add_rms_norm", nn.Softplus(beta=2)),
+]
+
+
+@pytest.mark.parametrize(("function", "activation"), FORMS)
 def test_a_compiled_function_is_one_graph_with_one_op_each_way(function, activation, each_backend):
     case = make_case(function, 4, 8, residual=True, activation="relu")
     names = tuple(operands(case))
@@ -114,30 +124,22 @@ def test_several_layers_are_one_graph(each_backend):
             return self.after(self.linear(y), stream)
 
     block = Block().to(DEVICE)
-    assert_as_eager(
-        torch.compile(block, backend="aot_eager", fullgraph=True),
-        block,
-        {"x": normal(4, 8).requires_grad_()} | stream(),
-    )
-
-
-def stream() -> dict[str, Tensor]:
-    return {"stream": normal(4, 8, seed=1).requires_grad_()}
+    tensors = {"x": normal(4, 8).requires_grad_(), "stream": normal(4, 8, seed=1).requires_grad_()}
+    assert_as_eager(torch.compile(block, backend="aot_eager", fullgraph=True), block, tensors)
 
 
 # --- how often -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", ["layer_norm", "add_rms_norm"])
 def test_row_counts_compile_once(function, each_backend):
     """Forward and backward; 0 and 1 are numbers of their own to torch.compile."""
-    counter = CompileCounterWithBackend("aot_eager")
     compiled = None
-    for rows in (4, 7, 2, 64, 3):
-        case = make_case(function, rows, 8, residual=True, activation="gelu", seed=rows)
-        compiled = compiled or torch.compile(fused(case), backend=counter, dynamic=True, fullgraph=True)
-        assert_as_eager(compiled, fused(case), operands(case))
-    assert counter.frame_count == 1
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (4, 7, 2, 64, 3):
+            case = make_case(function, rows, 8, residual=True, activation="gelu", seed=rows)
+            compiled = compiled or torch.compile(fused(case), backend="aot_eager", dynamic=True, fullgraph=True)
+            assert_as_eager(compiled, fused(case), operands(case))
 
 
 def test_a_second_row_count_makes_it_dynamic_by_itself(each_backend):
@@ -206,6 +208,18 @@ def test_a_compiled_gradient_is_only_that_of_what_requires_it(triton_backend):
     assert node.args[-4:] == (False, True, True, False)
 
 
+def test_a_compiled_backward_knows_no_gradient_of_an_unused_output(triton_backend):
+    recorder = Recorder()
+    case = make_case("add_layer_norm", 4, 8, activation="gelu")
+    assert_as_eager(
+        torch.compile(lambda *t: fused(case)(*t)[0], backend=recorder, fullgraph=True),
+        lambda *t: fused(case)(*t)[0],
+        operands(case),
+    )
+    (node,) = nodes(recorder.backward, "row_norm_backward")
+    assert node.args[1] is None
+
+
 def test_checkpointing_inside_a_compiled_function(each_backend):
     from torch.utils.checkpoint import checkpoint
 
@@ -247,6 +261,7 @@ def test_a_transform_inside_a_compiled_function_and_around_one(transform, each_b
     torch.testing.assert_close(TRANSFORMS[transform](around)(x), expected)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the C++ side of Inductor")
 def test_inductor_fuses_the_composition():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -42,38 +44,33 @@ def finish(outputs: tuple[Tensor, ...], tensors: dict[str, Tensor]) -> dict[str,
 # --- what is kept --------------------------------------------------------------------------------------------------
 
 
-class Kept:
-    """Records the tensors that autograd keeps while it is entered."""
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Tensor]]:
+    """Collects the tensors that autograd keeps meanwhile."""
+    kept: list[Tensor] = []
 
-    def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        self.tensors.append(tensor)
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
         return tensor
 
-    def __enter__(self) -> Kept:
-        self.hooks.__enter__()
-        return self
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
 
-    def __exit__(self, *exception: object) -> None:
-        self.hooks.__exit__(*exception)
 
-    @property
-    def bytes(self) -> int:
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors}.values())
+def distinct_bytes(tensors: list[Tensor]) -> int:
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 @pytest.mark.parametrize("activation", [None, *TORCH_ACTIVATIONS])
 @pytest.mark.parametrize(("function", "residual"), PLACES)
 def test_never_more_bytes_are_kept_than_torch_keeps(function, residual, activation, each_backend):
     case = make_case(function, 8, 64, residual=residual, activation=activation)
-    with Kept() as ours:
+    with recorded() as ours:
         fused(case)(*operands(case).values())
-    with Kept() as torchs:
+    with recorded() as torchs:
         composed(case)(*operands(case).values())
-    assert 0 < ours.bytes <= torchs.bytes
+    assert 0 < distinct_bytes(ours) <= distinct_bytes(torchs)
 
 
 @pytest.mark.parametrize("activation", [None, *TORCH_ACTIVATIONS])
@@ -81,19 +78,19 @@ def test_never_more_bytes_are_kept_than_torch_keeps(function, residual, activati
 def test_the_kernels_keep_the_input_two_statistics_and_what_the_slope_needs(function, activation, triton_backend):
     case = make_case(function, 8, 64, residual=True, activation=activation)
     tensors = operands(case)
-    with Kept() as kept:
+    with recorded() as kept:
         outputs = fused(case)(*tensors.values())
     by_address = {tensor.data_ptr(): name for name, tensor in tensors.items()}
     by_address[outputs[-1].data_ptr()] = "total" if case.adds_first else "y"
-    own = [(*tensor.shape, str(tensor.dtype)) for tensor in kept.tensors if tensor.data_ptr() not in by_address]
-    given = {by_address[tensor.data_ptr()] for tensor in kept.tensors if tensor.data_ptr() in by_address}
+    own = [(*tensor.shape, str(tensor.dtype)) for tensor in kept if tensor.data_ptr() not in by_address]
+    given = {by_address[tensor.data_ptr()] for tensor in kept if tensor.data_ptr() in by_address}
 
     statistics = [(8, "torch.float32")] * (2 if "layer" in function else 1)
     has_bits = activation in TWO_VALUED and not case.adds_first
     assert own == statistics + [(8, 8, "torch.uint8")] * has_bits
-    normalized = "total" if case.adds_first else "x"
-    recomputes = activation is not None and not has_bits and not case.adds_first
-    assert given - {"weight", "bias"} == {normalized, "residual"} if recomputes else {normalized}
+    recomputes_with_residual = activation is not None and not has_bits and not case.adds_first
+    expected = {"total" if case.adds_first else "x"} | ({"residual"} if recomputes_with_residual else set())
+    assert given - {"weight", "bias"} == expected
 
 
 @every_case
@@ -104,15 +101,15 @@ def test_nothing_is_kept_where_no_gradient_can_come(case, mode, each_backend, mo
     asked = []
     forward = autograd.row_norm_forward
 
-    def recorded(*args, **kwargs):
+    def asking(*args, **kwargs):
         asked.append(kwargs)
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(autograd, "row_norm_forward", recorded)
+    monkeypatch.setattr(autograd, "row_norm_forward", asking)
     tensors = operands(case)
-    with mode(), Kept() as kept:
+    with mode(), recorded() as kept:
         outputs = fused(case)(*tensors.values())
-    assert kept.tensors == []
+    assert kept == []
     assert not any(output.requires_grad for output in outputs)
     assert all(output.is_inference() == (mode is torch.inference_mode) for output in outputs)
     assert not any(kwargs.get("save_statistics") or kwargs.get("save_bits") for kwargs in asked)
