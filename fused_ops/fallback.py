@@ -19,6 +19,8 @@ from .validation import FLOATING, HALF
 Tensor = torch.Tensor
 Shape = tuple[int, ...]
 
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+
 
 @torch.compiler.assume_constant_result  # torch.compile traces the transforms itself, and guards on those around it
 def transformed() -> bool:
@@ -107,8 +109,8 @@ def _activate_in_place(z: Tensor, activation: Activation) -> Tensor:
 
 def finish(normalized: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
     """activation(normalized + residual); `normalized` is a tensor of this call's own that nothing has saved."""
-    # A compiler makes every operation out of place and fuses it anyway.
-    if torch.compiler.is_compiling() or transformed():
+    # A compiler makes every operation out of place and fuses it anyway; a tensor subclass may want to be the result.
+    if torch.compiler.is_compiling() or transformed() or type(residual) not in PLAIN:
         return activate(normalized if residual is None else normalized + residual, activation)
     if residual is not None:
         normalized = normalized.add_(residual)

@@ -176,9 +176,6 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tensors
 
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
-
-
 def _kernel(x: Tensor, *others: Tensor | None):  # type: ignore[no-untyped-def]
     """What runs the kernels for this call: eagerly, as an op, or None for the torch composition."""
     if not backend.chooses_triton(x):
@@ -189,7 +186,7 @@ def _kernel(x: Tensor, *others: Tensor | None):  # type: ignore[no-untyped-def]
     if backend.traced(x):
         return ops.row_norm
     # A tensor subclass of somebody's own knows torch's functions, not ours.
-    return autograd.row_norm if {type(x), *map(type, others)} <= _PLAIN else None
+    return autograd.row_norm if {type(x), *map(type, others)} <= fallback.PLAIN else None
 
 
 def _row_norm(

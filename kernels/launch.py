@@ -62,6 +62,7 @@ class ChunkConfig:
     steps: int
     chunks: int
     num_warps: int
+    most_registers: int | None = None  # as in RowConfig
 
 
 def cdiv(a: int, b: int) -> int:
@@ -99,12 +100,15 @@ def row_forward_config(
     operands counts what waits in registers for the statistics: x or the total, a residual that is added afterwards,
     weight and bias. parameter_itemsize is the wider of weight's and bias's, 0 without either.
     """
-    bare = operands == 1 and not activation
-    longest = {2: 32768 if bare else 16384, 4: 16384 if operands <= 3 else 8192, 8: 2048}[itemsize]
+    if itemsize == 2:
+        wide = parameter_itemsize > itemsize
+        longest = 32768 if operands == 1 and not activation else 8192 if operands == 4 and wide else 16384
+    else:
+        longest = {4: 8192 if operands == 4 else 16384, 8: 2048}[itemsize]
     if span > longest:
         return None
     if itemsize == 8:
-        # One row will do, as weights are no wider than x. The bound keeps ptxas from spilling to fit more programs.
+        # One row will do, as weights are no wider than x. Without a bound ptxas spills to fit more programs.
         return _row_tile(span, elements_per_thread=4, most_registers=128)
     # A tile reads weight and bias once. With two rows a tile, and weights no wider than x, that is half of what x and
     # y move; wider weights move as much as x and y, where one row a tile would move twice that. Above, two rows leave
@@ -114,27 +118,29 @@ def row_forward_config(
     return _row_tile(span, 64 // itemsize, least_rows=2 if two_rows else 1)
 
 
-@functools.cache
-def row_backward_config(span: int, itemsize: int) -> RowConfig | None:
+def row_backward_config(span: int, itemsize: int, operands: int) -> RowConfig | None:
     """Tile of the backward kernel that holds whole rows, or None where a row has to be cut into chunks.
 
-    Each keeps 32 KB of dy and x in flight with the programs of `backward_programs`, which all fit at once.
+    operands counts what a program keeps in registers, or has no registers to spare for, while it goes down the rows:
+    weight, bias, the sums for dweight and dbias, and the bit mask. A bias is kept only to compute z again.
     """
-    longest = {2: 8192, 4: 8192, 8: 1024}[itemsize]
+    crowded = operands >= 4
+    longest = {2: 4096 if crowded else 8192, 4: 4096 if crowded else 8192, 8: 1024}[itemsize]
     if span > longest:
         return None
     if itemsize == 8:
-        return _row_tile(span, elements_per_thread=4, stages=2)
-    if span <= 1024:
-        # Tiles of several rows need registers to spread weights over them; a deeper pipeline makes up for the bytes.
-        return _row_tile(span, elements_per_thread=8, stages=3)
-    # 128 registers suffice, and let 16 warps share a multiprocessor; left alone ptxas takes up to 190.
+        return _row_tile(span, elements_per_thread=4, stages=2, most_registers=255)
+    # 32 KB of dy and x in flight with the programs of `backward_programs`: where registers are short, or several rows
+    # a tile take some to spread the weights over them, half the elements and one tile more in the pipeline. The bound
+    # makes 16 warps fit; left alone, ptxas takes up to 190 registers, or spills to fit more.
+    if crowded or span <= 1024:
+        return _row_tile(span, elements_per_thread=8, stages=3, most_registers=128)
     return _row_tile(span, elements_per_thread=16, stages=2, most_registers=128)
 
 
 def column_block_config(itemsize: int) -> RowConfig:
     """Block of columns that a program of the chunked backward goes down the rows with."""
-    return RowConfig(block_rows=1, block_span=4096 // itemsize, num_warps=4, stages=2)
+    return RowConfig(1, 4096 // itemsize, num_warps=4, stages=2, most_registers=168 if itemsize == 8 else 128)
 
 
 def column_stripes(rows: int, blocks: int, facts: DeviceFacts) -> int:
@@ -146,13 +152,12 @@ def column_stripes(rows: int, blocks: int, facts: DeviceFacts) -> int:
 MOST_CHUNKS = 256
 
 
-def _chunks(span: int, itemsize: int, num_warps: int) -> ChunkConfig:
+def _chunks(span: int, itemsize: int, num_warps: int, most_registers: int | None = None) -> ChunkConfig:
     block_span = num_warps * THREADS_PER_WARP * 32 // itemsize  # 32 bytes a thread: 64 spill
     steps = cdiv(span, block_span * MOST_CHUNKS)
-    return ChunkConfig(block_span, steps, cdiv(span, block_span * steps), num_warps)
+    return ChunkConfig(block_span, steps, cdiv(span, block_span * steps), num_warps, most_registers)
 
 
-@functools.cache
 def chunk_config(span: int, itemsize: int) -> ChunkConfig:
     """Chunks of a row that is too long for the forward to hold: the same whether one program walks them or several
     share them. 32 KB, or 16 KB of a row of up to 64 KB, so that several programs overlap their phases; also 16 KB of
@@ -160,10 +165,9 @@ def chunk_config(span: int, itemsize: int) -> ChunkConfig:
     return _chunks(span, itemsize, num_warps=32 if span * itemsize > 65536 and itemsize < 8 else 16)
 
 
-@functools.cache
 def backward_chunk_config(span: int, itemsize: int) -> ChunkConfig:
     """Chunks of a row that is too long for the backward to hold: 8 KB, several programs a multiprocessor."""
-    return _chunks(span, itemsize, num_warps=8)
+    return _chunks(span, itemsize, num_warps=8, most_registers=128 if itemsize == 8 else None)
 
 
 def walks_rows(rows: int, span: int, itemsize: int, facts: DeviceFacts) -> bool:
@@ -174,14 +178,13 @@ def walks_rows(rows: int, span: int, itemsize: int, facts: DeviceFacts) -> bool:
     return rows >= facts.multiprocessors and walked_bytes <= facts.l2_bytes // 2
 
 
-# As many as fit at once, 16 warps a multiprocessor: a second wave would run half empty, and each adds a partial row.
-_BACKWARD_PROGRAMS = ((2048, 4), (4096, 2))
+def backward_programs(tiles: int, num_warps: int, facts: DeviceFacts) -> int:
+    """Programs of a row backward, each of which takes many tiles, and so the rows of its partial sums.
 
-
-def backward_programs(tiles: int, span: int, facts: DeviceFacts) -> int:
-    """Programs of a row backward that takes many tiles a program, and so the rows of its partial sums."""
-    per_multiprocessor = next((programs for limit, programs in _BACKWARD_PROGRAMS if span <= limit), 1)
-    return min(tiles, per_multiprocessor * facts.multiprocessors)
+    As many as fit at once, 16 warps a multiprocessor: more would run in a second wave that leaves most of the device
+    idle, and each adds a partial row.
+    """
+    return min(tiles, max(1, 16 // num_warps) * facts.multiprocessors)
 
 
 def column_sum_config(span: int) -> RowConfig:

@@ -239,6 +239,24 @@ def test_autocast_inside_a_compiled_function(each_backend):
     assert_as_eager(torch.compile(call, backend="aot_eager"), call, operands(case))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which the compiler looks at
+@pytest.mark.parametrize("compiles", ["forward and backward", "backward"])
+def test_compiled_autograd(compiles, each_backend):
+    case = make_case("add_layer_norm", 4, 8, activation="gelu")
+    tensors = operands(case)
+
+    def loss() -> Tensor:
+        return scalar(fused(case)(*tensors.values()))
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        if compiles == "backward":
+            torch.compile(lambda loss: loss.backward(), backend="aot_eager")(loss())
+        else:
+            torch.compile(lambda: loss().backward(), backend="aot_eager")()
+    expected = gradients(fused(case), operands(case))
+    torch.testing.assert_close({name: tensor.grad for name, tensor in tensors.items()}, expected)
+
+
 TRANSFORMS = {
     "vmap": lambda call: torch.vmap(call),
     "grad": lambda call: torch.func.grad(lambda x: scalar((call(x),))),

@@ -11,11 +11,12 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import fused_ops
 from fused_ops import Activation
 from tests.calls import PLACES, as_tuple, composed, fused, gradients, operands, scalar
-from tests.row_norm_cases import DEVICE, FUNCTIONS, Case, make_case, normal
+from tests.row_norm_cases import DEVICE, FUNCTIONS, OPERANDS, Case, make_case, normal
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no ops")
 
@@ -193,6 +194,49 @@ def test_a_dispatch_mode_sees_the_op(triton_backend):
         recorded = gradients(fused(case), operands(case))
     assert seen.count(FORWARD) == seen.count(BACKWARD) == 1
     torch.testing.assert_close(recorded, gradients(fused(case), operands(case)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_backward_may_be_traced_whose_forward_was_not(function, triton_backend):
+    case = make_case(function, 3, 8, residual=True, activation="gelu")
+    tensors = operands(case)
+    outputs = fused(case)(*tensors.values())
+
+    def backward(*arriving: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs, list(tensors.values()), arriving, retain_graph=True)
+
+    graph = make_fx(backward)(*(torch.ones_like(output) for output in outputs))
+    assert BACKWARD in targets(graph)
+    arriving = [output.detach().cos() for output in outputs]
+    torch.testing.assert_close(graph(*arriving), backward(*arriving), rtol=0, atol=0)
+
+
+class Wrapped(torch.Tensor):
+    """A tensor of somebody's own, without memory: what it holds is known to torch's operations alone."""
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Wrapped:
+        return torch.Tensor._make_wrapper_subclass(
+            cls, held.shape, dtype=held.dtype, device=held.device, strides=held.stride()
+        )
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        unwrapped = tree_map_only(cls, lambda tensor: tensor.held, (args, kwargs or {}))
+        return tree_map_only(Tensor, cls, function(*unwrapped[0], **unwrapped[1]))
+
+
+@pytest.mark.parametrize("wrapped", OPERANDS)
+def test_a_tensor_subclass_in_any_place_runs_torchs_functions(wrapped, each_backend):
+    case = make_case("layer_norm", 3, 8, residual=True, activation="gelu")
+    tensors = {name: tensor.detach() for name, tensor in operands(case).items()}
+    (expected,) = composed(case)(*tensors.values())
+    (y,) = fused(case)(*{**tensors, wrapped: Wrapped(tensors[wrapped])}.values())
+    assert type(y) is Wrapped
+    torch.testing.assert_close(y.held, expected)
 
 
 MODULES = [

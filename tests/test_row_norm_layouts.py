@@ -108,14 +108,21 @@ def assert_as_contiguous(case: Case, contiguous: Case, expected: Result | None =
         check(case)
 
 
+# dtotal arrives only where there is a total.
+OPERANDS_OF = [
+    (function, operand)
+    for function in FUNCTIONS
+    for operand in ACTIVATION_SIZED
+    if operand != "dtotal" or function.startswith("add_")
+]
+every_operand = pytest.mark.parametrize(("function", "operand"), OPERANDS_OF)
+
+
 @pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize("operand", ["x", "residual", "dy", "dtotal"])
 @every_layout
-@every_function
+@every_operand
 def test_one_operand_in_another_layout(function: str, layout: Layout, operand: str) -> None:
     case, expected = contiguous_case(function, torch.float32)
-    if getattr(case, operand) is None:
-        pytest.skip(f"{function} has no {operand}")
     assert_as_contiguous(with_fields(case, **{operand: layout(getattr(case, operand))}), case, expected)
 
 
@@ -150,12 +157,9 @@ def test_channels_last(each_backend: str, function: str, dims: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 40), (3, 1, 40), (1, 5, 40), (3, 5, 1), (1, 1, 1)], ids=short)
-@pytest.mark.parametrize("operand", ["x", "residual", "dy", "dtotal"])
-@every_function
+@every_operand
 def test_expanded(each_backend: str, function: str, operand: str, shape: tuple[int, ...]) -> None:
     case = make_case(function, 3, 5, 40, residual=True, activation="silu")
-    if getattr(case, operand) is None:
-        pytest.skip(f"{function} has no {operand}")
     expanded = normal(*shape, seed=9).expand(3, 5, 40)
     copied = with_fields(case, **{operand: expanded.contiguous()})
     case = with_fields(case, **{operand: expanded})
@@ -263,19 +267,15 @@ def test_no_elements(
 
 
 @pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize("parameter_gradients", [False, pytest.param(True, marks=pytest.mark.full)])
-def test_more_than_65535_rows(parameter_gradients: bool) -> None:
-    frozen = () if parameter_gradients else ("weight", "bias")
-    check(make_case("add_layer_norm", 66_000, 3, dtype=torch.float16, activation="silu", frozen=frozen))
+@pytest.mark.full
+def test_more_than_65535_rows() -> None:
+    check(make_case("add_layer_norm", 66_000, 3, dtype=torch.float16, activation="silu"))
 
 
 @pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize("operand", ["x", "residual", "dy", "dtotal"])
-@every_function
+@every_operand
 def test_rows_more_than_two_to_the_31_apart(function: str, operand: str) -> None:
     case = make_case(function, 2, 64, dtype=torch.float16, residual=True, activation="silu")
-    if getattr(case, operand) is None:
-        pytest.skip(f"{function} has no {operand}")
     stride = 2**31 + 8
     storage = torch.UntypedStorage((stride + 64) * 2, device=DEVICE)  # memory that is not touched is not there
     far = torch.empty(0, dtype=torch.float16, device=DEVICE).set_(storage, 0, (2, 64), (stride, 1))
@@ -324,17 +324,18 @@ def laid_out_cases(draw: strategies.DrawFn) -> tuple[Case, Case]:
 
 def _check_drawn_layouts(cases: tuple[Case, Case]) -> None:
     case, contiguous = cases
-    actual, copied = run_fused(case).everything(), run_fused(contiguous).everything()
+    actual, copied = run_fused(case), run_fused(contiguous)
+    if kernels_are_interpreted():
+        assert_same_bits(actual, copied)
+        return
     expected = run_reference(contiguous).everything()
-    for name, tensor in actual.items():
-        if kernels_are_interpreted():
-            assert same_bits(tensor, copied[name]), name
-        elif tensor is not None:
+    for name, tensor in actual.everything().items():
+        if tensor is not None:
             terms = case.rows if name in ("dweight", "dbias") else 1
-            assert_within_budget(name, tensor, copied[name], expected[name], terms)
+            assert_within_budget(name, tensor, copied.everything()[name], expected[name], terms)
 
 
-few = hypothesis.settings(max_examples=60, derandomize=True, deadline=None, database=None)
+few = hypothesis.settings(max_examples=40, derandomize=True, deadline=None, database=None)
 many = hypothesis.settings(few, max_examples=1000)
 
 

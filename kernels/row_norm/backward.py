@@ -61,7 +61,10 @@ def row_norm_backward(
     inputs = (dy, dtotal, x, residual, bits, columns(weight), columns(bias) if recomputes_z else None, mean, rstd)
     options = (norm.span, dy.element_size(), norm.subtract_mean, norm.add_first, norm.activation, vec)
 
-    run = _whole_rows if row_backward_config(norm.span, dy.element_size()) else _chunked_rows
+    # What a program keeps in registers while it goes down the rows.
+    operands = sum(tensor is not None for tensor in inputs[4:7]) + wanted.dweight + wanted.dbias
+    whole = row_backward_config(norm.span, dy.element_size(), operands) is not None
+    run = functools.partial(_whole_rows, operands) if whole else _chunked_rows
     partials = run(rows, inputs, (dx, dresidual), wanted, needs_dx, strides, (norm.alpha, norm.beta), options)
     dtypes = (None if parameter is None else parameter.dtype for parameter in (weight, bias))
     sums = column_sum(*partials, *dtypes)
@@ -84,6 +87,7 @@ def _partials(partial_rows: int, span: int, dy: Tensor, wanted: Wanted) -> tuple
 
 
 def _whole_rows(
+    operands: int,
     rows: int,
     inputs: tuple,
     outputs: tuple,
@@ -94,12 +98,8 @@ def _whole_rows(
     options: tuple,
 ) -> tuple[Tensor | None, Tensor | None]:
     span, dy = options[0], inputs[0]
-    # Parameters are read, and their gradients summed up, once a program: with any, a program takes many tiles.
-    takes_many = wanted.dweight or wanted.dbias or inputs[5] is not None or inputs[6] is not None
-    launch, block_rows = _whole_row_launcher(*options, needs_dx, takes_many)
-    programs = cdiv(rows, block_rows)
-    if takes_many:
-        programs = backward_programs(programs, span, device_facts(dy.device))
+    launch, block_rows = _whole_row_launcher(*options, needs_dx, operands)
+    programs = backward_programs(cdiv(rows, block_rows), launch.num_warps, device_facts(dy.device))
     partials = _partials(programs, span, dy, wanted)
     launch(programs, (*inputs, *outputs, *partials), rows, *strides, *floats)
     return partials
@@ -145,12 +145,12 @@ def _whole_row_launcher(
     activation: str | None,
     vec: int,
     needs_dx: bool,
-    takes_many: bool,
+    operands: int,
 ) -> tuple[Launcher, int]:
-    config = row_backward_config(span, itemsize)
+    config = row_backward_config(span, itemsize, operands)
     assert config is not None
     _, slope, passes = ACTIVATIONS[activation]
-    tile = (config.block_rows, config.block_span, config.stages if takes_many else 1)
+    tile = (config.block_rows, config.block_span, config.stages)
     constants = (span, vec, subtract_mean, add_first, needs_dx, slope, passes, *tile)
     launch = Launcher(row_norm_backward_kernel, config.num_warps, *constants, most_registers=config.most_registers)
     return launch, config.block_rows
@@ -163,7 +163,7 @@ def _sums_launcher(
     config = backward_chunk_config(span, itemsize)
     _, slope, passes = ACTIVATIONS[activation]
     constants = (span, vec, slope, passes, config.block_span, config.steps, config.chunks)
-    return Launcher(row_gradient_sums_kernel, config.num_warps, *constants)
+    return Launcher(row_gradient_sums_kernel, config.num_warps, *constants, most_registers=config.most_registers)
 
 
 @functools.cache
@@ -175,4 +175,5 @@ def _apply_launcher(
     _, slope, passes = ACTIVATIONS[activation]
     tile = (config.block_span, chunks, triton.next_power_of_2(chunks), config.stages)
     constants = (span, vec, add_first, slope, passes, *tile)
-    return Launcher(row_gradient_apply_kernel, config.num_warps, *constants), cdiv(span, config.block_span)
+    launch = Launcher(row_gradient_apply_kernel, config.num_warps, *constants, most_registers=config.most_registers)
+    return launch, cdiv(span, config.block_span)
