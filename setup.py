@@ -1,11 +1,15 @@
 """Metadata of fused-ops; the build system and the tools' settings are in pyproject.toml."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="fused-ops",
     version="0.1.0",
     description="Normalization fused with residual add and activation: Triton kernels, torch.nn interfaces",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     author="The fused-ops authors",
     license="MIT",
     python_requires=">=3.10,<3.14",

@@ -99,7 +99,7 @@ def sentence(environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "triton", "python") if environment[name])
     revision = (environment["commit"] or "unknown")[:10] + (" (changed since)" if environment["dirty"] else "")
     if environment["device"] == "cpu":
-        where = f"CPU {environment['device_name']}, {environment['threads']} threads of {environment['cores']} cores"
+        where = f"CPU {environment['device_name']}, threads {environment['threads']} of {environment['cores']} cores"
         if environment["load_average"] is not None:
             where += f" (load average before the run {environment['load_average']})"
     else:

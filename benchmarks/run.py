@@ -23,7 +23,7 @@ from .traffic import DIRECTIONS
 from .workloads import WORKLOADS, Workload
 
 # For how long a run goes on giving disturbed rows more time; the rest of a default run then fits five minutes.
-DEFAULT_PATIENCE_S, FULL_PATIENCE_S = 150, 1800
+DEFAULT_PATIENCE_S, FULL_PATIENCE_S = 120, 1800
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

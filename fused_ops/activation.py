@@ -40,7 +40,7 @@ class Activation:
     parameters: Mapping[str, float]
 
     def __init__(self, name: str, **parameters: float) -> None:
-        if name not in KNOWN:
+        if not isinstance(name, str) or name not in KNOWN:
             raise ValueError(f"unknown activation {name!r}; known are {', '.join(KNOWN)}")
         defaults = KNOWN[name]
         for key in parameters:

@@ -159,8 +159,6 @@ def _launched(
         wanted = Wanted(needs.x, needs.residual and norm.activation is not None, needs.weight, needs.bias)
     if not any(wanted):
         return Gradients(None, None, None, None)
-    if not (wanted.dx or wanted.dresidual):
-        dtotal = None  # a compiler has total require a gradient where only a parameter does
     x, residual, weight, bias, mean, rstd, bits = saved
     return backward(dy, dtotal, x, residual, bits, weight, bias, mean, rstd, norm, wanted)
 
@@ -192,7 +190,7 @@ def _composed(saved: Saved, dy: Tensor, dtotal: Tensor | None, norm: RowNorm, cr
         dx, dresidual, dweight, dbias = (found.get(id(tensor)) for tensor in (x, residual, weight, bias))
         dx = None if dx is None else dx.view(dy.shape)
     if dx is not None and dtotal is not None:
-        dx = dx.to(dtotal.dtype) + dtotal
+        dx = dx + dtotal.to(dx.dtype)
     if saved.bits is not None:
         dresidual = dz
     return Gradients(dx, None if dresidual is None else dresidual.view(dy.shape), dweight, dbias)

@@ -169,11 +169,13 @@ def _rms_eps(eps: float | None, x: Tensor) -> float:
     return fallback.DEFAULT_RMS_EPS[x.dtype] if eps is None else float(eps)
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """As torch's autocast does with a norm on a GPU: half tensors become float32. On a CPU it leaves them alone."""
-    if tensors[0].is_cuda and torch.is_autocast_enabled("cuda"):  # type: ignore[union-attr]
-        return tuple(t if t is None or t.dtype == torch.float64 else t.float() for t in tensors)
-    return tensors
+def _autocasts(x: Tensor) -> bool:
+    """Whether torch's autocast would run this norm in float32: on a GPU it does, on a CPU it leaves norms alone."""
+    return x.is_cuda and x.dtype in validation.HALF and torch.is_autocast_enabled("cuda")
+
+
+# What a tracer puts in a tensor's place.
+_TRACEABLE = fallback.PLAIN | {torch._subclasses.FakeTensor, torch._subclasses.functional_tensor.FunctionalTensor}
 
 
 def _kernel(x: Tensor, *others: Tensor | None):  # type: ignore[no-untyped-def]
@@ -183,10 +185,10 @@ def _kernel(x: Tensor, *others: Tensor | None):  # type: ignore[no-untyped-def]
     # A transform, traced or not, cannot look into an op or a Function.
     if fallback.transformed():
         return None
-    if backend.traced(x):
-        return ops.row_norm
-    # A tensor subclass of somebody's own knows torch's functions, not ours.
-    return autograd.row_norm if {type(x), *map(type, others)} <= fallback.PLAIN else None
+    kinds = {type(x), *map(type, others)}
+    if not kinds <= fallback.PLAIN and not kinds <= _TRACEABLE:
+        return None  # a tensor subclass of somebody's own knows torch's functions, not ours
+    return ops.row_norm if backend.traced(x) else autograd.row_norm
 
 
 def _row_norm(
@@ -200,12 +202,13 @@ def _row_norm(
     subtract_mean: bool,
     activation: Activation | None,
 ) -> Tensor:
-    x, residual = _autocast(x, residual)  # type: ignore[assignment]
+    if _autocasts(x):
+        x, residual = x.float(), None if residual is None else residual.float()
     run = _kernel(x, residual, weight, bias)
     if run is not None:
         return run(x, residual, weight, bias, _kernel_norm(span, eps, subtract_mean, False, activation))
     y = fallback.layer_norm(x, shape, weight, bias, eps, subtract_mean)
-    return fallback.finish(y, residual, activation)
+    return y if residual is None and activation is None else fallback.finish(y, residual, activation)
 
 
 def _add_row_norm(
@@ -219,7 +222,10 @@ def _add_row_norm(
     subtract_mean: bool,
     activation: Activation | None,
 ) -> tuple[Tensor, Tensor]:
-    x, residual = _autocast(x, residual)  # type: ignore[assignment]
+    if _autocasts(x):
+        # torch adds in the tensors' own type and normalizes in float32, so y and total are of two types.
+        total = residual + x
+        return _row_norm(total.float(), None, weight, bias, shape, span, eps, subtract_mean, activation), total
     run = _kernel(x, residual, weight, bias)
     if run is not None:
         return run(x, residual, weight, bias, _kernel_norm(span, eps, subtract_mean, True, activation))

@@ -158,7 +158,10 @@ def sample_inputs(name: str, device: torch.device | str | None = None) -> Iterat
     """
     if name not in _SCHEMAS:
         raise ValueError(f"unknown op {name!r}; known are {', '.join(_SCHEMAS)}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return _samples(name, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _samples(name: str, device: torch.device | str) -> Iterator[tuple[tuple, dict]]:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, requires_grad: bool = True) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -32,10 +34,21 @@ def floating(function: str, argument: str, tensor: Tensor) -> None:
         )
 
 
+def _sizes(function: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    """normalized_shape as a tuple of Python's own integers (or torch's symbolic ones)."""
+    sizes: Sequence[Any] = normalized_shape if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+    try:
+        return tuple([size if isinstance(size, int | torch.SymInt) else operator.index(size) for size in sizes])  # type: ignore[misc]
+    except TypeError:
+        raise TypeError(
+            f"{function}: normalized_shape must be an integer or a sequence of integers, but is {normalized_shape!r}"
+        ) from None
+
+
 def row_span(function: str, x: Tensor, normalized_shape: int | Sequence[int]) -> tuple[tuple[int, ...], int]:
     """(normalized_shape as a tuple, its number of elements); it must be the last dims of x."""
     floating(function, "input", x)
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = _sizes(function, normalized_shape)
     if not shape:
         raise ArgumentError(f"{function}: normalized_shape must name at least one dim, but is {normalized_shape!r}")
     if tuple(x.shape[-len(shape) :]) != shape:

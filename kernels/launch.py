@@ -20,6 +20,9 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # read by @triton.jit at the
 THREADS_PER_WARP = 32  # what a warp count means here; the launcher converts it for devices with wider warps
 
 
+_HIP = torch.version.hip is not None
+
+
 class DeviceFacts(NamedTuple):
     """What a schedule needs to know of a device."""
 
@@ -87,6 +90,11 @@ def _row_tile(
     return RowConfig(block_rows, block_span, num_warps, stages, most_registers)
 
 
+def _ragged(span: int, itemsize: int) -> bool:
+    """Whether rows begin between 16-byte boundaries; an element's address and mask then take registers of their own."""
+    return span % (16 // itemsize) != 0
+
+
 # The longest rows that are held whole are the longest that do not spill, for any activation, residual and parameter
 # type, on sm_80, sm_90, sm_100 and gfx942, with Triton 3.6, 3.7 and 3.9: one table for all of them.
 
@@ -105,6 +113,8 @@ def row_forward_config(
         longest = 32768 if operands == 1 and not activation else 8192 if operands == 4 and wide else 16384
     else:
         longest = {4: 8192 if operands == 4 else 16384, 8: 2048}[itemsize]
+    if _ragged(span, itemsize):
+        longest = min(longest, 8192)
     if span > longest:
         return None
     if itemsize == 8:
@@ -126,6 +136,8 @@ def row_backward_config(span: int, itemsize: int, operands: int) -> RowConfig | 
     """
     crowded = operands >= 4
     longest = {2: 4096 if crowded else 8192, 4: 4096 if crowded else 8192, 8: 1024}[itemsize]
+    if _ragged(span, itemsize):
+        longest = min(longest, 2048)
     if span > longest:
         return None
     if itemsize == 8:
@@ -138,9 +150,10 @@ def row_backward_config(span: int, itemsize: int, operands: int) -> RowConfig | 
     return _row_tile(span, elements_per_thread=16, stages=2, most_registers=128)
 
 
-def column_block_config(itemsize: int) -> RowConfig:
+def column_block_config(span: int, itemsize: int) -> RowConfig:
     """Block of columns that a program of the chunked backward goes down the rows with."""
-    return RowConfig(1, 4096 // itemsize, num_warps=4, stages=2, most_registers=168 if itemsize == 8 else 128)
+    most_registers = 255 if _ragged(span, itemsize) else 168 if itemsize == 8 else 128
+    return RowConfig(1, 4096 // itemsize, num_warps=4, stages=2, most_registers=most_registers)
 
 
 def column_stripes(rows: int, blocks: int, facts: DeviceFacts) -> int:
@@ -204,7 +217,8 @@ def _somebody_watches() -> bool:
 class Launcher:
     """A kernel with its constants fixed. A call through Triton costs 7 us, of what it compiled 1 us: so that is kept.
 
-    The key of what is kept: driver, device, the type of every tensor (or that it is None) and its 16-byte alignment.
+    The key of what is kept: driver, device, the type of every tensor (or that it is None) and its 16-byte alignment
+    (on AMD its size, too).
     All other run-time arguments are declared so that Triton does not specialize on their values.
     """
 
@@ -236,6 +250,8 @@ class Launcher:
         aligned: Any = True
         if addresses & 15:
             aligned = tuple([None if t is None else t.data_ptr() & 15 == 0 for t in tensors])
+        if _HIP:  # AMD's compiler addresses a tensor under 2 GB with 32 bits
+            aligned = (aligned, *[None if t is None else t.untyped_storage().nbytes() < 2**31 for t in tensors])
         driver = triton.runtime.driver.active
         key = (driver, device, aligned, *[None if t is None else t.dtype for t in tensors])
         compiled = self._compiled.get(key)

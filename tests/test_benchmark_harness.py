@@ -287,7 +287,7 @@ def test_a_run_survives_json_and_becomes_a_table(tmp_path: Path) -> None:
     heading = text.splitlines()[0]
     assert all(title in heading for title in ("ours ms", "GB/s", "ours/eager", "peak MiB o/e", "kept MiB o/e"))
     assert max(map(len, report.text_table(read).splitlines())) <= 160
-    assert text.splitlines()[-1].startswith("Figures from: CPU a CPU, 2 threads of 2 cores")
+    assert text.splitlines()[-1].startswith("Figures from: CPU a CPU, threads 2 of 2 cores")
     markdown = report.markdown_table(read).splitlines()
     assert len(markdown) == 2 + len(rows) and len({line.count("|") for line in markdown}) == 1
     draw(read, tmp_path / "run.png")

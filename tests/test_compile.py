@@ -200,12 +200,20 @@ def test_a_graph_for_inference_saves_nothing(mode, triton_backend):
 # --- beside other features -----------------------------------------------------------------------------------------
 
 
-def test_a_compiled_gradient_is_only_that_of_what_requires_it(triton_backend):
+@pytest.mark.parametrize(
+    ("function", "frozen", "wanted"),
+    [
+        ("layer_norm", ("x", "bias"), (False, True, True, False)),
+        ("add_layer_norm", ("x", "weight"), (True, False, False, True)),  # dresidual is dx
+        ("add_layer_norm", ("x", "residual", "bias"), (False, False, True, False)),
+    ],
+)
+def test_a_compiled_gradient_is_only_that_of_what_requires_it(function, frozen, wanted, triton_backend):
     recorder = Recorder()
-    case = make_case("layer_norm", 4, 8, residual=True, activation="gelu", frozen=("x", "bias"))
+    case = make_case(function, 4, 8, residual=True, activation="gelu", frozen=frozen)
     assert_as_eager(torch.compile(fused(case), backend=recorder, fullgraph=True), fused(case), operands(case))
     (node,) = nodes(recorder.backward, "row_norm_backward")
-    assert node.args[-4:] == (False, True, True, False)
+    assert node.args[-4:] == wanted
 
 
 def test_a_compiled_backward_knows_no_gradient_of_an_unused_output(triton_backend):

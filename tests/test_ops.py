@@ -81,6 +81,18 @@ def test_an_op_called_for_inference_has_right_gradients_nonetheless(function, re
     torch.testing.assert_close(gradients(traced, operands(case)), gradients(composed(case), operands(case)))
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_an_op_of_mixed_types_is_as_its_fake_says(half):
+    """x and y of half precision, the stream and its gradient float32, and parameters that differ from both."""
+    x, weight, bias = normal(3, 8, dtype=half), normal(8, dtype=torch.float64), normal(8, dtype=half)
+    norm = RowNorm(8, 1e-5, True, True, "gelu")
+    forward = (x, normal(3, 8, seed=1), weight, bias, *norm, True, False)
+    torch.library.opcheck(FORWARD, forward)
+    _, total, mean, rstd, _ = FORWARD(*forward)
+    arriving = (normal(3, 8, dtype=half, seed=2), normal(3, 8, seed=3))
+    torch.library.opcheck(BACKWARD, (*arriving, total, None, None, weight, bias, mean, rstd, *norm, *[True] * 4))
+
+
 def test_statistics_of_an_op_carry_no_gradient():
     x = torch.ones(2, 4, device=DEVICE, requires_grad=True)
     y, _, mean, rstd, bits = FORWARD(x, x, None, None, *RowNorm(4, 1e-5, True, False, "relu"), True, True)

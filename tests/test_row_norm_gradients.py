@@ -42,11 +42,11 @@ def choices(case: Case) -> Iterator[tuple[str, ...]]:
         yield from itertools.combinations(given, count)
 
 
+PLACES = [*itertools.product(FUNCTIONS[:2], (False, True)), *((name, True) for name in FUNCTIONS[2:])]
+
+
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "gelu"])
-@pytest.mark.parametrize(
-    ("function", "residual"),
-    [*itertools.product(FUNCTIONS[:2], (False, True)), *((add, True) for add in FUNCTIONS[2:])],
-)
+@pytest.mark.parametrize(("function", "residual"), PLACES)
 def test_every_choice_of_gradients(triton_backend, function, residual, activation):
     """`check` also holds that a frozen operand gets None."""
     case = make_case(function, 32, 24, dtype=torch.float16, residual=residual, activation=activation)

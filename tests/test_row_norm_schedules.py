@@ -85,7 +85,10 @@ class Schedule:
                     member.cache_clear()
 
     def forward(self, kind: str, block_span: int = 256, steps: int = 1) -> None:
-        """Whole rows as configured, or chunks of steps * block_span elements, walked or shared."""
+        """Whole rows as configured, or chunks of steps * block_span elements, walked or shared.
+
+        Rows are walked only where they can be read at full width: in these tests a span is a multiple of 8.
+        """
         if kind == "whole":
             return
         self.replace(forward_module, "row_forward_config", lambda *sizes: None)
@@ -142,9 +145,9 @@ def assert_same_forward(actual: dict[str, Tensor | None], expected: dict[str, Te
 
 # --- forward -------------------------------------------------------------------------------------------------------
 
-# (span, block_span, steps): one chunk, one element beyond it, three chunks (no power of two), chunks of several tiles
-# of which the last lies beyond the row, a last chunk of one element.
-DIVISIONS = [(256, 256, 1), (257, 256, 1), (700, 256, 1), (700, 64, 4), (385, 64, 3)]
+# (span, block_span, steps): one chunk, a little beyond it, three chunks (no power of two), chunks of several tiles of
+# which the last ones lie beyond the row.
+DIVISIONS = [(256, 256, 1), (264, 256, 1), (712, 256, 1), (712, 64, 4), (392, 64, 3)]
 
 
 @pytest.mark.parametrize("division", DIVISIONS, ids=short)
@@ -156,12 +159,13 @@ def test_walked_and_shared_rows_have_the_same_bits(
     case = make_case(function, 2, span, residual=residual, activation=activation)
     schedule.forward("walk", block_span, steps)
     walked = everything_forward(case)
+    assert forward_module._walk_launcher.cache_info().currsize == 1
     schedule.forward("share", block_span, steps)
     assert_same_forward(everything_forward(case), walked, slice(None))
 
 
 @pytest.mark.parametrize("division", [(700, 256, 1), pytest.param((385, 64, 3), marks=pytest.mark.full)], ids=short)
-@calls(CALLS)
+@calls(FEW_CALLS)
 def test_shared_rows_are_right(
     schedule: Schedule, function: str, residual: bool, activation: str | None, division: tuple[int, int, int]
 ) -> None:
@@ -190,17 +194,17 @@ def test_shared_rows_of_other_types(
 def test_a_sample_alone_has_the_bits_it_has_in_a_batch(
     schedule: Schedule, function: str, forward: str, activation: str | None
 ) -> None:
-    case = make_case(function, 9, 70, dtype=torch.float16, residual=True, activation=activation)
+    case = make_case(function, 5, 72, dtype=torch.float16, residual=True, activation=activation)
     schedule.forward(forward, 64)
     batch = everything_forward(case)
-    for row in (0, 7):
+    for row in (0, 3):
         rows = slice(row, row + 1)
         assert_same_forward(everything_forward(case, rows), batch, rows)
 
 
 def test_a_long_sample_alone_is_shared_and_in_a_batch_walked(schedule: Schedule) -> None:
     """By the choice that the launcher makes itself, on a device of few multiprocessors."""
-    case = make_case("add_layer_norm", 9, 70, activation="gelu")
+    case = make_case("add_layer_norm", 9, 72, activation="gelu")
     schedule.forward("walk", 64)
     facts = launch.DeviceFacts(multiprocessors=4, l2_bytes=1 << 20)
     schedule.replace(forward_module, "device_facts", lambda device: facts)
@@ -245,8 +249,8 @@ def large_squares(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("data", [cliff, large_mean, constant, large_squares], ids=lambda data: data.__name__)
-@pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize("function", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("steps", [1, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.parametrize("function", ["layer_norm", pytest.param("rms_norm", marks=pytest.mark.full)])
 def test_chunked_moments(schedule: Schedule, function: str, steps: int, data: Callable[[Tensor], Tensor]) -> None:
     case = make_case(function, 4, 1300, frozen=("weight", "bias"))
     schedule.forward("share", 256 // steps, steps)
@@ -255,11 +259,11 @@ def test_chunked_moments(schedule: Schedule, function: str, steps: int, data: Ca
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, which interprets the kernels, warns of Inf - Inf
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("place", [0, 96])
-@pytest.mark.parametrize("forward", ["whole", "share", pytest.param("walk", marks=pytest.mark.full)])
+@pytest.mark.parametrize("place", [pytest.param(0, marks=pytest.mark.full), 95])
+@pytest.mark.parametrize("forward", [pytest.param("whole", marks=pytest.mark.full), "share", "walk"])
 @pytest.mark.parametrize("function", ["layer_norm", "add_rms_norm"])
 def test_non_finite_stays_in_its_row(schedule: Schedule, function: str, forward: str, place: int, value: float) -> None:
-    clean = make_case(function, 3, 97, frozen=("weight", "bias"))
+    clean = make_case(function, 3, 96, frozen=("weight", "bias"))
     x = clean.x.clone()
     x[1, place] = value
     schedule.forward(forward, 32, 2)
@@ -273,7 +277,7 @@ def test_non_finite_stays_in_its_row(schedule: Schedule, function: str, forward:
 # --- backward ------------------------------------------------------------------------------------------------------
 
 
-@calls(CALLS)
+@calls([*FEW_CALLS, ("layer_norm", True, None), ("layer_norm", True, "silu"), ("add_layer_norm", True, "silu")])
 def test_chunked_backward_is_right(schedule: Schedule, function: str, residual: bool, activation: str | None) -> None:
     schedule.backward()
     check(make_case(function, 5, 700, residual=residual, activation=activation, frozen=("weight",)))
@@ -317,7 +321,7 @@ def test_chunked_backward_of_other_types(
 @pytest.mark.parametrize("function", ["layer_norm", "add_rms_norm"])
 def test_programs_that_take_many_tiles(schedule: Schedule, function: str, programs: int) -> None:
     """dx has the same bits however the tiles are dealt out; the partial sums cover every row once."""
-    case = make_case(function, 700, 20, residual=True, activation="silu")
+    case = make_case(function, 330, 20, residual=True, activation="silu")
     usual = run_fused(case)
     schedule.replace(backward_module, "backward_programs", lambda tiles, *sizes: min(tiles, programs))
     actual = check(case)
@@ -325,7 +329,7 @@ def test_programs_that_take_many_tiles(schedule: Schedule, function: str, progra
         assert same_bits(actual.gradients[name], usual.gradients[name]), name
 
 
-@pytest.mark.parametrize("stripes", [1, 2, 5, 7, 100])
+@pytest.mark.parametrize("stripes", [2, 5, 100])
 @pytest.mark.parametrize("function", ["layer_norm", "add_rms_norm"])
 def test_programs_that_share_a_block_of_columns(schedule: Schedule, function: str, stripes: int) -> None:
     case = make_case(function, 7, 97, residual=True, activation="silu")
@@ -341,9 +345,9 @@ def test_programs_that_share_a_block_of_columns(schedule: Schedule, function: st
 
 
 @pytest.mark.parametrize("forward", ["whole", "walk", "share"])
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", ["layer_norm", "add_rms_norm"])
 def test_the_same_call_gives_the_same_bits(schedule: Schedule, function: str, forward: str) -> None:
-    case = make_case(function, 4, 97, residual=True, activation="gelu")
+    case = make_case(function, 2, 96, residual=True, activation="gelu", frozen=("bias",))
     schedule.forward(forward, 64)
     if forward != "whole":
         schedule.backward(64)

@@ -43,6 +43,8 @@ def row_norm_backward(
     norm.add_first, dx and dresidual are the same values: ask for both only where their types differ.
     """
     needs_dx = wanted.dx or (norm.add_first and wanted.dresidual)
+    if not needs_dx:
+        dtotal = None
     residual_dtype = x.dtype if norm.add_first and x is not None else dy.dtype
     dx = torch.empty_like(dy, memory_format=torch.contiguous_format) if wanted.dx else None
     dresidual = None
@@ -171,7 +173,7 @@ def _apply_launcher(
     span: int, itemsize: int, subtract_mean: bool, add_first: bool, activation: str | None, vec: int
 ) -> tuple[Launcher, int]:
     chunks = backward_chunk_config(span, itemsize).chunks
-    config = column_block_config(itemsize)
+    config = column_block_config(span, itemsize)
     _, slope, passes = ACTIVATIONS[activation]
     tile = (config.block_span, chunks, triton.next_power_of_2(chunks), config.stages)
     constants = (span, vec, add_first, slope, passes, *tile)

@@ -48,11 +48,25 @@ def row_norm_forward(
     if whole is not None:
         launch, block_rows = whole
         launch(cdiv(rows, block_rows), tensors, rows, *strides, *floats)
-    elif walks_rows(rows, norm.span, x.element_size(), device_facts(x.device)):
+    elif _may_walk(tensors, norm.span, vec) and walks_rows(rows, norm.span, x.element_size(), device_facts(x.device)):
         _walk_launcher(*options, vec)(rows, tensors, *strides, *floats)
     else:
         _share_rows(rows, tensors, strides, floats, options, vec)
     return out
+
+
+def _may_walk(tensors: tuple[Tensor | None, ...], span: int, vec: int) -> bool:
+    """Whether the walk sums a tile in the order in which shared rows do, so that both give the same bits.
+
+    A compiler lays a tile out for its widest access. In the walk that must be x's, as it is where rows are shared: with
+    x at 16 bytes a thread no other access is wider, if parameters are no narrower than x.
+    """
+    x, _, weight, bias, *_ = tensors
+    assert x is not None
+    full_width = vec * x.element_size() == 16 and span % vec == 0
+    aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    narrower = any(parameter is not None and parameter.itemsize < x.itemsize for parameter in (weight, bias))
+    return full_width and aligned and not narrower
 
 
 def _allocate(x: Tensor, residual: Tensor | None, norm: RowNorm, save_statistics: bool, save_bits: bool) -> Forward:
