@@ -22,6 +22,7 @@ from tests.row_norm_cases import (
     same_bits,
     short,
     torch_expression,
+    with_exact_sums,
     with_fields,
 )
 
@@ -49,10 +50,7 @@ PLACES = [*itertools.product(FUNCTIONS[:2], (False, True)), *((name, True) for n
 @pytest.mark.parametrize(("function", "residual"), PLACES)
 def test_every_choice_of_gradients(triton_backend, function, residual, activation):
     """`check` also holds that a frozen operand gets None."""
-    case = make_case(function, 32, 24, dtype=torch.float16, residual=residual, activation=activation)
-    case = with_fields(case, x=(case.x * 16).round() / 16)  # sums that half holds: no z crosses the kink
-    if residual:
-        case = with_fields(case, residual=(case.residual * 16).round() / 16)
+    case = with_exact_sums(make_case(function, 32, 24, dtype=torch.float16, residual=residual, activation=activation))
     for frozen in choices(case):
         check(with_fields(case, frozen=frozen))
 

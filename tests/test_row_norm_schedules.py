@@ -100,7 +100,7 @@ class Schedule:
         self.replace(backward_module, "row_backward_config", lambda *sizes: None)
         self.replace(backward_module, "backward_chunk_config", chunks_of(block_span, steps))
         block = launch.RowConfig(block_rows=1, block_span=columns, num_warps=4, stages=2)
-        self.replace(backward_module, "column_block_config", lambda itemsize: block)
+        self.replace(backward_module, "column_block_config", lambda span, itemsize: block)
         if stripes is not None:
             self.replace(backward_module, "column_stripes", lambda rows, blocks, facts: min(rows, stripes))
 

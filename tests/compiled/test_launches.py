@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -104,3 +105,24 @@ def test_what_is_remembered_depends_on_alignment_and_type(sm_90):
     aligned, unaligned, again, half = (launch.compiled for launch in sm_90 if launch.name == "row_norm_forward_kernel")
     assert aligned is again
     assert len({aligned.hash, unaligned.hash, half.hash}) == 3
+
+
+def tile_reductions(launch) -> set[tuple[str, str]]:
+    """Shape and layout of every tile that a kernel reduces: what decides the order of its additions."""
+    ttgir = launch.compiled.asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.blocked<.*>)$", ttgir, re.MULTILINE))
+    operands = re.findall(r"\}\) : \(tensor<(1x\d+xf\d+), (#\w+)>\) ->", ttgir)
+    assert operands, "no reduction was found: has the text of the IR changed?"
+    return {(shape, layouts[name]) for shape, name in operands}
+
+
+@pytest.mark.parametrize("span", [20000, 20001, 40000, 40001, 40004])
+@pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float32, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_walked_and_shared_rows_are_reduced_in_one_layout(dtype, parameters, span, sm_90):
+    weight = None if parameters is None else torch.empty(span, dtype=parameters)
+    for rows in (4, MULTIPROCESSORS):
+        F.layer_norm(torch.empty(rows, span, dtype=dtype), (span,), weight, activation="gelu")
+    first, *_, last = (launch for launch in sm_90 if launch.name in ("row_moments_kernel", "row_walk_forward_kernel"))
+    assert first.name == "row_moments_kernel"
+    assert tile_reductions(first) == tile_reductions(last), f"{first.name}, {last.name}"
