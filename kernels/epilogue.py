@@ -64,9 +64,7 @@ def store_bits(Bits_ptr, flags, row, first_byte, in_rows, ROW_BYTES: tl.constexp
 @triton.jit
 def load_bits(Bits_ptr, row, first_byte, in_rows, ROW_BYTES: tl.constexpr, BLOCK_SPAN: tl.constexpr):
     """The flags [rows, BLOCK_SPAN] that `store_bits` packed, or None where there is no mask."""
-    if Bits_ptr is None:
-        return None
-    else:
+    if Bits_ptr is not None:
         ROWS: tl.constexpr = row.shape[0]
         offsets, exists = _bit_bytes(row, first_byte, in_rows, ROW_BYTES, BLOCK_SPAN // 8)
         packed = tl.load(Bits_ptr + offsets, mask=exists, other=0).to(tl.int32)

@@ -11,7 +11,7 @@ def tile_moments(x, in_span, inv_count, SUBTRACT_MEAN: tl.constexpr):
     """Moments of each row of a tile in registers: ``(mean, m2, deviation)``.
 
     x and in_span are [rows, span]; x is 0 where in_span is false, inv_count is 1 / (lanes of a row that count). mean
-    and m2 (the sum of squared deviations) are [rows]; without SUBTRACT_MEAN, mean is None and deviation is x.
+    and m2 (the sum of squared deviations) are [rows]; without SUBTRACT_MEAN, mean is 0 and deviation is x.
     """
     if SUBTRACT_MEAN:
         # Scaled before summing, so that values near the type's maximum do not overflow. The rounding of that first mean
@@ -22,7 +22,7 @@ def tile_moments(x, in_span, inv_count, SUBTRACT_MEAN: tl.constexpr):
         deviation = tl.where(in_span, rough - correction[:, None], 0.0)
         return rough_mean + correction, tl.sum(deviation * deviation, axis=1), deviation
     else:
-        return None, tl.sum(x * x, axis=1), x
+        return tl.zeros([x.shape[0]], x.dtype), tl.sum(x * x, axis=1), x
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def merge_chunks(
     """(mean, rstd), each [1], of a row from the moments [2**LOG2_CHUNKS] of its chunks; chunk i begins at i * CHUNK.
 
     A pairwise tree of elementwise operations, not a reduction: the order of additions, and with it every bit, then does
-    not depend on how a kernel happens to lay the tensors out over its threads. Without SUBTRACT_MEAN the mean is None.
+    not depend on how a kernel happens to lay the tensors out over its threads. Without SUBTRACT_MEAN the mean is 0.
     """
     first = tl.arange(0, 2**LOG2_CHUNKS).to(tl.int64) * CHUNK
     counts = tl.minimum(tl.maximum(SPAN - first, 0), CHUNK).to(m2s.dtype)
@@ -85,4 +85,4 @@ def merge_chunks(
     if SUBTRACT_MEAN:
         return means + origin, rstd
     else:
-        return None, rstd
+        return tl.zeros_like(rstd), rstd

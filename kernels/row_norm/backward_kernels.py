@@ -18,9 +18,7 @@ from .forward_kernels import load_columns, load_tile, scalar
 @triton.jit
 def load_statistics(ptr, row, in_rows, COMPUTE: tl.constexpr):
     """One value a row (a mean or an rstd) as [rows, 1], or None."""
-    if ptr is None:
-        return None
-    else:
+    if ptr is not None:
         return tl.load(ptr + row, mask=in_rows, other=0.0).to(COMPUTE)[:, None]
 
 
@@ -153,9 +151,7 @@ def row_gradient_sums_kernel(
 @triton.jit
 def load_row_mean(Sums_ptr, row, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CHUNK_SLOTS: tl.constexpr):
     """The mean over a row, [1, 1], from the sums [rows, CHUNKS] over its chunks; None stays None."""
-    if Sums_ptr is None:
-        return None
-    else:
+    if Sums_ptr is not None:
         index = tl.arange(0, CHUNK_SLOTS)[None, :]
         sums = tl.load(Sums_ptr + (row * CHUNKS)[:, None] + index, mask=index < CHUNKS, other=0.0)
         return tl.sum(sums, axis=1)[:, None] * (1.0 / SPAN)

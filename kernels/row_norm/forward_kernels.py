@@ -23,18 +23,14 @@ def scalar(value, dtype: tl.constexpr):
 @triton.jit
 def load_columns(ptr, col, in_span, COMPUTE: tl.constexpr):
     """One value a column (a weight or a bias) as [1, columns], or None."""
-    if ptr is None:
-        return None
-    else:
+    if ptr is not None:
         return tl.load(ptr + col, mask=in_span, other=0.0).to(COMPUTE)
 
 
 @triton.jit
 def load_tile(ptr, base, col, mask, COMPUTE: tl.constexpr):
     """A tile of activations, its rows starting at `base`; None stays None. Cast before anything else looks at it."""
-    if ptr is None:
-        return None
-    else:
+    if ptr is not None:
         return tl.load(ptr + base[:, None] + col, mask=mask, other=0.0).to(COMPUTE)
 
 
