@@ -76,18 +76,22 @@ class Workload:
 
     def case(self, size: Size, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> Case:
         """Inputs drawn from a seed: standard normal activations and gradients, weights about 1, biases about 0."""
-        shape = self.shape(size)
         generator = torch.Generator(device).manual_seed(seed)
 
-        def draw(shape: Shape, deviation: float = 1.0, mean: float = 0.0) -> Tensor:
+        def draw(shape: Shape, deviation: float, mean: float) -> Tensor:
             values = torch.randn(shape, generator=generator, device=device)
             return values.mul_(deviation).add_(mean).to(dtype)
 
+        return self.case_of(self.shape(size), draw)
+
+    def case_of(self, shape: Shape, draw: Callable[[Shape, float, float], Tensor]) -> Case:
+        """The tensors of a call on an x of this shape, each from draw(shape, deviation, mean)."""
         has_residual = self.residual or self.adds_first
-        inputs = {"x": draw(shape)} | ({"residual": draw(shape)} if has_residual else {})
+        activations = ("x", "residual") if has_residual else ("x",)
+        inputs = {name: draw(shape, 1.0, 0.0) for name in activations}
         parameters = FUNCTIONS[self.function].parameters(shape)
         inputs |= {name: draw(own_shape, 0.1, mean) for name, (own_shape, mean) in parameters.items()}
-        gradients = tuple(draw(shape) for _ in range(2 if self.adds_first else 1))
+        gradients = tuple(draw(shape, 1.0, 0.0) for _ in range(2 if self.adds_first else 1))
         inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
         return Case(inputs, frozenset(parameters), gradients)
 

@@ -7,7 +7,9 @@ the batch around it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,14 +33,28 @@ class DeviceFacts(NamedTuple):
 
 
 # CPU tensors reach a kernel only interpreted, or under a driver that compiles for a GPU which is not there.
-_H200 = DeviceFacts(multiprocessors=132, l2_bytes=50 << 20)
+H200 = DeviceFacts(multiprocessors=132, l2_bytes=50 << 20)
+_absent_device = H200
+
+
+@contextlib.contextmanager
+def assume_device(facts: DeviceFacts) -> Iterator[None]:
+    """Schedules CPU tensors as for a device with these facts, an H200 otherwise."""
+    global _absent_device
+    previous, _absent_device = _absent_device, facts
+    try:
+        yield
+    finally:
+        _absent_device = previous
+
+
+def device_facts(device: torch.device) -> DeviceFacts:
+    """The facts of a device, by torch's properties; of the assumed one for CPU tensors."""
+    return _present_facts(device) if device.type == "cuda" else _absent_device
 
 
 @functools.cache
-def device_facts(device: torch.device) -> DeviceFacts:
-    """The facts of a device, by torch's properties; of an H200 for CPU tensors."""
-    if device.type != "cuda":
-        return _H200
+def _present_facts(device: torch.device) -> DeviceFacts:
     properties = torch.cuda.get_device_properties(device)
     return DeviceFacts(properties.multi_processor_count, properties.L2_cache_size)
 
@@ -128,11 +144,16 @@ def row_forward_config(
     return _row_tile(span, 64 // itemsize, least_rows=2 if two_rows else 1)
 
 
-def row_backward_config(span: int, itemsize: int, operands: int) -> RowConfig | None:
+# Of shared memory for a program, what every target has (an A100 163 KB; AMD's pipeline keeps tiles in registers).
+_SHARED_BYTES = 160 << 10
+
+
+def row_backward_config(span: int, itemsize: int, operands: int, activations: int = 3) -> RowConfig | None:
     """Tile of the backward kernel that holds whole rows, or None where a row has to be cut into chunks.
 
     operands counts what a program keeps in registers, or has no registers to spare for, while it goes down the rows:
-    weight, bias, the sums for dweight and dbias, and the bit mask. A bias is kept only to compute z again.
+    weight, bias, the sums for dweight and dbias, and the bit mask. A bias is kept only to compute z again. activations
+    counts the tensors of x's size that it reads.
     """
     crowded = operands >= 4
     longest = {2: 4096 if crowded else 8192, 4: 4096 if crowded else 8192, 8: 1024}[itemsize]
@@ -141,19 +162,20 @@ def row_backward_config(span: int, itemsize: int, operands: int) -> RowConfig | 
     if span > longest:
         return None
     if itemsize == 8:
-        return _row_tile(span, elements_per_thread=4, stages=2, most_registers=255)
-    # 32 KB of dy and x in flight with the programs of `backward_programs`: where registers are short, or several rows
-    # a tile take some to spread the weights over them, half the elements and one tile more in the pipeline. The bound
-    # makes 16 warps fit; left alone, ptxas takes up to 190 registers, or spills to fit more.
-    if crowded or span <= 1024:
-        return _row_tile(span, elements_per_thread=8, stages=3, most_registers=128)
-    return _row_tile(span, elements_per_thread=16, stages=2, most_registers=128)
+        return _row_tile(span, elements_per_thread=4, stages=3, most_registers=255)
+    # 32 KB of dy and x in flight with the programs of `backward_programs`, of half as many elements where registers are
+    # short, or several rows a tile take some to spread the weights over them. The bound makes 16 warps fit; left alone,
+    # ptxas takes up to 190 registers, or spills to fit more. With three stages tiles are loaded while another is worked
+    # on; with two, which need half the shared memory, a program waits for each of its tiles.
+    elements_per_thread = 8 if crowded or span <= 1024 else 16
+    stages = 3 if 2 * activations * span * itemsize <= _SHARED_BYTES else 2
+    return _row_tile(span, elements_per_thread, stages=stages, most_registers=128)
 
 
 def column_block_config(span: int, itemsize: int) -> RowConfig:
     """Block of columns that a program of the chunked backward goes down the rows with."""
     most_registers = 255 if _ragged(span, itemsize) else 168 if itemsize == 8 else 128
-    return RowConfig(1, 4096 // itemsize, num_warps=4, stages=2, most_registers=most_registers)
+    return RowConfig(1, 4096 // itemsize, num_warps=4, stages=3, most_registers=most_registers)
 
 
 def column_stripes(rows: int, blocks: int, facts: DeviceFacts) -> int:

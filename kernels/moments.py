@@ -53,9 +53,12 @@ def input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat):
 
 
 @triton.jit
-def _split_pairs(values):
-    """The even and the odd elements of a 1-D tensor."""
-    return tl.split(tl.reshape(values, [values.shape[0] // 2, 2]))
+def pairwise_sum(values, LOG2_SIZE: tl.constexpr):
+    """The sum [1] of a tensor [2**LOG2_SIZE], neighbours first. A sum of two has one result, so that every bit of this
+    is the same however a kernel happens to spread the tensor over its threads; that of a larger reduction is not."""
+    for _ in tl.static_range(LOG2_SIZE):
+        values = tl.sum(tl.reshape(values, [values.shape[0] // 2, 2]), axis=1)
+    return values
 
 
 @triton.jit
@@ -63,26 +66,17 @@ def merge_chunks(
     means, m2s, eps, SPAN: tl.constexpr, CHUNK: tl.constexpr, LOG2_CHUNKS: tl.constexpr, SUBTRACT_MEAN: tl.constexpr
 ):
     """(mean, rstd), each [1], of a row from the moments [2**LOG2_CHUNKS] of its chunks; chunk i begins at i * CHUNK.
-
-    A pairwise tree of elementwise operations, not a reduction: the order of additions, and with it every bit, then does
-    not depend on how a kernel happens to lay the tensors out over its threads. Without SUBTRACT_MEAN the mean is 0.
-    """
+    Without SUBTRACT_MEAN the mean is 0."""
     first = tl.arange(0, 2**LOG2_CHUNKS).to(tl.int64) * CHUNK
-    counts = tl.minimum(tl.maximum(SPAN - first, 0), CHUNK).to(m2s.dtype)
     if SUBTRACT_MEAN:
-        # Merged as differences from the first chunk's mean: at a large mean these are small, so each merge rounds less.
-        origin = tl.sum(tl.where(first == 0, means, 0.0), axis=0)
+        counts = tl.minimum(tl.maximum(SPAN - first, 0), CHUNK).to(m2s.dtype)
+        # As differences from the first chunk's mean: at a large mean these are small, so that the sum rounds less.
+        origin = pairwise_sum(tl.where(first == 0, means, 0.0), LOG2_CHUNKS)
         means = tl.where(counts > 0, means - origin, 0.0)
-    for _ in tl.static_range(LOG2_CHUNKS):
-        m2_a, m2_b = _split_pairs(m2s)
-        if SUBTRACT_MEAN:
-            mean_a, mean_b = _split_pairs(means)
-            count_a, count_b = _split_pairs(counts)
-            counts, means, m2s = merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b)
-        else:
-            m2s = m2_a + m2_b
-    rstd = reciprocal_deviation(m2s, SPAN, eps)
-    if SUBTRACT_MEAN:
-        return means + origin, rstd
+        mean = pairwise_sum(means * (counts * (1.0 / SPAN)), LOG2_CHUNKS)
+        deviation = means - mean
+        m2 = pairwise_sum(m2s + counts * (deviation * deviation), LOG2_CHUNKS)
+        return mean + origin, reciprocal_deviation(m2, SPAN, eps)
     else:
-        return tl.zeros_like(rstd), rstd
+        m2 = pairwise_sum(m2s, LOG2_CHUNKS)
+        return tl.zeros_like(m2), reciprocal_deviation(m2, SPAN, eps)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..epilogue import load_bits, pre_activation_gradient
 from ..moments import input_gradient
-from .forward_kernels import load_columns, load_tile, scalar
+from .forward_kernels import load_columns, load_tile, scalar, tiles_of_chunk
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def row_gradient_sums_kernel(
     row = program // CHUNKS + tl.arange(0, 1)
     sum_g = tl.zeros([1], COMPUTE)
     sum_g_x_hat = tl.zeros([1], COMPUTE)
-    for step in range(STEPS):
+    for step in tl.range(tiles_of_chunk(program % CHUNKS, SPAN, BLOCK_SPAN, STEPS)):
         first = (program % CHUNKS * STEPS + step) * BLOCK_SPAN
         col = first + tl.arange(0, BLOCK_SPAN)[None, :]
         in_span = col < SPAN

@@ -146,8 +146,7 @@ def _chunked_launcher(
     kernel: Any, span: int, itemsize: int, subtract_mean: bool, activation: str | None, save_bits: bool, vec: int
 ) -> Launcher:
     config = chunk_config(span, itemsize)
-    log2_chunks = (config.chunks - 1).bit_length()
-    chunks = (config.block_span, config.steps, config.chunks, log2_chunks)
+    chunks = (config.block_span, config.steps, config.chunks, (config.chunks - 1).bit_length())
     return Launcher(kernel, config.num_warps, span, vec, subtract_mean, *_epilogue(activation, save_bits), *chunks)
 
 

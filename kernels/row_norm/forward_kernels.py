@@ -2,7 +2,7 @@
 
 `row_norm_forward_kernel` holds whole rows in registers and reads them once. A longer row is cut into chunks: one
 program walks them all, or several share them (`row_moments_kernel`, then `row_apply_kernel`). Both ways reduce each
-chunk with `load_chunk` and `tile_moments` and merge the chunks with `merge_chunks`, so a row has the same bits
+chunk with `chunk_moments` and `tile_moments` and merge the chunks with `merge_chunks`, so a row has the same bits
 whichever way it went."""
 
 from __future__ import annotations
@@ -98,6 +98,16 @@ def row_norm_forward_kernel(
 
 
 @triton.jit
+def tiles_of_chunk(chunk, SPAN: tl.constexpr, BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr):
+    """How many of a chunk's STEPS tiles begin inside the row: a run-time number, or the compiler would unroll the loop
+    over them, load all tiles at once and spill."""
+    if STEPS == 1:
+        return 1
+    else:
+        return tl.minimum(STEPS, tl.cdiv(SPAN - scalar(chunk, tl.int64) * STEPS * BLOCK_SPAN, BLOCK_SPAN))
+
+
+@triton.jit
 def chunk_moments(
     X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, total_base, chunk,
     SPAN: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr,
@@ -107,7 +117,7 @@ def chunk_moments(
     count = tl.zeros([1], COMPUTE)
     mean = tl.zeros([1], COMPUTE)
     m2 = tl.zeros([1], COMPUTE)
-    for step in range(STEPS):
+    for step in tl.range(tiles_of_chunk(chunk, SPAN, BLOCK_SPAN, STEPS)):
         first = (scalar(chunk, tl.int64) * STEPS + step) * BLOCK_SPAN
         col = first + tl.arange(0, BLOCK_SPAN)[None, :]
         in_span = col < SPAN
@@ -129,7 +139,7 @@ def apply_chunk(
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Normalizes and finishes one chunk, given the row's mean (or None) and rstd."""
-    for step in range(STEPS):
+    for step in tl.range(tiles_of_chunk(chunk, SPAN, BLOCK_SPAN, STEPS)):
         first = (scalar(chunk, tl.int64) * STEPS + step) * BLOCK_SPAN
         col = first + tl.arange(0, BLOCK_SPAN)[None, :]
         in_span = col < SPAN

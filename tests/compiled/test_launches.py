@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from benchmarks.audit.binary import describe
+from benchmarks.audit.layouts import reduction_layouts
+from benchmarks.audit.targets import TARGETS
 from fused_ops import functional as F
 
 MULTIPROCESSORS = 132  # of the device whose facts CPU tensors get
@@ -44,7 +46,7 @@ CALLS = {call.__name__: call for call in (plain, after, after_relu, added)}
 @pytest.mark.parametrize("name", CALLS)
 def test_whole_rows_take_one_launch_forward_and_two_backward(name, sm_90):
     forward_and_backward(512, 1024, torch.bfloat16, CALLS[name])
-    assert [launch.name for launch in sm_90] == [
+    assert [launch.kernel for launch in sm_90] == [
         "row_norm_forward_kernel",
         "row_norm_backward_kernel",
         "column_sum_kernel",
@@ -54,13 +56,13 @@ def test_whole_rows_take_one_launch_forward_and_two_backward(name, sm_90):
 def test_no_sum_is_launched_where_no_parameter_gradient_is_asked_for(sm_90):
     x = torch.zeros(512, 1024, requires_grad=True)
     F.layer_norm(x, (1024,), torch.ones(1024), activation="gelu").sum().backward()
-    assert [launch.name for launch in sm_90] == ["row_norm_forward_kernel", "row_norm_backward_kernel"]
+    assert [launch.kernel for launch in sm_90] == ["row_norm_forward_kernel", "row_norm_backward_kernel"]
 
 
 def test_long_rows_are_shared_where_they_are_few_and_walked_where_they_are_many(sm_90):
     for rows in (4, MULTIPROCESSORS):
         F.layer_norm(torch.empty(rows, 40000, dtype=torch.bfloat16), (40000,))
-    names = [launch.name for launch in sm_90]
+    names = [launch.kernel for launch in sm_90]
     assert names == ["row_moments_kernel", "row_apply_kernel", "row_walk_forward_kernel"]
 
 
@@ -69,8 +71,8 @@ def test_long_rows_are_shared_where_they_are_few_and_walked_where_they_are_many(
 def test_four_million_elements_fill_the_device(name, rows, span, sm_90):
     forward_and_backward(rows, span, torch.bfloat16, CALLS[name])
     for launch in sm_90:
-        if launch.name != "column_sum_kernel":
-            assert launch.programs >= MULTIPROCESSORS, f"{launch.name}: {launch.programs} programs"
+        if launch.kernel != "column_sum_kernel":
+            assert launch.programs >= MULTIPROCESSORS, f"{launch.kernel}: {launch.programs} programs"
 
 
 @pytest.mark.parametrize("span", [256, 1024, 4096, 8192, 16384, 65536])
@@ -78,11 +80,10 @@ def test_four_million_elements_fill_the_device(name, rows, span, sm_90):
 @pytest.mark.parametrize("name", CALLS)
 def test_nothing_spills_and_activations_move_sixteen_bytes_at_a_time(name, dtype, span, sm_90):
     forward_and_backward(8, span, dtype, CALLS[name])
-    for launch in sm_90:
-        found = launch.resources()
-        assert found["STACK"] == found["LOCAL"] == 0, f"{launch.name} spills: {found}"
-        if launch.name != "column_sum_kernel":
-            assert max(launch.global_access_widths()) == 16, f"{launch.name}: {launch.global_access_widths()}"
+    for found in (describe(launch, TARGETS["sm_90"]) for launch in sm_90):
+        assert found.spilled_bytes == 0, f"{found.kernel} spills"
+        if found.kernel != "column_sum_kernel":
+            assert max(found.widths) == 16, f"{found.kernel}: {found.widths}"
 
 
 def test_row_counts_and_parameters_compile_nothing_anew(sm_90):
@@ -92,9 +93,9 @@ def test_row_counts_and_parameters_compile_nothing_anew(sm_90):
             x = torch.zeros(rows, 1024, requires_grad=True)
             weight = torch.ones(1024, requires_grad=True)
             F.layer_norm(x, (1024,), weight, eps=1e-5 * slope, activation=activation).sum().backward()
-    compiled = {launch.name: set() for launch in sm_90}
+    compiled = {launch.kernel: set() for launch in sm_90}
     for launch in sm_90:
-        compiled[launch.name].add(launch.compiled.hash)
+        compiled[launch.kernel].add(launch.compiled.hash)
     assert {name: len(hashes) for name, hashes in compiled.items()} == dict.fromkeys(compiled, 1)
 
 
@@ -102,18 +103,11 @@ def test_what_is_remembered_depends_on_alignment_and_type(sm_90):
     """Aligned, unaligned, aligned again, another type: each gets a kernel of its own, and the first comes back."""
     for dtype, offset in ((torch.float32, 0), (torch.float32, 1), (torch.float32, 0), (torch.bfloat16, 0)):
         forward_and_backward(8, 1024, dtype, plain, offset)
-    aligned, unaligned, again, half = (launch.compiled for launch in sm_90 if launch.name == "row_norm_forward_kernel")
+    aligned, unaligned, again, half = (
+        launch.compiled for launch in sm_90 if launch.kernel == "row_norm_forward_kernel"
+    )
     assert aligned is again
     assert len({aligned.hash, unaligned.hash, half.hash}) == 3
-
-
-def tile_reductions(launch) -> set[tuple[str, str]]:
-    """Shape and layout of every tile that a kernel reduces: what decides the order of its additions."""
-    ttgir = launch.compiled.asm["ttgir"]
-    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.blocked<.*>)$", ttgir, re.MULTILINE))
-    operands = re.findall(r"\}\) : \(tensor<(1x\d+xf\d+), (#\w+)>\) ->", ttgir)
-    assert operands, "no reduction was found: has the text of the IR changed?"
-    return {(shape, layouts[name]) for shape, name in operands}
 
 
 @pytest.mark.parametrize("span", [20000, 20001, 40000, 40001, 40004])
@@ -121,8 +115,9 @@ def tile_reductions(launch) -> set[tuple[str, str]]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_walked_and_shared_rows_are_reduced_in_one_layout(dtype, parameters, span, sm_90):
     weight = None if parameters is None else torch.empty(span, dtype=parameters)
+    layouts = []
     for rows in (4, MULTIPROCESSORS):
+        sm_90.clear()
         F.layer_norm(torch.empty(rows, span, dtype=dtype), (span,), weight, activation="gelu")
-    first, *_, last = (launch for launch in sm_90 if launch.name in ("row_moments_kernel", "row_walk_forward_kernel"))
-    assert first.name == "row_moments_kernel"
-    assert tile_reductions(first) == tile_reductions(last), f"{first.name}, {last.name}"
+        layouts.append(reduction_layouts(sm_90))
+    assert layouts[0] == layouts[1], f"shared, and {sm_90[0].kernel}"

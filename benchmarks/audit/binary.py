@@ -1,0 +1,129 @@
+"""What a compiled kernel takes of a multiprocessor and how it reaches memory, read from its binary and machine code."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from .assembly import Assembly, CodeSize, parse_gcn, parse_sass
+from .inert import Launch
+from .targets import Target
+
+WIDEST_ACCESS = 16  # bytes a thread
+
+
+@dataclass(frozen=True)
+class CompiledLaunch:
+    """One launch as compiled for a target.
+
+    registers: a thread. spilled_bytes: of stack and local memory a thread. shared_bytes: a program.
+    resident_programs: as many as fit on a multiprocessor at once. widths: bytes a thread -> how many accesses of global
+    memory in the code. copies: asynchronous ones among the loads; stages: of the software pipeline they belong to.
+    thread_bytes_in_flight: asked for before the first wait; overlap: the share of them that is on its way while a loop
+    works (`Assembly.overlap`). hash: of what was compiled.
+    """
+
+    kernel: str
+    programs: int
+    warps: int
+    threads: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    resident_programs: int
+    widths: dict[int, int]
+    copies: int
+    stages: int
+    thread_bytes_in_flight: int
+    overlap: float
+    code: CodeSize
+    hash: str
+
+    @property
+    def wide_share(self) -> float:
+        """The share of the accessed bytes that is moved 16 bytes a thread at a time."""
+        moved = {width: width * count for width, count in self.widths.items()}
+        return moved.get(WIDEST_ACCESS, 0) / max(1, sum(moved.values()))
+
+    def bytes_in_flight(self, multiprocessors: int) -> int:
+        """Bytes of loads on their way on a multiprocessor, with as many programs as it gets of this launch."""
+        programs = min(self.resident_programs, -(-self.programs // multiprocessors))
+        return programs * self.threads * self.thread_bytes_in_flight
+
+
+_read: dict[tuple[str, str], CompiledLaunch] = {}
+
+
+def describe(launch: Launch, target: Target) -> CompiledLaunch:
+    """Reads one recorded launch; a binary that was seen before is not taken apart again, which lasts 0.2 s."""
+    key = (launch.compiled.hash, target.name)
+    if key not in _read:
+        _read[key] = _describe(launch, target)
+    return dataclasses.replace(_read[key], programs=launch.programs)
+
+
+def _describe(launch: Launch, target: Target) -> CompiledLaunch:
+    registers, spilled = resources(launch, target)
+    code = assembly(launch, target)
+    shared = int(launch.compiled.metadata.shared)
+    return CompiledLaunch(
+        kernel=launch.kernel,
+        programs=launch.programs,
+        warps=launch.warps,
+        threads=launch.warps * target.warp_size,
+        registers=registers,
+        spilled_bytes=spilled,
+        shared_bytes=shared,
+        resident_programs=target.resident_programs(launch.warps, registers, shared),
+        widths=dict(sorted(Counter(code.widths("load", "store", "copy")).items())),
+        copies=len(code.widths("copy")),
+        stages=code.stages(),
+        thread_bytes_in_flight=code.bytes_in_flight(),
+        overlap=code.overlap(),
+        code=code.size(),
+        hash=launch.compiled.hash,
+    )
+
+
+def resources(launch: Launch, target: Target) -> tuple[int, int]:
+    """(registers, spilled bytes) of a thread."""
+    if target.backend == "hip":
+        text = launch.compiled.asm["amdgcn"]
+        return _amd(text, "vgpr_count"), _amd(text, "private_segment_fixed_size") + 4 * _amd(text, "vgpr_spill_count")
+    usage = _run_on_binary(launch, triton.knobs.nvidia.cuobjdump.path, "-res-usage")
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    if found.keys() != {"REG", "STACK", "LOCAL"}:
+        raise RuntimeError(f"cuobjdump must print REG, STACK and LOCAL of {launch.kernel}, but printed {usage!r}")
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def assembly(launch: Launch, target: Target) -> Assembly:
+    """The machine code of a launch."""
+    if target.backend == "hip":
+        return parse_gcn(launch.compiled.asm["amdgcn"])
+    return parse_sass(_run_on_binary(launch, triton.knobs.nvidia.nvdisasm.path, "-c"))
+
+
+def _amd(text: str, name: str) -> int:
+    found = re.search(rf"^\s*\.{name}:\s+(\d+)", text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"AMD's assembly must hold .{name} among its metadata, but does not")
+    return int(found[1])
+
+
+def _run_on_binary(launch: Launch, program: Any, option: str) -> str:
+    """What a tool of the Triton package prints of a launch's binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        Path(binary.name).write_bytes(launch.compiled.asm["cubin"])
+        done = subprocess.run([program, option, binary.name], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{program} {option} of {launch.kernel} ended with {done.returncode}: {done.stderr.strip()}")
+    return done.stdout

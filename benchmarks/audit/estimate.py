@@ -1,0 +1,82 @@
+"""An estimate of the device time of a call, from counts. It is a model, never a measurement, and is called so.
+
+Of each launch the largest of
+- bytes that must cross the memory bus, over the bandwidth that a copy reaches and that the loads in flight sustain
+  (Little's law: bytes in flight over the latency of a load),
+- bytes asked for, over the bandwidth of the L2,
+- instructions, over the rate at which the multiprocessors that have work issue them,
+and, for each launch, the time that passes between two of them. Not in it: the order of programs, conflicts in shared
+memory, the dependence of one instruction on another, clocks that fall with the power drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .binary import CompiledLaunch
+from .targets import TARGETS, Device
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one launch has to do: as compiled, and the bytes it moves and asks for."""
+
+    launch: CompiledLaunch
+    moved_bytes: float
+    asked_bytes: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one launch by each of the three limits, and between it and the next."""
+
+    memory: float
+    l2: float
+    issue: float
+    between: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.memory, self.l2, self.issue) + self.between
+
+    @property
+    def limit(self) -> str:
+        """The name of the largest part."""
+        parts = {"memory": self.memory, "L2": self.l2, "issue": self.issue, "launch": self.between}
+        return max(parts, key=lambda name: parts[name])
+
+
+def estimate(work: Work, device: Device) -> Estimate:
+    """Of one launch."""
+    launch = work.launch
+    busy = min(device.facts.multiprocessors, launch.programs)
+    issue_rate = device.clock * TARGETS[device.target].multiprocessor.issue * busy
+    thread_bytes = work.asked_bytes / (launch.programs * launch.threads)
+    issued = launch.code.issued(thread_bytes) * launch.warps * launch.programs
+    in_flight = busy * _sustained_bytes(launch, thread_bytes, device)
+    bandwidth = min(device.copy_share * device.bandwidth, in_flight / device.latency)
+    return Estimate(
+        memory=work.moved_bytes / bandwidth,
+        l2=work.asked_bytes / (device.l2_bandwidth * busy / device.facts.multiprocessors),
+        issue=issued / issue_rate,
+        between=device.launch,
+    )
+
+
+def _sustained_bytes(launch: CompiledLaunch, thread_bytes: float, device: Device) -> float:
+    """Bytes in flight on a multiprocessor, on average over a trip: all while it waits, their overlap while it works.
+
+    Beside other programs a program works more slowly, but they load meanwhile; so each is counted as if alone.
+    """
+    trips = launch.code.trips(thread_bytes)
+    unit = TARGETS[device.target].multiprocessor
+    working = launch.code.issued(thread_bytes) / trips * launch.warps / unit.issue / device.clock
+    waiting = device.latency
+    share = (waiting + launch.overlap * working) / (waiting + working)
+    return share * launch.bytes_in_flight(device.facts.multiprocessors)
+
+
+def total(work: Iterable[Work], device: Device) -> float:
+    """Seconds of a call, one launch after the other."""
+    return sum(estimate(each, device).seconds for each in work)

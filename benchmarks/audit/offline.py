@@ -1,0 +1,60 @@
+"""What the launches of a public call look like, compiled for a device that is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from ..traffic import Direction
+from ..workloads import Call, Case, Shape, Workload
+from .binary import CompiledLaunch, describe
+from .inert import Launch, compiling_for
+from .targets import Target
+
+Tensor = torch.Tensor
+
+
+def compiled_launches(
+    workload: Workload, dtype: torch.dtype, direction: Direction, target: Target, shape: Shape | None = None
+) -> list[CompiledLaunch]:
+    """The launches of one call at its full size (or at `shape`), in order."""
+    launches = record(workload, dtype, direction, target, shape)
+    return [describe(launch, target) for launch in launches]
+
+
+def record(
+    workload: Workload, dtype: torch.dtype, direction: Direction, target: Target, shape: Shape | None = None
+) -> list[Launch]:
+    """The same, as Triton compiled them."""
+    with compiling_for(target) as launches:
+        run(workload.ours(), unfilled_case(workload, shape or workload.shape("full"), dtype), direction)
+    return launches
+
+
+def run(call: Call, case: Case, direction: Direction) -> None:
+    """One call, with its backward or without gradients."""
+    if direction == "forward":
+        with torch.no_grad():
+            call(**case.inputs)
+        return
+    outputs = call(**case.inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.grad(outputs, list(case.inputs.values()), case.output_gradients)
+
+
+def unfilled_case(workload: Workload, shape: Shape, dtype: torch.dtype) -> Case:
+    """The tensors of a call with nothing in them: of what nobody touches, no memory is taken."""
+    return workload.case_of(shape, lambda own_shape, *_: torch.empty(own_shape, dtype=dtype))
+
+
+def compilations(workload: Workload, dtype: torch.dtype, target: Target, row_counts: Iterable[int]) -> dict[str, int]:
+    """How many times each kernel is compiled over these row counts, forward and backward."""
+    span = workload.shape("full")[-1]
+    hashes: dict[str, set[str]] = {}
+    with compiling_for(target) as launches:
+        for rows in row_counts:
+            run(workload.ours(), unfilled_case(workload, (rows, span), dtype), "forward+backward")
+    for launch in launches:
+        hashes.setdefault(launch.kernel, set()).add(launch.compiled.hash)
+    return {kernel: len(found) for kernel, found in hashes.items()}
