@@ -26,10 +26,11 @@ _HIP = torch.version.hip is not None
 
 
 class DeviceFacts(NamedTuple):
-    """What a schedule needs to know of a device."""
+    """What a schedule needs to know of a device; registers are those of a multiprocessor, 32 bits each."""
 
     multiprocessors: int
     l2_bytes: int
+    registers: int = 65536
 
 
 # CPU tensors reach a kernel only interpreted, or under a driver that compiles for a GPU which is not there.
@@ -56,7 +57,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
 @functools.cache
 def _present_facts(device: torch.device) -> DeviceFacts:
     properties = torch.cuda.get_device_properties(device)
-    return DeviceFacts(properties.multi_processor_count, properties.L2_cache_size)
+    return DeviceFacts(properties.multi_processor_count, properties.L2_cache_size, properties.regs_per_multiprocessor)
 
 
 # --- configurations ------------------------------------------------------------------------------------------------
@@ -146,6 +147,8 @@ def row_forward_config(
 
 # Of shared memory for a program, what every target has (an A100 163 KB; AMD's pipeline keeps tiles in registers).
 _SHARED_BYTES = 160 << 10
+# So that 16 warps fit on a multiprocessor with 65,536; left alone, ptxas takes up to 190, or spills to fit more.
+_BACKWARD_REGISTERS = 128
 
 
 def row_backward_config(span: int, itemsize: int, operands: int, activations: int = 3) -> RowConfig | None:
@@ -164,12 +167,11 @@ def row_backward_config(span: int, itemsize: int, operands: int, activations: in
     if itemsize == 8:
         return _row_tile(span, elements_per_thread=4, stages=3, most_registers=255)
     # 32 KB of dy and x in flight with the programs of `backward_programs`, of half as many elements where registers are
-    # short, or several rows a tile take some to spread the weights over them. The bound makes 16 warps fit; left alone,
-    # ptxas takes up to 190 registers, or spills to fit more. With three stages tiles are loaded while another is worked
-    # on; with two, which need half the shared memory, a program waits for each of its tiles.
+    # short, or several rows a tile take some to spread the weights over them. With three stages tiles are loaded while
+    # another is worked on; with two, which need half the shared memory, a program waits for each of its tiles.
     elements_per_thread = 8 if crowded or span <= 1024 else 16
     stages = 3 if 2 * activations * span * itemsize <= _SHARED_BYTES else 2
-    return _row_tile(span, elements_per_thread, stages=stages, most_registers=128)
+    return _row_tile(span, elements_per_thread, stages=stages, most_registers=_BACKWARD_REGISTERS)
 
 
 def column_block_config(span: int, itemsize: int) -> RowConfig:
@@ -216,10 +218,11 @@ def walks_rows(rows: int, span: int, itemsize: int, facts: DeviceFacts) -> bool:
 def backward_programs(tiles: int, num_warps: int, facts: DeviceFacts) -> int:
     """Programs of a row backward, each of which takes many tiles, and so the rows of its partial sums.
 
-    As many as fit at once, 16 warps a multiprocessor: more would run in a second wave that leaves most of the device
-    idle, and each adds a partial row.
+    As many as fit at once with the registers that `row_backward_config` allows a thread: more would run in a second
+    wave that leaves most of the device idle, and each adds a partial row.
     """
-    return min(tiles, max(1, 16 // num_warps) * facts.multiprocessors)
+    threads = facts.registers // _BACKWARD_REGISTERS
+    return min(tiles, max(1, threads // (num_warps * THREADS_PER_WARP)) * facts.multiprocessors)
 
 
 def column_sum_config(span: int) -> RowConfig:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 # load, store: between global memory and registers. copy: from global memory straight to shared. commit closes a group of
-# copies, wait lets at most `groups` groups (AMD: accesses) go on.
-Kind = Literal["load", "store", "copy", "commit", "wait", "local", "other"]
+# copies, wait lets at most `groups` groups (AMD: accesses) go on. barrier: all warps of a program wait for each other.
+Kind = Literal["load", "store", "copy", "commit", "wait", "barrier", "other"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class CodeSize:
-    """Of a thread: instructions and the bytes of global memory that they access, outside loops and in one trip of all."""
+    """Of a thread: instructions, and the bytes of global memory that they access, outside loops and in a trip of all."""
 
     instructions: int
     bytes: int
@@ -74,6 +74,12 @@ class Assembly:
             return 0.0
         return min(sum(counts) / len(counts) / max(1, *counts) for counts in self._running())
 
+    def in_step(self) -> bool:
+        """Whether the warps of a program wait for each other in a loop that loads."""
+        return any(
+            self._loads(loop) and any(found.kind == "barrier" for found in self._body(loop)) for loop in self.loops
+        )
+
     def _running(self) -> list[list[int]]:
         """Bytes on their way after each instruction, of each loop that loads in its third trip; of all without one."""
         loading = [loop for loop in self.loops if self._loads(loop)]
@@ -81,7 +87,7 @@ class Assembly:
             return [_outstanding(self.instructions)]
         counts = []
         for loop in loading:
-            before, body = self.instructions[: loop.first], self.instructions[loop.first : loop.last + 1]
+            before, body = self.instructions[: loop.first], self._body(loop)
             counts.append(_outstanding((*before, *body, *body, *body))[-len(body) :])
         return counts
 
@@ -96,7 +102,7 @@ class Assembly:
         """num_stages of the deepest software pipeline of copies: 1 where no loop has one."""
         deepest = 1
         for loop in self.loops:
-            body = self.instructions[loop.first : loop.last + 1]
+            body = self._body(loop)
             commits = sum(found.kind == "commit" for found in body)
             waits = [found.groups for found in body if found.kind == "wait"]
             if commits and waits:
@@ -104,7 +110,10 @@ class Assembly:
         return deepest
 
     def _loads(self, loop: Loop) -> bool:
-        return any(found.kind in ("load", "copy") for found in self.instructions[loop.first : loop.last + 1])
+        return any(found.kind in ("load", "copy") for found in self._body(loop))
+
+    def _body(self, loop: Loop) -> tuple[Instruction, ...]:
+        return self.instructions[loop.first : loop.last + 1]
 
 
 def _outstanding(trace: Iterable[Instruction]) -> list[int]:
@@ -142,8 +151,7 @@ _SASS_LABEL = re.compile(r"^(\.L_x_\d+):")
 _SASS_TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 _SASS_REGISTER = re.compile(r"\bR(\d+)\b")
 _SASS_KINDS: dict[str, Kind] = {
-    "LDG": "load", "STG": "store", "LDGSTS": "copy", "LDGDEPBAR": "commit", "DEPBAR": "wait", "LDL": "local",
-    "STL": "local",
+    "LDG": "load", "STG": "store", "LDGSTS": "copy", "LDGDEPBAR": "commit", "DEPBAR": "wait", "BAR": "barrier",
 }  # fmt: skip
 
 
@@ -217,8 +225,8 @@ def _gcn_instruction(code: str) -> Instruction:
         to_shared = code.split()[-1] == "lds"
         kind: Kind = "copy" if to_shared else "load" if access[1] == "load" else "store"
         return Instruction(kind, _GCN_WIDTHS[size])
-    if code.startswith("scratch_"):
-        return Instruction("local")
+    if code.startswith("s_barrier"):
+        return Instruction("barrier")
     if code.startswith("s_waitcnt") and (allowed := _GCN_VMCNT.search(code)):
         return Instruction("wait", groups=int(allowed[1]))
     return Instruction("other")

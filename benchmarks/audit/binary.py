@@ -28,7 +28,7 @@ class CompiledLaunch:
     resident_programs: as many as fit on a multiprocessor at once. widths: bytes a thread -> how many accesses of global
     memory in the code. copies: asynchronous ones among the loads; stages: of the software pipeline they belong to.
     thread_bytes_in_flight: asked for before the first wait; overlap: the share of them that is on its way while a loop
-    works (`Assembly.overlap`). hash: of what was compiled.
+    works (`Assembly.overlap`), in_step: whether that loop holds a barrier. hash: of what was compiled.
     """
 
     kernel: str
@@ -44,6 +44,7 @@ class CompiledLaunch:
     stages: int
     thread_bytes_in_flight: int
     overlap: float
+    in_step: bool
     code: CodeSize
     hash: str
 
@@ -88,6 +89,7 @@ def _describe(launch: Launch, target: Target) -> CompiledLaunch:
         stages=code.stages(),
         thread_bytes_in_flight=code.bytes_in_flight(),
         overlap=code.overlap(),
+        in_step=code.in_step(),
         code=code.size(),
         hash=launch.compiled.hash,
     )

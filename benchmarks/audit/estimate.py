@@ -67,11 +67,13 @@ def estimate(work: Work, device: Device) -> Estimate:
 def _sustained_bytes(launch: CompiledLaunch, thread_bytes: float, device: Device) -> float:
     """Bytes in flight on a multiprocessor, on average over a trip: all while it waits, their overlap while it works.
 
-    Beside other programs a program works more slowly, but they load meanwhile; so each is counted as if alone.
+    Beside other programs a program works more slowly, but they load meanwhile; so each is counted as if alone, and so
+    is each warp where they do not wait for each other.
     """
     trips = launch.code.trips(thread_bytes)
     unit = TARGETS[device.target].multiprocessor
-    working = launch.code.issued(thread_bytes) / trips * launch.warps / unit.issue / device.clock
+    together = launch.warps if launch.in_step or not launch.code.loop_bytes else 1
+    working = launch.code.issued(thread_bytes) / trips * together / unit.issue / device.clock
     waiting = device.latency
     share = (waiting + launch.overlap * working) / (waiting + working)
     return share * launch.bytes_in_flight(device.facts.multiprocessors)

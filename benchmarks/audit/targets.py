@@ -107,7 +107,7 @@ DEVICES: Mapping[str, Device] = {
         Device("H200", "sm_90", DeviceFacts(132, 50 * MIB), 4.8e12, 5.5e12, 1.98e9),
         Device("B200", "sm_100", DeviceFacts(148, 126 * MIB), 8.0e12, 10e12, 1.85e9),
         # Each of the eight dies has an L2 of 4 MiB of its own; the 256 MiB behind them serve all.
-        Device("MI300X", "gfx942", DeviceFacts(304, 256 * MIB), 5.3e12, 17e12, 2.1e9),
+        Device("MI300X", "gfx942", DeviceFacts(304, 256 * MIB, 4 * 512 * 64), 5.3e12, 17e12, 2.1e9),
     )
 }
 
