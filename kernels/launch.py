@@ -57,7 +57,8 @@ def device_facts(device: torch.device) -> DeviceFacts:
 @functools.cache
 def _present_facts(device: torch.device) -> DeviceFacts:
     properties = torch.cuda.get_device_properties(device)
-    return DeviceFacts(properties.multi_processor_count, properties.L2_cache_size, properties.regs_per_multiprocessor)
+    registers = getattr(properties, "regs_per_multiprocessor", 65536)  # an attribute that torch's stubs lack
+    return DeviceFacts(properties.multi_processor_count, properties.L2_cache_size, registers)
 
 
 # --- configurations ------------------------------------------------------------------------------------------------
@@ -71,7 +72,8 @@ class RowConfig:
     block_span: int
     num_warps: int
     stages: int = 1  # of the software pipeline over tiles, where a program takes several
-    most_registers: int | None = None  # a thread, where a compiler left alone takes so many that fewer programs fit
+    # A thread. Left alone, ptxas takes so many that fewer programs fit, or spills some bytes in order to fit one more.
+    most_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class ChunkConfig:
     steps: int
     chunks: int
     num_warps: int
-    most_registers: int | None = None  # as in RowConfig
+    most_registers: int  # as in RowConfig
 
 
 def cdiv(a: int, b: int) -> int:
@@ -142,16 +144,15 @@ def row_forward_config(
     # only one program a multiprocessor.
     two_rows = span <= 4096 or (span <= 8192 and parameter_itemsize > itemsize)
     # 64 bytes of x a thread: with the two programs that fit, 32 KB and more in flight on a multiprocessor.
-    return _row_tile(span, 64 // itemsize, least_rows=2 if two_rows else 1)
+    most_registers = 128 if _ragged(span, itemsize) else None
+    return _row_tile(span, 64 // itemsize, least_rows=2 if two_rows else 1, most_registers=most_registers)
 
 
 # Of shared memory for a program, what every target has (an A100 163 KB; AMD's pipeline keeps tiles in registers).
 _SHARED_BYTES = 160 << 10
-# So that 16 warps fit on a multiprocessor with 65,536; left alone, ptxas takes up to 190, or spills to fit more.
-_BACKWARD_REGISTERS = 128
 
 
-def row_backward_config(span: int, itemsize: int, operands: int, activations: int = 3) -> RowConfig | None:
+def row_backward_config(span: int, itemsize: int, operands: int, activations: int) -> RowConfig | None:
     """Tile of the backward kernel that holds whole rows, or None where a row has to be cut into chunks.
 
     operands counts what a program keeps in registers, or has no registers to spare for, while it goes down the rows:
@@ -171,27 +172,37 @@ def row_backward_config(span: int, itemsize: int, operands: int, activations: in
     # another is worked on; with two, which need half the shared memory, a program waits for each of its tiles.
     elements_per_thread = 8 if crowded or span <= 1024 else 16
     stages = 3 if 2 * activations * span * itemsize <= _SHARED_BYTES else 2
-    return _row_tile(span, elements_per_thread, stages=stages, most_registers=_BACKWARD_REGISTERS)
+    # 16 warps a multiprocessor; 8 where several ragged rows a tile have masks and addresses of their own.
+    most_registers = 255 if _ragged(span, itemsize) and span <= 128 * elements_per_thread else 128
+    return _row_tile(span, elements_per_thread, stages=stages, most_registers=most_registers)
 
 
 def column_block_config(span: int, itemsize: int) -> RowConfig:
     """Block of columns that a program of the chunked backward goes down the rows with."""
-    most_registers = 255 if _ragged(span, itemsize) else 168 if itemsize == 8 else 128
+    most_registers = 255 if _ragged(span, itemsize) else 168
     return RowConfig(1, 4096 // itemsize, num_warps=4, stages=3, most_registers=most_registers)
 
 
-def column_stripes(rows: int, blocks: int, facts: DeviceFacts) -> int:
-    """Programs that share each block of columns, and so rows of its partial sums: four programs a multiprocessor."""
-    return min(rows, cdiv(4 * facts.multiprocessors, blocks))
+def resident_programs(config: RowConfig, facts: DeviceFacts) -> int:
+    """Programs on a device that fit at once with the registers that the config allows a thread."""
+    assert config.most_registers is not None
+    threads = facts.registers // config.most_registers
+    return max(1, threads // (config.num_warps * THREADS_PER_WARP)) * facts.multiprocessors
+
+
+def column_stripes(rows: int, blocks: int, config: RowConfig, facts: DeviceFacts) -> int:
+    """Programs that share each block of columns, and so rows of its partial sums: as many as fit at once."""
+    return min(rows, cdiv(resident_programs(config, facts), blocks))
 
 
 # Merged by every program that applies them, so few; but enough that one long row fills a device.
 MOST_CHUNKS = 256
 
 
-def _chunks(span: int, itemsize: int, num_warps: int, most_registers: int | None = None) -> ChunkConfig:
+def _chunks(span: int, itemsize: int, num_warps: int) -> ChunkConfig:
     block_span = num_warps * THREADS_PER_WARP * 32 // itemsize  # 32 bytes a thread: 64 spill
     steps = cdiv(span, block_span * MOST_CHUNKS)
+    most_registers = min(128, 65536 // (num_warps * THREADS_PER_WARP))
     return ChunkConfig(block_span, steps, cdiv(span, block_span * steps), num_warps, most_registers)
 
 
@@ -204,7 +215,7 @@ def chunk_config(span: int, itemsize: int) -> ChunkConfig:
 
 def backward_chunk_config(span: int, itemsize: int) -> ChunkConfig:
     """Chunks of a row that is too long for the backward to hold: 8 KB, several programs a multiprocessor."""
-    return _chunks(span, itemsize, num_warps=8, most_registers=128 if itemsize == 8 else None)
+    return _chunks(span, itemsize, num_warps=8)
 
 
 def walks_rows(rows: int, span: int, itemsize: int, facts: DeviceFacts) -> bool:
@@ -215,14 +226,10 @@ def walks_rows(rows: int, span: int, itemsize: int, facts: DeviceFacts) -> bool:
     return rows >= facts.multiprocessors and walked_bytes <= facts.l2_bytes // 2
 
 
-def backward_programs(tiles: int, num_warps: int, facts: DeviceFacts) -> int:
-    """Programs of a row backward, each of which takes many tiles, and so the rows of its partial sums.
-
-    As many as fit at once with the registers that `row_backward_config` allows a thread: more would run in a second
-    wave that leaves most of the device idle, and each adds a partial row.
-    """
-    threads = facts.registers // _BACKWARD_REGISTERS
-    return min(tiles, max(1, threads // (num_warps * THREADS_PER_WARP)) * facts.multiprocessors)
+def backward_programs(tiles: int, config: RowConfig, facts: DeviceFacts) -> int:
+    """Programs of a row backward, each of which takes many tiles, and so the rows of its partial sums: as many as fit at
+    once. More would run in a second wave that leaves most of the device idle, and each adds a partial row."""
+    return min(tiles, resident_programs(config, facts))
 
 
 def column_sum_config(span: int) -> RowConfig:

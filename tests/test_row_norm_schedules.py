@@ -102,7 +102,7 @@ class Schedule:
         block = launch.RowConfig(block_rows=1, block_span=columns, num_warps=4, stages=2)
         self.replace(backward_module, "column_block_config", lambda span, itemsize: block)
         if stripes is not None:
-            self.replace(backward_module, "column_stripes", lambda rows, blocks, facts: min(rows, stripes))
+            self.replace(backward_module, "column_stripes", lambda rows, *sizes: min(rows, stripes))
 
 
 def chunks_of(block_span: int, steps: int) -> Callable[[int, int], launch.ChunkConfig]:

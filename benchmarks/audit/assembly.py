@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-# load, store: between global memory and registers. copy: from global memory straight to shared. commit closes a group of
-# copies, wait lets at most `groups` groups (AMD: accesses) go on. barrier: all warps of a program wait for each other.
+# load, store: between global memory and registers. copy: from global memory straight to shared. commit closes a group
+# of copies, wait lets at most `groups` groups (AMD: accesses) go on. barrier: the warps of a program wait for each other.
 Kind = Literal["load", "store", "copy", "commit", "wait", "barrier", "other"]
 
 
@@ -36,7 +36,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class CodeSize:
-    """Of a thread: instructions, and the bytes of global memory that they access, outside loops and in a trip of all."""
+    """Of a thread: instructions and the bytes of global memory that they access, outside loops and in a trip of all."""
 
     instructions: int
     bytes: int

@@ -8,11 +8,13 @@ that gets it and, where rows may begin between 16-byte boundaries, at the longes
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import triton
 
 from fused_ops import functional as F
 from fused_ops.kernels import launch as tables
@@ -27,11 +29,12 @@ Residual = Literal["none", "after", "before"]
 Parameters = Literal["same type", "float32", "none"]
 
 RESIDUALS: tuple[Residual, ...] = ("none", "after", "before")
+PARAMETERS: tuple[Parameters, ...] = ("same type", "float32", "none")
 HALF = (torch.bfloat16, torch.float16)
 # Above, chunks of a row only get more steps of the same tile: 2^20 has the most chunks, 2^23 several steps.
 WHOLE_ROWS = tuple(2**k for k in range(3, 16))
 LONG_ROWS = (40_960, 2**16, 2**20, 2**23)
-ROWS = 8
+ROWS = 8  # the tables do not look at their number
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,19 @@ class Call:
     parameters: Parameters
     subtract_mean: bool
 
+    @property
+    def function(self) -> str:
+        """Its name in fused_ops.functional."""
+        return ("add_" if self.residual == "before" else "") + ("layer_norm" if self.subtract_mean else "rms_norm")
+
     def __str__(self) -> str:
-        norm = "layer_norm" if self.subtract_mean else "rms_norm"
-        added = {"none": "", "after": " + residual", "before": " of x + residual"}[self.residual]
-        activation = f", {self.activation}" if self.activation else ""
-        parameters = {"same type": "", "float32": ", float32 weight", "none": ", no weight"}[self.parameters]
-        return f"{norm}{added}{activation}, span {self.span}, {str(self.dtype).removeprefix('torch.')}{parameters}"
+        named = {
+            "": f"{self.function}, span {self.span}, {str(self.dtype).removeprefix('torch.')}",
+            "activation": self.activation,
+            "residual": self.residual if self.residual == "after" else None,
+            "parameters": None if self.parameters == "same type" else self.parameters,
+        }
+        return ", ".join(f"{name} {value}".strip() for name, value in named.items() if value)
 
     def run(self) -> None:
         """Forward and backward on tensors with nothing in them."""
@@ -61,19 +71,12 @@ class Call:
             wide = torch.float32 if self.parameters == "float32" and self.dtype in HALF else self.dtype
             weight = torch.empty(self.span, dtype=wide, requires_grad=True)
             bias = torch.empty_like(weight, requires_grad=True) if self.subtract_mean else None
-        shape = (self.span,)
+        norm: Callable[..., Any] = getattr(F, self.function)
+        parameters = (weight, bias) if self.subtract_mean else (weight,)
         if self.residual == "before":
-            outputs = (
-                F.add_layer_norm(x, residual, shape, weight, bias, activation=self.activation)
-                if self.subtract_mean
-                else F.add_rms_norm(x, residual, shape, weight, activation=self.activation)
-            )
+            outputs = norm(x, residual, (self.span,), *parameters, activation=self.activation)
         else:
-            outputs = (
-                F.layer_norm(x, shape, weight, bias, residual=residual, activation=self.activation)
-                if self.subtract_mean
-                else F.rms_norm(x, shape, weight, residual=residual, activation=self.activation),
-            )
+            outputs = (norm(x, (self.span,), *parameters, residual=residual, activation=self.activation),)
         inputs = [tensor for tensor in (x, residual, weight, bias) if tensor is not None]
         torch.autograd.grad(outputs, inputs, [torch.empty_like(output) for output in outputs])
 
@@ -101,7 +104,7 @@ def _table_key(span: int, itemsize: int) -> tuple:
         tables.row_forward_config(span, itemsize, operands, wide, activation)
         for operands, wide, activation in itertools.product((1, 2, 3, 4), (0, itemsize, 4), (False, True))
     )
-    backward = tuple(tables.row_backward_config(span, itemsize, operands) for operands in range(6))
+    backward = tuple(tables.row_backward_config(span, itemsize, operands, 3) for operands in range(6))
     long = tables.chunk_config(span, itemsize), tables.backward_chunk_config(span, itemsize)
     column = tables.column_block_config(span, itemsize), tables.column_sum_config(span)
     return ragged, forward, backward, *(long if None in forward + backward else ()), *column
@@ -123,16 +126,16 @@ def calls() -> Iterator[Call]:
         for span in spans(itemsize):
             turn = next(rounds)
             dtype = HALF[turn % 2] if itemsize == 2 else torch.float32 if itemsize == 4 else torch.float64
-            parameters: Parameters = ("same type", "float32", "none")[turn // 2 % 3]  # type: ignore[assignment]
-            yield Call(span, dtype, activation, residual, parameters, turn // 6 % 2 == 0)
+            yield Call(span, dtype, activation, residual, PARAMETERS[turn // 2 % 3], turn // 6 % 2 == 0)
         next(rounds)  # so that a span does not meet the same turn again
 
 
 def spills(some_calls: Sequence[Call], target_name: str) -> list[Spill]:
-    """Those of some calls on one target."""
+    """Those of some calls on one target. What is compiled is not kept: all entries are some gigabytes."""
     target = TARGETS[target_name]
     found = []
-    with compiling_for(target) as launches:
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope(), compiling_for(target) as launches:
+        triton.knobs.cache.dir = folder
         for call in some_calls:
             launches.clear()
             call.run()

@@ -11,6 +11,7 @@ from ..activations import ACTIVATIONS
 from ..column_sum import column_sum
 from ..launch import (
     Launcher,
+    RowConfig,
     backward_chunk_config,
     backward_programs,
     cdiv,
@@ -65,8 +66,9 @@ def row_norm_backward(
 
     # What a program keeps in registers while it goes down the rows.
     operands = sum(tensor is not None for tensor in inputs[4:7]) + wanted.dweight + wanted.dbias
-    whole = row_backward_config(norm.span, dy.element_size(), operands) is not None
-    run = functools.partial(_whole_rows, operands) if whole else _chunked_rows
+    activations = sum(tensor is not None for tensor in inputs[:4])
+    whole = row_backward_config(norm.span, dy.element_size(), operands, activations) is not None
+    run = functools.partial(_whole_rows, operands, activations) if whole else _chunked_rows
     partials = run(rows, inputs, (dx, dresidual), wanted, needs_dx, strides, (norm.alpha, norm.beta), options)
     dtypes = (None if parameter is None else parameter.dtype for parameter in (weight, bias))
     sums = column_sum(*partials, *dtypes)
@@ -90,6 +92,7 @@ def _partials(partial_rows: int, span: int, dy: Tensor, wanted: Wanted) -> tuple
 
 def _whole_rows(
     operands: int,
+    activations: int,
     rows: int,
     inputs: tuple,
     outputs: tuple,
@@ -100,8 +103,8 @@ def _whole_rows(
     options: tuple,
 ) -> tuple[Tensor | None, Tensor | None]:
     span, dy = options[0], inputs[0]
-    launch, block_rows = _whole_row_launcher(*options, needs_dx, operands)
-    programs = backward_programs(cdiv(rows, block_rows), launch.num_warps, device_facts(dy.device))
+    launch, config = _whole_row_launcher(*options, needs_dx, operands, activations)
+    programs = backward_programs(cdiv(rows, config.block_rows), config, device_facts(dy.device))
     partials = _partials(programs, span, dy, wanted)
     launch(programs, (*inputs, *outputs, *partials), rows, *strides, *floats)
     return partials
@@ -128,8 +131,9 @@ def _chunked_rows(
         _sums_launcher(*options)(rows * chunks, tensors, strides[0], *strides[2:], *floats)
 
     accumulates = wanted.dweight or wanted.dbias
-    launch, blocks = _apply_launcher(*options)
-    stripes = column_stripes(rows, blocks, device_facts(dy.device)) if accumulates else rows
+    launch, config = _apply_launcher(*options)
+    blocks = cdiv(span, config.block_span)
+    stripes = column_stripes(rows, blocks, config, device_facts(dy.device)) if accumulates else rows
     partials = _partials(stripes, span, dy, wanted)
     launch(blocks * stripes, (*inputs, g_sums, g_x_hat_sums, *outputs, *partials), rows, *strides, *floats)
     return partials
@@ -148,14 +152,15 @@ def _whole_row_launcher(
     vec: int,
     needs_dx: bool,
     operands: int,
-) -> tuple[Launcher, int]:
-    config = row_backward_config(span, itemsize, operands)
+    activations: int,
+) -> tuple[Launcher, RowConfig]:
+    config = row_backward_config(span, itemsize, operands, activations)
     assert config is not None
     _, slope, passes = ACTIVATIONS[activation]
     tile = (config.block_rows, config.block_span, config.stages)
     constants = (span, vec, subtract_mean, add_first, needs_dx, slope, passes, *tile)
     launch = Launcher(row_norm_backward_kernel, config.num_warps, *constants, most_registers=config.most_registers)
-    return launch, config.block_rows
+    return launch, config
 
 
 @functools.cache
@@ -171,11 +176,11 @@ def _sums_launcher(
 @functools.cache
 def _apply_launcher(
     span: int, itemsize: int, subtract_mean: bool, add_first: bool, activation: str | None, vec: int
-) -> tuple[Launcher, int]:
+) -> tuple[Launcher, RowConfig]:
     chunks = backward_chunk_config(span, itemsize).chunks
     config = column_block_config(span, itemsize)
     _, slope, passes = ACTIVATIONS[activation]
     tile = (config.block_span, chunks, triton.next_power_of_2(chunks), config.stages)
     constants = (span, vec, add_first, slope, passes, *tile)
     launch = Launcher(row_gradient_apply_kernel, config.num_warps, *constants, most_registers=config.most_registers)
-    return launch, cdiv(span, config.block_span)
+    return launch, config

@@ -147,11 +147,12 @@ def _chunked_launcher(
 ) -> Launcher:
     config = chunk_config(span, itemsize)
     chunks = (config.block_span, config.steps, config.chunks, (config.chunks - 1).bit_length())
-    return Launcher(kernel, config.num_warps, span, vec, subtract_mean, *_epilogue(activation, save_bits), *chunks)
+    constants = (span, vec, subtract_mean, *_epilogue(activation, save_bits), *chunks)
+    return Launcher(kernel, config.num_warps, *constants, most_registers=config.most_registers)
 
 
 @functools.cache
 def _moments_launcher(span: int, itemsize: int, subtract_mean: bool, vec: int) -> Launcher:
     config = chunk_config(span, itemsize)
     constants = (span, vec, subtract_mean, config.block_span, config.steps, config.chunks)
-    return Launcher(row_moments_kernel, config.num_warps, *constants)
+    return Launcher(row_moments_kernel, config.num_warps, *constants, most_registers=config.most_registers)
