@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -114,6 +114,9 @@ def _ragged(span: int, itemsize: int) -> bool:
     return span % (16 // itemsize) != 0
 
 
+# Of shared memory for a program, what every target has (an A100 163 KB; AMD's pipeline keeps tiles in registers).
+_SHARED_BYTES = 160 << 10
+
 # The longest rows that are held whole are the longest that do not spill, for any activation, residual and parameter
 # type, on sm_80, sm_90, sm_100 and gfx942, with Triton 3.6, 3.7 and 3.9: one table for all of them.
 
@@ -132,7 +135,8 @@ def row_forward_config(
         longest = 32768 if operands == 1 and not activation else 8192 if operands == 4 and wide else 16384
     else:
         longest = {4: 8192 if operands == 4 else 16384, 8: 2048}[itemsize]
-    if _ragged(span, itemsize):
+    ragged = _ragged(span, itemsize)
+    if ragged:
         longest = min(longest, 8192)
     if span > longest:
         return None
@@ -142,14 +146,12 @@ def row_forward_config(
     # A tile reads weight and bias once. With two rows a tile, and weights no wider than x, that is half of what x and
     # y move; wider weights move as much as x and y, where one row a tile would move twice that. Above, two rows leave
     # only one program a multiprocessor.
-    two_rows = span <= 4096 or (span <= 8192 and parameter_itemsize > itemsize)
+    two_rows = span <= 4096 or (span <= 8192 and parameter_itemsize > itemsize and not ragged)
     # 64 bytes of x a thread: with the two programs that fit, 32 KB and more in flight on a multiprocessor.
-    most_registers = 128 if _ragged(span, itemsize) else None
-    return _row_tile(span, 64 // itemsize, least_rows=2 if two_rows else 1, most_registers=most_registers)
-
-
-# Of shared memory for a program, what every target has (an A100 163 KB; AMD's pipeline keeps tiles in registers).
-_SHARED_BYTES = 160 << 10
+    tile = _row_tile(span, 64 // itemsize, least_rows=2 if two_rows else 1)
+    if ragged:
+        return replace(tile, most_registers=min(255, 65536 // (tile.num_warps * THREADS_PER_WARP)))
+    return tile
 
 
 def row_backward_config(span: int, itemsize: int, operands: int, activations: int) -> RowConfig | None:
@@ -170,7 +172,8 @@ def row_backward_config(span: int, itemsize: int, operands: int, activations: in
     # 32 KB of dy and x in flight with the programs of `backward_programs`, of half as many elements where registers are
     # short, or several rows a tile take some to spread the weights over them. With three stages tiles are loaded while
     # another is worked on; with two, which need half the shared memory, a program waits for each of its tiles.
-    elements_per_thread = 8 if crowded or span <= 1024 else 16
+    wide = itemsize == 4 and activations >= 3 and span <= 4096
+    elements_per_thread = 8 if crowded or wide or span <= 1024 else 16
     stages = 3 if 2 * activations * span * itemsize <= _SHARED_BYTES else 2
     # 16 warps a multiprocessor; 8 where several ragged rows a tile have masks and addresses of their own.
     most_registers = 255 if _ragged(span, itemsize) and span <= 128 * elements_per_thread else 128
@@ -208,9 +211,19 @@ def _chunks(span: int, itemsize: int, num_warps: int) -> ChunkConfig:
 
 def chunk_config(span: int, itemsize: int) -> ChunkConfig:
     """Chunks of a row that is too long for the forward to hold: the same whether one program walks them or several
-    share them. 32 KB, or 16 KB of a row of up to 64 KB, so that several programs overlap their phases; also 16 KB of
-    float64, which spills with the 64 registers that 32 warps leave a thread."""
-    return _chunks(span, itemsize, num_warps=32 if span * itemsize > 65536 and itemsize < 8 else 16)
+    share them. 32 KB; 16 KB of a row of up to 64 KB, so that several programs overlap their phases; also of float64 and
+    of ragged rows, which spill with the 64 registers that 32 warps leave a thread."""
+    wide = span * itemsize > 65536 and itemsize < 8 and not _ragged(span, itemsize)
+    return _chunks(span, itemsize, num_warps=32 if wide else 16)
+
+
+def walk_stages(config: ChunkConfig, loaded_itemsize: int) -> int:
+    """Stages of the walk that sums chunks whose elements take loaded_itemsize bytes, of x and of a residual to be added.
+
+    With 32 warps a program has a multiprocessor for itself, and has to load ahead: all its warps wait for each sum.
+    """
+    alone = config.num_warps == 32
+    return 3 if alone and 2 * config.block_span * loaded_itemsize <= _SHARED_BYTES else 1
 
 
 def backward_chunk_config(span: int, itemsize: int) -> ChunkConfig:

@@ -14,6 +14,7 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fused_ops  # noqa: E402
+from fused_ops.backend import HAS_TRITON  # noqa: E402
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 
@@ -35,6 +36,19 @@ def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def triton_backend() -> Iterator[None]:
     """Runs a test with the kernels."""
     with fused_ops.use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def memory_checked() -> Iterator[None]:
+    """Runs a test under the memory checker, which fails it where a kernel reaches beyond its tensors or two of its
+    programs meet. Only interpreted kernels can be watched: on a GPU the test runs without."""
+    if HAS_GPU or not HAS_TRITON or not fused_ops.backend.interpreted():
+        yield
+        return
+    from benchmarks.audit.memory_checker import checked
+
+    with checked():
         yield
 
 

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed, so there are no k
 import fused_ops.kernels.column_sum as column_sum_module
 from fused_ops.kernels import launch
 
-pytestmark = pytest.mark.usefixtures("triton_backend")
+pytestmark = pytest.mark.usefixtures("triton_backend", "memory_checked")
 
 Tensor = torch.Tensor
 

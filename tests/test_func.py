@@ -76,6 +76,20 @@ def test_vmap_over_samples_is_the_batched_call(case, each_backend):
 
 
 @each_case
+@pytest.mark.parametrize("shared", ["x", "residual"])
+def test_vmap_over_one_of_x_and_residual(case, shared, each_backend):
+    """What has no batch cannot be added to in place what has one."""
+    tensors = dict(zip(operands(case), detached(case), strict=True))
+    other = "residual" if shared == "x" else "x"
+    batch = torch.stack([tensors[other], 2 * tensors[other], tensors[other].cos()])
+    in_dims = tuple(0 if name == other else None for name in tensors)
+    mapped = func.vmap(fused(case), in_dims)(*{**tensors, other: batch}.values())
+    for i, sample in enumerate(batch):
+        alone = fused(case)(*{**tensors, other: sample}.values())
+        torch.testing.assert_close(tuple(output[i] for output in mapped), alone)
+
+
+@each_case
 def test_vmap_over_weights_is_an_ensemble(case, each_backend):
     members = [make_case(case.function, 2, 5, dtype=torch.float64, residual=True, seed=seed) for seed in (0, 10, 20)]
     stacked = [torch.stack(tensors) for tensors in zip(*(detached(member) for member in members), strict=True)]

@@ -26,6 +26,8 @@ from tests.row_norm_cases import (
     with_fields,
 )
 
+pytestmark = pytest.mark.usefixtures("memory_checked")
+
 Tensor = torch.Tensor
 
 TWO_VALUED = ("relu", "relu6", "leaky_relu")

@@ -31,6 +31,8 @@ from tests.row_norm_cases import (
 )
 from tests.tolerances import assert_within_budget, kernels_are_interpreted
 
+pytestmark = pytest.mark.usefixtures("memory_checked")
+
 Tensor = torch.Tensor
 Layout = Callable[[Tensor], Tensor]
 

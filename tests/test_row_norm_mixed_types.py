@@ -21,6 +21,8 @@ from tests.row_norm_cases import (
 )
 from tests.tolerances import assert_within_budget, rounding
 
+pytestmark = pytest.mark.usefixtures("memory_checked")
+
 Tensor = torch.Tensor
 
 PLACES = [*itertools.product(FUNCTIONS[:2], (False, True)), *((name, True) for name in FUNCTIONS[2:])]

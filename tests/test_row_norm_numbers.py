@@ -27,6 +27,8 @@ from tests.row_norm_cases import (
     with_fields,
 )
 
+pytestmark = pytest.mark.usefixtures("memory_checked")
+
 Tensor = torch.Tensor
 
 # Inf - Inf and overflow are what these tests are about, and NumPy, which interprets the kernels, warns of them.

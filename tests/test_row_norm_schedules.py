@@ -33,7 +33,7 @@ import fused_ops.kernels.row_norm.forward as forward_module
 from fused_ops.kernels import launch
 from fused_ops.kernels.row_norm import RowNorm, row_norm_forward
 
-pytestmark = pytest.mark.usefixtures("triton_backend")
+pytestmark = pytest.mark.usefixtures("triton_backend", "memory_checked")
 
 Tensor = torch.Tensor
 Call = tuple[str, bool, "str | None"]
@@ -107,7 +107,9 @@ class Schedule:
 
 def chunks_of(block_span: int, steps: int) -> Callable[[int, int], launch.ChunkConfig]:
     def config(span: int, itemsize: int) -> launch.ChunkConfig:
-        return launch.ChunkConfig(block_span, steps, launch.cdiv(span, block_span * steps), num_warps=4)
+        return launch.ChunkConfig(
+            block_span, steps, launch.cdiv(span, block_span * steps), num_warps=4, most_registers=128
+        )
 
     return config
 

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 
 from ..activations import ACTIVATIONS
-from ..launch import Launcher, cdiv, chunk_config, device_facts, row_forward_config, walks_rows
+from ..launch import (
+    ChunkConfig,
+    Launcher,
+    cdiv,
+    chunk_config,
+    device_facts,
+    row_forward_config,
+    walk_stages,
+    walks_rows,
+)
 from ..views import columns, row_view, vector_length
 from .forward_kernels import row_apply_kernel, row_moments_kernel, row_norm_forward_kernel, row_walk_forward_kernel
 from .problem import Forward, RowNorm, Tensor, compute_dtype
@@ -49,7 +58,8 @@ def row_norm_forward(
         launch, block_rows = whole
         launch(cdiv(rows, block_rows), tensors, rows, *strides, *floats)
     elif _may_walk(tensors, norm.span, vec) and walks_rows(rows, norm.span, x.element_size(), device_facts(x.device)):
-        _walk_launcher(*options, vec)(rows, tensors, *strides, *floats)
+        added_itemsize = residual.element_size() if residual is not None and norm.add_first else 0
+        _walk_launcher(*options, vec, x.element_size() + added_itemsize)(rows, tensors, *strides, *floats)
     else:
         _share_rows(rows, tensors, strides, floats, options, vec)
     return out
@@ -130,25 +140,32 @@ def _whole_row_launcher(
 
 @functools.cache
 def _walk_launcher(
-    span: int, itemsize: int, subtract_mean: bool, activation: str | None, save_bits: bool, vec: int
+    span: int,
+    itemsize: int,
+    subtract_mean: bool,
+    activation: str | None,
+    save_bits: bool,
+    vec: int,
+    loaded_itemsize: int,
 ) -> Launcher:
-    return _chunked_launcher(row_walk_forward_kernel, span, itemsize, subtract_mean, activation, save_bits, vec)
+    config = chunk_config(span, itemsize)
+    constants = (span, vec, subtract_mean, *_epilogue(activation, save_bits), *_chunk_constants(config))
+    stages = walk_stages(config, loaded_itemsize)
+    kernel = row_walk_forward_kernel
+    return Launcher(kernel, config.num_warps, *constants, stages, most_registers=config.most_registers)
 
 
 @functools.cache
 def _apply_launcher(
     span: int, itemsize: int, subtract_mean: bool, activation: str | None, save_bits: bool, vec: int
 ) -> Launcher:
-    return _chunked_launcher(row_apply_kernel, span, itemsize, subtract_mean, activation, save_bits, vec)
-
-
-def _chunked_launcher(
-    kernel: Any, span: int, itemsize: int, subtract_mean: bool, activation: str | None, save_bits: bool, vec: int
-) -> Launcher:
     config = chunk_config(span, itemsize)
-    chunks = (config.block_span, config.steps, config.chunks, (config.chunks - 1).bit_length())
-    constants = (span, vec, subtract_mean, *_epilogue(activation, save_bits), *chunks)
-    return Launcher(kernel, config.num_warps, *constants, most_registers=config.most_registers)
+    constants = (span, vec, subtract_mean, *_epilogue(activation, save_bits), *_chunk_constants(config))
+    return Launcher(row_apply_kernel, config.num_warps, *constants, most_registers=config.most_registers)
+
+
+def _chunk_constants(config: ChunkConfig) -> tuple[int, int, int, int]:
+    return config.block_span, config.steps, config.chunks, (config.chunks - 1).bit_length()
 
 
 @functools.cache

@@ -162,6 +162,7 @@ def row_walk_forward_kernel(
     x_stride: tl.int64, residual_stride: tl.int64, eps: tl.float64, alpha: tl.float64, beta: tl.float64,
     SPAN: tl.constexpr, VEC: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, LOG2_CHUNKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row a program, too long for its registers: the chunks' moments, then the chunks again, last one first, so
     that the second walk begins with what is still in the cache."""
@@ -173,7 +174,7 @@ def row_walk_forward_kernel(
     index = tl.arange(0, 2**LOG2_CHUNKS)
     means = tl.zeros([2**LOG2_CHUNKS], COMPUTE)
     m2s = tl.zeros([2**LOG2_CHUNKS], COMPUTE)
-    for chunk in range(CHUNKS):
+    for chunk in tl.range(CHUNKS, num_stages=STAGES):
         mean, m2 = chunk_moments(
             X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, row * SPAN, chunk,
             SPAN, SUBTRACT_MEAN, BLOCK_SPAN, STEPS, COMPUTE,

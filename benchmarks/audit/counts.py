@@ -1,0 +1,154 @@
+"""Bytes that interpreted kernels move: each launch's tensors, how much was asked for, how much of it is distinct.
+
+The rules (section 5 of docs/design.md): bytes of distinct addresses, added up over launches; an address that one launch
+reads and writes counts twice; what a program reads again counts once more, unless all that the resident programs
+read again fits half of the L2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from .watch import Access, Kind, Launch
+
+Size = Literal["activation", "mask", "parameter", "statistics"]
+
+# By the names of kernel parameters, without _ptr: what a kernel calls its tensors says how large they are.
+SIZES: dict[str, Size] = {
+    **dict.fromkeys(("X", "Residual", "Total", "Y", "DY", "DTotal", "DX", "DResidual"), "activation"),
+    "Bits": "mask",
+    **dict.fromkeys(("Weight", "Bias", "DWeight", "DBias", "PartialWeight", "PartialBias"), "parameter"),
+    **dict.fromkeys(("Mean", "Rstd", "Means", "M2s", "GSums", "GXHatSums"), "statistics"),
+}
+
+
+def size_of(argument: str) -> Size:
+    """The size of what a parameter of a kernel is called after; KeyError where the name is not known."""
+    try:
+        return SIZES[argument]
+    except KeyError:
+        raise KeyError(
+            f"{argument}_ptr must be the name of a tensor that benchmarks/audit/counts.py knows the size of, but is not "
+            f"among {', '.join(SIZES)}; add it to SIZES"
+        ) from None
+
+
+@dataclass(frozen=True)
+class TensorTraffic:
+    """Bytes of one tensor in one launch. again: read by a program that had read them before; again_footprint: the most
+    distinct bytes that one program reads again."""
+
+    argument: str
+    asked_read: int
+    asked_written: int
+    read: int
+    written: int
+    again: int
+    again_footprint: int
+
+
+@dataclass(frozen=True)
+class LaunchTraffic:
+    """One launch and its tensors."""
+
+    kernel: str
+    programs: int
+    tensors: tuple[TensorTraffic, ...]
+
+    def asked(self) -> int:
+        """Bytes asked for, to read and to write."""
+        return sum(tensor.asked_read + tensor.asked_written for tensor in self.tensors)
+
+    def distinct(self) -> int:
+        """Bytes of distinct addresses, read and written."""
+        return sum(tensor.read + tensor.written for tensor in self.tensors)
+
+    def moved(self, resident_programs: int, l2_bytes: int) -> dict[str, int]:
+        """Bytes that count, by tensor: the distinct ones, and what is read again where that has left the L2 by then.
+
+        resident_programs: as many as run at once on the device.
+        """
+        held = min(self.programs, resident_programs) * sum(tensor.again_footprint for tensor in self.tensors)
+        again = held > l2_bytes // 2
+        return {
+            tensor.argument: tensor.read + tensor.written + (tensor.again if again else 0) for tensor in self.tensors
+        }
+
+
+@dataclass
+class _Count:
+    """Of one tensor, while a launch runs."""
+
+    asked_read: int = 0
+    asked_written: int = 0
+    read: int = 0
+    written: int = 0
+    again: int = 0
+    again_by_program: dict[int, int] = field(default_factory=dict)
+
+
+class TrafficCounter:
+    """An observer that counts; `launches` fills."""
+
+    def __init__(self) -> None:
+        self.launches: list[LaunchTraffic] = []
+        self._counts: dict[str, _Count] = {}
+        self._last_reader: dict[int, np.ndarray] = {}
+        self._read: dict[int, np.ndarray] = {}
+        self._again: dict[int, np.ndarray] = {}
+        self._written: dict[int, np.ndarray] = {}
+
+    def begin(self, launch: Launch) -> None:
+        sizes = {id(block): block.belongs.size for block in launch.blocks}
+        self._counts = {}
+        self._last_reader = {key: np.full(size, -1, np.int32) for key, size in sizes.items()}
+        self._read, self._again, self._written = (
+            {key: np.zeros(size, bool) for key, size in sizes.items()} for _ in range(3)
+        )
+
+    def access(self, launch: Launch, access: Access) -> None:
+        count = self._counts.setdefault(access.argument.name, _Count())
+        block, elements, itemsize = id(access.block), access.elements, access.block.itemsize
+        if access.kind != "store":
+            count.asked_read += access.bytes
+            readers = self._last_reader[block]
+            again = readers[elements] == access.program
+            if again.any():
+                repeated = elements[again]
+                count.again += repeated.size * itemsize
+                fresh = _first_time(self._again[block], repeated)
+                by_program = count.again_by_program
+                by_program[access.program] = by_program.get(access.program, 0) + fresh * itemsize
+            readers[elements] = access.program
+            count.read += _first_time(self._read[block], elements) * itemsize
+        if access.kind != "load":
+            count.asked_written += access.bytes
+            count.written += _first_time(self._written[block], elements) * itemsize
+
+    def outside(self, launch: Launch, kind: Kind, program: int, address: int) -> None:
+        """Nothing is moved."""
+
+    def end(self, launch: Launch) -> None:
+        tensors = tuple(
+            TensorTraffic(
+                name,
+                count.asked_read,
+                count.asked_written,
+                count.read,
+                count.written,
+                count.again,
+                max(count.again_by_program.values(), default=0),
+            )
+            for name, count in self._counts.items()
+        )
+        self.launches.append(LaunchTraffic(launch.kernel, launch.programs, tensors))
+
+
+def _first_time(flags: np.ndarray, elements: np.ndarray) -> int:
+    """How many distinct elements were not flagged; now they are."""
+    fresh = np.unique(elements[~flags[elements]])
+    flags[fresh] = True
+    return int(fresh.size)
