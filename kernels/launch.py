@@ -218,7 +218,7 @@ def chunk_config(span: int, itemsize: int) -> ChunkConfig:
 
 
 def walk_stages(config: ChunkConfig, loaded_itemsize: int) -> int:
-    """Stages of the walk that sums chunks whose elements take loaded_itemsize bytes, of x and of a residual to be added.
+    """Stages of the walk over chunks whose elements take loaded_itemsize bytes, of x and of a residual to be added.
 
     With 32 warps a program has a multiprocessor for itself, and has to load ahead: all its warps wait for each sum.
     """
@@ -240,8 +240,8 @@ def walks_rows(rows: int, span: int, itemsize: int, facts: DeviceFacts) -> bool:
 
 
 def backward_programs(tiles: int, config: RowConfig, facts: DeviceFacts) -> int:
-    """Programs of a row backward, each of which takes many tiles, and so the rows of its partial sums: as many as fit at
-    once. More would run in a second wave that leaves most of the device idle, and each adds a partial row."""
+    """Programs of a row backward, each of which takes many tiles, and so the rows of its partial sums: as many as fit
+    at once. More would run in a second wave that leaves most of the device idle, and each adds a partial row."""
     return min(tiles, resident_programs(config, facts))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 # load, store: between global memory and registers. copy: from global memory straight to shared. commit closes a group
-# of copies, wait lets at most `groups` groups (AMD: accesses) go on. barrier: the warps of a program wait for each other.
+# of copies, wait lets at most `groups` groups (AMD: accesses) go on. barrier: a program's warps wait for each other.
 Kind = Literal["load", "store", "copy", "commit", "wait", "barrier", "other"]
 
 

@@ -26,13 +26,13 @@ SIZES: dict[str, Size] = {
 
 
 def size_of(argument: str) -> Size:
-    """The size of what a parameter of a kernel is called after; KeyError where the name is not known."""
+    """The size of what a kernel calls so; KeyError where the name is not known."""
     try:
         return SIZES[argument]
     except KeyError:
         raise KeyError(
-            f"{argument}_ptr must be the name of a tensor that benchmarks/audit/counts.py knows the size of, but is not "
-            f"among {', '.join(SIZES)}; add it to SIZES"
+            f"{argument}_ptr must be the name of a tensor whose size SIZES in benchmarks/audit/counts.py tells, but is "
+            f"none of {', '.join(SIZES)}; add it there"
         ) from None
 
 
@@ -102,12 +102,9 @@ class TrafficCounter:
         self._written: dict[int, np.ndarray] = {}
 
     def begin(self, launch: Launch) -> None:
-        sizes = {id(block): block.belongs.size for block in launch.blocks}
         self._counts = {}
-        self._last_reader = {key: np.full(size, -1, np.int32) for key, size in sizes.items()}
-        self._read, self._again, self._written = (
-            {key: np.zeros(size, bool) for key, size in sizes.items()} for _ in range(3)
-        )
+        self._last_reader = launch.element_array(np.int32)
+        self._read, self._again, self._written = (launch.element_array(bool) for _ in range(3))
 
     def access(self, launch: Launch, access: Access) -> None:
         count = self._counts.setdefault(access.argument.name, _Count())
@@ -115,14 +112,15 @@ class TrafficCounter:
         if access.kind != "store":
             count.asked_read += access.bytes
             readers = self._last_reader[block]
-            again = readers[elements] == access.program
+            reader = access.program + 1  # 0 is nobody
+            again = readers[elements] == reader
             if again.any():
                 repeated = elements[again]
                 count.again += repeated.size * itemsize
                 fresh = _first_time(self._again[block], repeated)
                 by_program = count.again_by_program
                 by_program[access.program] = by_program.get(access.program, 0) + fresh * itemsize
-            readers[elements] = access.program
+            readers[elements] = reader
             count.read += _first_time(self._read[block], elements) * itemsize
         if access.kind != "load":
             count.asked_written += access.bytes
@@ -149,6 +147,12 @@ class TrafficCounter:
 
 def _first_time(flags: np.ndarray, elements: np.ndarray) -> int:
     """How many distinct elements were not flagged; now they are."""
-    fresh = np.unique(elements[~flags[elements]])
-    flags[fresh] = True
-    return int(fresh.size)
+    lowest, highest = int(elements.min()), int(elements.max())
+    if highest - lowest > 64 * elements.size:  # too far apart to look at all between them
+        fresh = np.unique(elements[~flags[elements]])
+        flags[fresh] = True
+        return int(fresh.size)
+    between = flags[lowest : highest + 1]
+    before = np.count_nonzero(between)
+    flags[elements] = True
+    return int(np.count_nonzero(between) - before)

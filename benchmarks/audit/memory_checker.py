@@ -14,8 +14,8 @@ import numpy as np
 
 from .watch import Access, Kind, Launch, watch
 
-# In the place of a program's number: nobody, and more than one (of writers: atomically).
-NOBODY, SEVERAL = -1, -2
+# In the place of a program, whose number is kept plus 1: nobody, and more than one (of writers: atomically).
+NOBODY, SEVERAL = 0, -1
 
 OUT_OF_BOUNDS = "out of bounds"
 TWO_WRITERS = "two programs write one address"
@@ -48,11 +48,11 @@ class MemoryChecker:
         self._writers: dict[int, np.ndarray] = {}
 
     def begin(self, launch: Launch) -> None:
-        self._readers = {id(block): np.full(block.belongs.size, NOBODY, np.int32) for block in launch.blocks}
-        self._writers = {id(block): np.full(block.belongs.size, NOBODY, np.int32) for block in launch.blocks}
+        self._readers = launch.element_array(np.int32)
+        self._writers = launch.element_array(np.int32)
 
     def access(self, launch: Launch, access: Access) -> None:
-        elements, program = access.elements, access.program
+        elements, program = access.elements, access.program + 1
         readers, writers = self._readers[id(access.block)], self._writers[id(access.block)]
         written_by = writers[elements]
         if access.kind == "load":
@@ -87,13 +87,13 @@ class MemoryChecker:
 
     def _report(self, what: str, launch: Launch, access: Access, others: np.ndarray) -> None:
         """Adds the first element that another program, of those given for each element, got hold of as well."""
-        bad = (others != NOBODY) & (others != access.program)
+        bad = (others != NOBODY) & (others != access.program + 1)
         if not bad.any():
             return
         place = int(np.flatnonzero(bad)[0])
         element, other = int(access.elements[place]), int(others[place])
         argument = access.block.argument(element)
-        whose = "several programs" if other == SEVERAL else f"program {other}"
+        whose = "several programs" if other == SEVERAL else f"program {other - 1}"
         who = f"{access.kind} of program {access.program}, element {element - argument.first}, which is {whose}'s too"
         self._add(what, launch, argument.name, who)
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 
 from ..traffic import Direction
-from ..workloads import Call, Case, Shape, Workload
+from ..workloads import Case, Shape, Workload
 from .binary import CompiledLaunch, describe
+from .calls import run
 from .inert import Launch, compiling_for
 from .targets import Target
 
@@ -30,17 +31,6 @@ def record(
     with compiling_for(target) as launches:
         run(workload.ours(), unfilled_case(workload, shape or workload.shape("full"), dtype), direction)
     return launches
-
-
-def run(call: Call, case: Case, direction: Direction) -> None:
-    """One call, with its backward or without gradients."""
-    if direction == "forward":
-        with torch.no_grad():
-            call(**case.inputs)
-        return
-    outputs = call(**case.inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    torch.autograd.grad(outputs, list(case.inputs.values()), case.output_gradients)
 
 
 def unfilled_case(workload: Workload, shape: Shape, dtype: torch.dtype) -> Case:

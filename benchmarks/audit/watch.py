@@ -38,7 +38,9 @@ class Block:
         self.address = storage.data_ptr()
         self.itemsize = min(tensor.element_size() for tensor in tensors.values())
         self.end = self.address + storage.nbytes()
-        belongs = torch.zeros(storage.nbytes() // self.itemsize, dtype=torch.bool)
+        # Whether an element is one of a tensor's, not of a gap between its rows. By NumPy, whose zeros take no memory.
+        self.belongs = np.zeros(storage.nbytes() // self.itemsize, bool)
+        belongs = torch.from_numpy(self.belongs)
         arguments = []
         for name, tensor in tensors.items():
             first = (tensor.data_ptr() - self.address) // self.itemsize
@@ -49,7 +51,6 @@ class Block:
                 steps = [step * parts for step in tensor.stride()]
                 belongs.as_strided((*tensor.shape, parts), (*steps, 1), first).fill_(True)
         self.arguments = tuple(arguments)
-        self.belongs = belongs.numpy()  # whether an element is one of a tensor's, and not of a gap between its rows
 
     def argument(self, element: int) -> Argument:
         """The first of its arguments that reaches over an element of one."""
@@ -77,6 +78,10 @@ class Launch:
     programs: int = 0
     grid: tuple[int, int, int] = (1, 1, 1)
     order: np.ndarray | None = field(default=None, repr=False)
+
+    def element_array(self, dtype: type) -> dict[int, np.ndarray]:
+        """Zeros, one an element, by the id of a block: memory is taken only of what is touched."""
+        return {id(block): np.zeros(block.belongs.size, dtype) for block in self.blocks}
 
 
 class Observer(Protocol):

@@ -56,8 +56,8 @@ def row_norm_backward(
         return Gradients(dx, dresidual, *_zeros(weight, bias, wanted))
 
     recomputes_z = norm.activation is not None and bits is None
-    activations = (dy, dtotal, x, residual if recomputes_z else None)
-    views = [(None, 0) if tensor is None else row_view(tensor, norm.span) for tensor in activations]
+    read = (dy, dtotal, x, residual if recomputes_z else None)
+    views = [(None, 0) if tensor is None else row_view(tensor, norm.span) for tensor in read]
     vec = vector_length(dy.element_size(), *(stride for _, stride in views))
     dy, dtotal, x, residual = (tensor for tensor, _ in views)  # type: ignore[assignment]
     strides = tuple(stride // vec for _, stride in views)

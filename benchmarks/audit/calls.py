@@ -1,0 +1,19 @@
+"""One call of a workload, forward alone or with its backward, on tensors whose contents do not matter."""
+
+from __future__ import annotations
+
+import torch
+
+from ..traffic import Direction
+from ..workloads import Call, Case
+
+
+def run(call: Call, case: Case, direction: Direction) -> None:
+    """Forward without gradients, or forward and the gradients of every input."""
+    if direction == "forward":
+        with torch.no_grad():
+            call(**case.inputs)
+        return
+    outputs = call(**case.inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.grad(outputs, list(case.inputs.values()), case.output_gradients)
