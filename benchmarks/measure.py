@@ -55,7 +55,7 @@ def measure(workload: Workload, dtype: torch.dtype, settings: Settings) -> Itera
         case = workload.case(settings.size, dtype, settings.device)
         expected = correctness.expect(workload, case)
     except torch.OutOfMemoryError as error:
-        problem = _first_line(error)
+        problem = first_line(error)
     for direction in DIRECTIONS:
         row = Row(
             workload.name,
@@ -84,7 +84,7 @@ def _contender(peer: Peer, workload: Workload, settings: Settings) -> Contender:
     try:
         return Contender(peer.name, peer.build(workload))
     except Exception as error:
-        return Contender(peer.name, None, "failed", _first_line(error))
+        return Contender(peer.name, None, "failed", first_line(error))
 
 
 def _fill(
@@ -105,7 +105,7 @@ def _fill(
         try:
             found[contender.name] = _admit(contender, workload, case, expected, direction, settings.device)
         except Exception as error:  # a peer may fail in any way, and the others are measured all the same
-            found[contender.name] = Measurement(contender.name, "failed", _first_line(error))
+            found[contender.name] = Measurement(contender.name, "failed", first_line(error))
         if found[contender.name].status == "timed":
             run = correctness.run_forward if direction == "forward" else correctness.run_forward_backward
             runs[contender.name] = functools.partial(run, contender.call, case)
@@ -177,7 +177,7 @@ def _time_on_gpu(
         try:
             turns[name] = timing.graph_turn(run, flush) if small else timing.event_turn(run, flush)
         except RuntimeError as error:  # what a capture raises
-            found[name] = Measurement(name, "failed", f"no CUDA graph of it: {_first_line(error)}")
+            found[name] = Measurement(name, "failed", f"no CUDA graph of it: {first_line(error)}")
     samples = timing.interleave(turns, settings.seconds, settings.patience)
     for name, taken in samples.items():
         method = "graph replay, cache flushed" if small else "events, cache flushed"
@@ -195,6 +195,7 @@ def ratios(samples: dict[str, list[float]], paired: bool) -> Iterator[Ratio]:
             yield Ratio(contender, over, of_medians, None if rounds is None else Spread.of(rounds))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What was raised, with the first line of its message."""
     text = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -20,22 +20,26 @@ HOW = {
 }
 
 
+def storage_id(tensor: Tensor) -> int:
+    """Tells the storages that are alive apart, also those of meta tensors, which have no data."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def kept_bytes(call: Call, case: Case) -> int:
     """Bytes of the distinct storages that autograd holds between forward and backward, the parameters' apart.
 
     An input that is held counts, since whoever made it could otherwise let it go.
     """
-    parameters = {case.inputs[name].untyped_storage().data_ptr() for name in case.parameters}
+    parameters = {storage_id(case.inputs[name]) for name in case.parameters}
     held: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            held[storage.data_ptr()] = storage.nbytes()
+        if storage_id(tensor) not in parameters:
+            held[storage_id(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = call(**case.inputs)  # alive until counted, so that no storage's address is used again
+        outputs = call(**case.inputs)  # alive until counted, so that no storage's id is used again
     total = sum(held.values())
     del outputs
     return total

@@ -64,7 +64,7 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class Row:
+class Call:
     """One workload at one size and type in one direction."""
 
     workload: str
@@ -72,6 +72,12 @@ class Row:
     shape: tuple[int, ...]
     dtype: str
     direction: str
+
+
+@dataclass(frozen=True)
+class Row(Call):
+    """A call as its contenders were measured."""
+
     minimal_bytes: int
     launch_bound: bool = False
     measurements: list[Measurement] = field(default_factory=list)
@@ -92,11 +98,33 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What one call takes of a GPU: launches, bytes they move, and, where a backward follows, bytes held for it."""
+
+    launches: int
+    moved_bytes: int
+    kept_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class CountedRow(Call):
+    """A call as it was counted, which takes no GPU."""
+
+    ours: Counts
+    eager: Counts
+
+
+@dataclass(frozen=True)
 class Run:
-    """All rows, and the machine and versions they are from."""
+    """All rows, and the machine and versions they are from.
+
+    counted: on a CPU, what the same workloads would take of a GPU. uncounted: why some or all of it is missing.
+    """
 
     environment: dict[str, Any]
     rows: list[Row]
+    counted: list[CountedRow] = field(default_factory=list)
+    uncounted: str = ""
 
     def contenders(self) -> list[str]:
         """Names in the order of their first appearance."""
@@ -113,7 +141,9 @@ class Run:
         data = json.loads(path.read_text())
         if data.get("schema") != SCHEMA:
             raise ValueError(f"{path} must have schema {SCHEMA}, but has {data.get('schema')}; run the benchmark again")
-        return cls(data["environment"], [_row(row) for row in data["rows"]])
+        rows = [_row(row) for row in data["rows"]]
+        counted = [_counted_row(row) for row in data.get("counted", [])]  # files of before it was counted have none
+        return cls(data["environment"], rows, counted, data.get("uncounted", ""))
 
 
 def _spread(data: dict[str, Any] | None) -> Spread | None:
@@ -127,3 +157,8 @@ def _row(data: dict[str, Any]) -> Row:
     ]
     ratios = [Ratio(**{**found, "rounds": _spread(found["rounds"])}) for found in data["ratios"]]
     return Row(**{**data, "shape": tuple(data["shape"]), "measurements": measurements, "ratios": ratios})
+
+
+def _counted_row(data: dict[str, Any]) -> CountedRow:
+    counts = {name: Counts(**data[name]) for name in ("ours", "eager")}
+    return CountedRow(**{**data, "shape": tuple(data["shape"]), **counts})

@@ -8,43 +8,24 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from . import environment
+from . import counted, environment, tables
 from .peers import COMPARED, COMPILED, EAGER, LIGER, OURS, OURS_COMPILED
 from .records import Measurement, Ratio, Row, Run
+from .tables import Column, call_columns, mebibytes, three_digits
 
 # The most that our call may take of torch's on a CPU; the rows above it are named under the table.
 CPU_RATIO_LIMIT = 1.05
 # On a machine that does nothing else the quartiles lie some 5 % apart.
 DISTURBED = 0.25
 
-MIB = 2**20
 BROKEN = ("wrong", "failed")
 
 
-@dataclass(frozen=True)
-class Column:
-    """A heading, what a row shows under it, and to which side."""
-
-    heading: str
-    cell: Callable[[Row], str]
-    left: bool = False
-
-
 def milliseconds(seconds: float) -> str:
-    """Three significant digits: 0.0123, 1.23, 123."""
-    value = seconds * 1e3
-    for limit, digits in ((0.1, 4), (1, 3), (10, 2), (100, 1)):
-        if value < limit:
-            return f"{value:.{digits}f}"
-    return f"{value:.0f}"
-
-
-def mebibytes(count: int | None) -> str:
-    """With one digit, and none for what is no number."""
-    return "-" if count is None else f"{count / MIB:.1f}"
+    """Of a time, with three significant digits."""
+    return three_digits(seconds * 1e3)
 
 
 def _time(row: Row) -> str:
@@ -117,15 +98,11 @@ def _says_something(row: Row, pair: tuple[str, str]) -> bool:
     return row.ratio(*pair) is not None or any(gap is not None and gap.status in BROKEN for gap in found)
 
 
-def columns(run: Run) -> list[Column]:
+def columns(run: Run) -> list[Column[Row]]:
     """Those that hold something: a peer that is not here at all is told under the table instead."""
-    several_dtypes = len({row.dtype for row in run.rows}) > 1
     held = [pair for pair in COMPARED if any(_says_something(row, pair) for row in run.rows)]
     chosen = [
-        Column("workload", lambda row: row.workload, left=True),
-        Column("shape", lambda row: "x".join(map(str, row.shape)), left=True),
-        *([Column("dtype", lambda row: row.dtype, left=True)] if several_dtypes else []),
-        Column("pass", lambda row: {"forward": "fwd", "forward+backward": "fwd+bwd"}[row.direction], left=True),
+        *call_columns(run.rows),
         Column("ours ms", _time),
         Column("+-", _spread),
         Column("GB/s", _rate(OURS)),
@@ -139,37 +116,14 @@ def columns(run: Run) -> list[Column]:
     return chosen
 
 
-def _cells(run: Run) -> tuple[list[Column], list[list[str]]]:
-    chosen = columns(run)
-    return chosen, [[column.cell(row) for column in chosen] for row in run.rows]
-
-
 def text_table(run: Run) -> str:
-    """Aligned columns, a blank line wherever a workload ends."""
-    chosen, body = _cells(run)
-    widths = [max(len(text) for text in texts) for texts in zip([c.heading for c in chosen], *body, strict=True)]
-
-    def line(texts: Sequence[str]) -> str:
-        padded = (
-            text.ljust(width) if column.left else text.rjust(width)
-            for column, text, width in zip(chosen, texts, widths, strict=True)
-        )
-        return "  ".join(padded).rstrip()
-
-    lines = [line([column.heading for column in chosen]), line(["-" * width for width in widths])]
-    previous = ""
-    for row, texts in zip(run.rows, body, strict=True):
-        repeated = row.workload == previous
-        lines.append(line(["", "", *texts[2:]] if repeated and texts[0] == row.workload else texts))
-        previous = row.workload
-    return "\n".join(lines)
+    """For a terminal; what a workload's rows share is shown once."""
+    return tables.text(columns(run), run.rows)
 
 
 def markdown_table(run: Run) -> str:
     """The same cells for a document."""
-    chosen, body = _cells(run)
-    rule = ["---" if column.left else "---:" for column in chosen]
-    return "\n".join(f"| {' | '.join(texts)} |" for texts in ([c.heading for c in chosen], rule, *body))
+    return tables.markdown(columns(run), run.rows)
 
 
 def gaps(run: Run) -> list[str]:
@@ -243,7 +197,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, help="also draw the plot into this file")
     options = parser.parse_args(arguments)
     run = Run.read(options.run)
-    print(markdown_table(run) if options.markdown else summary(run))
+    if options.markdown:
+        parts = [markdown_table(run), counted.summary(run, tables.markdown)]
+    else:
+        parts = [summary(run), counted.summary(run)]
+    print("\n\n".join(filter(None, parts)))
     if options.plot:
         from .plots import draw
 

@@ -1,6 +1,7 @@
 """`python -m benchmarks.run`: the fused calls beside torch on the device that is here.
 
-Prints a table and writes JSON and a plot to benchmarks/results/local/. The default takes some minutes on two cores.
+Prints a table and writes JSON and a plot to benchmarks/results/local/. Without a GPU it ends with a second table, of what
+one would have to launch and move. The default takes some minutes on two cores.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import environment, report, timing
-from .measure import Settings, measure
+from . import counted, environment, report, timing
+from .measure import Settings, first_line, measure
 from .peers import EAGER, OURS
 from .plots import draw
-from .records import Row, Run
+from .records import CountedRow, Row, Run
 from .traffic import DIRECTIONS
 from .workloads import WORKLOADS, Workload
 
@@ -98,13 +99,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 bar.write(progress(row))
                 bar.update()
     described["seconds"] = round(time.perf_counter() - started, 1)
-    run = Run(described, rows)
+    of_a_gpu: tuple[list[CountedRow], str] = ([], "")
+    if device.type == "cpu":
+        of_a_gpu = count_for_a_gpu(workloads, options.full)
+    run = Run(described, rows, *of_a_gpu)
     json_path = options.output / f"rows-{environment.stamp(described)}.json"
     run.write(json_path)
     plot_path = json_path.with_suffix(".png")
     draw(run, plot_path)
     print(f"\n{report.summary(run)}\nFull data: {json_path}\nPlot:      {plot_path}")
+    if device.type == "cpu":
+        print(f"\n{counted.summary(run)}")
     return 1 if ours_is_broken(run) else 0
+
+
+def count_for_a_gpu(workloads: Sequence[Workload], full: bool) -> tuple[list[CountedRow], str]:
+    """What a GPU's run of these workloads would take of it, and why some or all of it is missing."""
+    if gap := counted.gap():
+        return [], gap
+    cases = [(workload, dtype) for workload in workloads for dtype in dtypes(torch.device("cuda"), full)]
+    rows: list[CountedRow] = []
+    try:
+        with tqdm(total=len(cases), desc="counting", unit="workload") as bar:
+            for of_case in counted.count(cases):
+                rows += of_case
+                bar.update()
+    except Exception as error:  # what was timed must not be lost for it
+        return rows, first_line(error)
+    return rows, ""
 
 
 def ours_is_broken(run: Run) -> bool:

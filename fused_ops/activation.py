@@ -34,10 +34,11 @@ class Activation:
     hashable, comparable. Raises ValueError for an unknown name or parameter, naming the known ones.
     """
 
-    __slots__ = ("name", "parameters")
+    __slots__ = ("name", "parameters", "scalars")
 
     name: str
     parameters: Mapping[str, float]
+    scalars: tuple[float, float]  # the parameters in their order, as a kernel takes them; 0 where there is none
 
     def __init__(self, name: str, **parameters: float) -> None:
         if not isinstance(name, str) or name not in KNOWN:
@@ -50,17 +51,13 @@ class Activation:
         values = {key: float(parameters.get(key, default)) for key, default in defaults.items()}
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "parameters", MappingProxyType(values))
+        alpha, beta, *_ = (*values.values(), 0.0, 0.0)
+        object.__setattr__(self, "scalars", (alpha, beta))
 
     @classmethod
     def from_scalars(cls, name: str, alpha: float, beta: float) -> Activation:
         """The inverse of `scalars`."""
         return cls(name, **dict(zip(KNOWN[name], (alpha, beta), strict=False)))
-
-    @property
-    def scalars(self) -> tuple[float, float]:
-        """(alpha, beta): the parameters in their order, as a kernel takes them; 0 where there is none."""
-        alpha, beta, *_ = (*self.parameters.values(), 0.0, 0.0)
-        return alpha, beta
 
     def __setattr__(self, key: str, value: Any) -> None:
         raise AttributeError(f"Activation is immutable; make a new one to change {key}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -46,6 +47,9 @@ def what_to_save(norm: RowNorm, needs: Needs, has_residual: bool) -> Saving:
     return Saving(needs_x_hat or recomputes_z, bits, recomputes_z and added_after)
 
 
+_what_to_save = functools.lru_cache(maxsize=4096)(what_to_save)  # a tracer would look through the cache, and warn
+
+
 class Saved(NamedTuple):
     """What backward finds again; x is what was normalized."""
 
@@ -65,28 +69,21 @@ class RowNormFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: RowNorm
     ) -> Any:
-        saving = what_to_save(norm, Needs(*ctx.needs_input_grad[:4]), residual is not None)
-        out = row_norm_forward(
-            x, residual, weight, bias, norm, save_statistics=saving.statistics, save_bits=saving.bits
-        )
-        normalized = out.total if norm.add_first else x
-        ctx.save_for_backward(
-            *Saved(
-                normalized if saving.statistics else None,
-                residual if saving.residual else None,
-                weight,
-                bias,
-                out.mean,
-                out.rstd,
-                out.bits,
-            )
-        )
-        if norm.add_first and not any(ctx.needs_input_grad[:2]):
-            ctx.mark_non_differentiable(out.total)
+        needs = ctx.needs_input_grad
+        statistics, bits, keeps_residual = _what_to_save(norm, Needs(*needs[:4]), residual is not None)
+        out = row_norm_forward(x, residual, weight, bias, norm, save_statistics=statistics, save_bits=bits)
+        y, total, mean, rstd, mask = out
+        normalized = None if not statistics else x if total is None else total
+        # In the order of Saved.
+        ctx.save_for_backward(normalized, residual if keeps_residual else None, weight, bias, mean, rstd, mask)
         ctx.set_materialize_grads(False)
         ctx.norm = norm
         ctx.x_dtype = x.dtype
-        return (out.y, out.total) if norm.add_first else out.y
+        if total is None:
+            return y
+        if not (needs[0] or needs[1]):
+            ctx.mark_non_differentiable(total)
+        return y, total
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
@@ -202,6 +199,10 @@ def _unpack(bits: Tensor, span: int) -> Tensor:
     return ((bits.unsqueeze(-1) >> places) & 1).flatten(1)[:, :span].bool()
 
 
+# torch.autograd.Function.apply without its look for torch.func's transforms, under which no kernel runs.
+_apply = super(torch.autograd.Function, RowNormFunction).apply
+
+
 def row_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: RowNorm
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -209,6 +210,6 @@ def row_norm(
     if torch.is_grad_enabled():
         for tensor in (x, residual, weight, bias):
             if tensor is not None and tensor.requires_grad:
-                return RowNormFunction.apply(x, residual, weight, bias, norm)
+                return _apply(x, residual, weight, bias, norm)
     out = row_norm_forward(x, residual, weight, bias, norm)
     return out.y if out.total is None else (out.y, out.total)

@@ -13,6 +13,9 @@ try:
 except ImportError:  # Triton exists for Linux; elsewhere the package runs on torch alone
     triton = None
 
+if triton is not None:
+    from .kernels.launcher import INTERPRETED
+
 NAMES = ("auto", "triton", "torch")
 HAS_TRITON = triton is not None
 TRITON_VERSION: str | None = triton.__version__ if HAS_TRITON else None
@@ -55,9 +58,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def interpreted() -> bool:
     """Whether the kernels were defined under TRITON_INTERPRET=1, and so run on CPU tensors."""
-    from .kernels.launch import INTERPRETED
-
-    return INTERPRETED
+    return HAS_TRITON and INTERPRETED
 
 
 def has_driver() -> bool:
@@ -71,7 +72,7 @@ def has_driver() -> bool:
 @torch.compiler.assume_constant_result
 def can_launch() -> bool:
     """Whether a kernel can run at all; a constant to a compiler, which need not look inside."""
-    return HAS_TRITON and (interpreted() or has_driver())
+    return interpreted() or (HAS_TRITON and has_driver())
 
 
 def chooses_triton(x: torch.Tensor) -> bool:
@@ -107,7 +108,7 @@ def explain(device: torch.device) -> str:
     if _current == "torch":
         return "torch: backend 'torch' is set"
     if _current == "triton":
-        return "triton: backend 'triton' is set" + (", interpreted" if HAS_TRITON and interpreted() else "")
+        return "triton: backend 'triton' is set" + (", interpreted" if interpreted() else "")
     if not HAS_TRITON:
         return "torch: Triton is not installed"
     if device.type != "cuda":

@@ -36,7 +36,9 @@ def floating(function: str, argument: str, tensor: Tensor) -> None:
 
 def _sizes(function: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     """normalized_shape as a tuple of Python's own integers (or torch's symbolic ones)."""
-    sizes: Sequence[Any] = normalized_shape if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+    # A tuple is told first: an abstract class takes long to ask.
+    is_sequence = isinstance(normalized_shape, (tuple, Sequence))
+    sizes: Sequence[Any] = normalized_shape if is_sequence else (normalized_shape,)  # type: ignore[assignment]
     try:
         return tuple([size if isinstance(size, int | torch.SymInt) else operator.index(size) for size in sizes])  # type: ignore[misc]
     except TypeError:
@@ -51,7 +53,7 @@ def row_span(function: str, x: Tensor, normalized_shape: int | Sequence[int]) ->
     shape = _sizes(function, normalized_shape)
     if not shape:
         raise ArgumentError(f"{function}: normalized_shape must name at least one dim, but is {normalized_shape!r}")
-    if tuple(x.shape[-len(shape) :]) != shape:
+    if x.shape[-len(shape) :] != shape:
         raise ArgumentError(
             f"{function}: normalized_shape must be the last dims of the input, but it is {shape} and the input has "
             f"shape {tuple(x.shape)}"
@@ -64,7 +66,7 @@ def parameter(function: str, argument: str, tensor: Tensor | None, shape: tuple[
     if tensor is None:
         return
     floating(function, argument, tensor)
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ArgumentError(f"{function}: {argument} must have shape {shape}, but has shape {tuple(tensor.shape)}")
     if tensor.device != x.device:
         raise ArgumentError(

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launcher, cdiv, column_sum_config
+from .launch import cdiv, column_sum_config
+from .launcher import Launcher
 
 Tensor = torch.Tensor
 
@@ -27,13 +28,13 @@ def _sum_columns(Partial_ptr, Sum_ptr, partial_rows, col, SPAN: tl.constexpr, BL
 
 @triton.jit(do_not_specialize=["partial_rows"])
 def column_sum_kernel(
-    PartialWeight_ptr, PartialBias_ptr, DWeight_ptr, DBias_ptr, partial_rows: tl.int32,
+    PartialDWeight_ptr, PartialDBias_ptr, DWeight_ptr, DBias_ptr, partial_rows: tl.int32,
     SPAN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SPAN: tl.constexpr,
 ):  # fmt: skip
     """dweight and dbias [SPAN], each or None, from partial sums [partial_rows, SPAN]; a block of columns a program."""
     col = tl.program_id(0).to(tl.int64) * BLOCK_SPAN + tl.arange(0, BLOCK_SPAN)[None, :]
-    _sum_columns(PartialWeight_ptr, DWeight_ptr, partial_rows, col, SPAN, BLOCK_ROWS)
-    _sum_columns(PartialBias_ptr, DBias_ptr, partial_rows, col, SPAN, BLOCK_ROWS)
+    _sum_columns(PartialDWeight_ptr, DWeight_ptr, partial_rows, col, SPAN, BLOCK_ROWS)
+    _sum_columns(PartialDBias_ptr, DBias_ptr, partial_rows, col, SPAN, BLOCK_ROWS)
 
 
 def column_sum(
@@ -44,19 +45,19 @@ def column_sum(
     if given is None:
         return None, None
     partial_rows, span = given.shape
-    sums = [
-        None if partial is None else torch.empty(span, dtype=dtype, device=given.device)
-        for partial, dtype in ((dweight, weight_dtype), (dbias, bias_dtype))
-    ]
-    launch, block_span = _launcher(span)
-    # The launcher looks at its first tensor: a lone dbias takes dweight's place.
-    first, second = (dweight, dbias) if dweight is not None else (dbias, None)
-    outputs = tuple(sums) if dweight is not None else (sums[1], None)
-    launch(cdiv(span, block_span), (first, second, *outputs), partial_rows)
-    return sums[0], sums[1]
+    sums = (
+        None if dweight is None else torch.empty(span, dtype=weight_dtype, device=given.device),
+        None if dbias is None else torch.empty(span, dtype=bias_dtype, device=given.device),
+    )
+    tensors = (dweight, dbias, *sums)
+    launch, programs = _launcher(span, *[None if tensor is None else tensor.dtype for tensor in tensors])
+    launch(programs, given.device, (), tensors, partial_rows)
+    return sums
 
 
 @functools.cache
-def _launcher(span: int) -> tuple[Launcher, int]:
+def _launcher(span: int, *dtypes: torch.dtype | None) -> tuple[Launcher, int]:
+    """A launcher for tensors of these types, and how many programs it takes."""
     config = column_sum_config(span)
-    return Launcher(column_sum_kernel, config.num_warps, span, config.block_rows, config.block_span), config.block_span
+    constants = (span, config.block_rows, config.block_span)
+    return Launcher(column_sum_kernel, config.num_warps, *constants), cdiv(span, config.block_span)

@@ -1,4 +1,4 @@
-"""How a kernel is launched: its configuration tables, and the launcher that remembers what was compiled.
+"""How a kernel is launched: how many warps, rows and programs, as tables.
 
 Configurations are pure functions of span, element size and the operands; of the device, only how many programs share
 the work. None looks at the number of rows to choose a warp count or a block size: the bits of a row must not depend on
@@ -11,18 +11,12 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
-from triton.runtime.jit import JITFunction
-
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # read by @triton.jit at the same time as here
 
 THREADS_PER_WARP = 32  # what a warp count means here; the launcher converts it for devices with wider warps
-
-
-_HIP = torch.version.hip is not None
 
 
 class DeviceFacts(NamedTuple):
@@ -231,11 +225,14 @@ def backward_chunk_config(span: int, itemsize: int) -> ChunkConfig:
     return _chunks(span, itemsize, num_warps=8)
 
 
-def walks_rows(rows: int, span: int, itemsize: int, facts: DeviceFacts) -> bool:
-    """Whether one program should walk a chunked row twice: there are rows for all, and the second walk stays in L2."""
+def walks_rows(rows: int, span: int, itemsize: int, loaded_itemsize: int, facts: DeviceFacts) -> bool:
+    """Whether one program should walk a chunked row twice: there are rows for all, and the second walk stays in L2.
+
+    loaded_itemsize: as in `walk_stages`.
+    """
     # Walking takes over 40 registers a thread, so no more programs than these fit on a multiprocessor at once.
     resident = 1 if chunk_config(span, itemsize).num_warps == 32 else 3
-    walked_bytes = resident * facts.multiprocessors * span * itemsize
+    walked_bytes = resident * facts.multiprocessors * span * loaded_itemsize
     return rows >= facts.multiprocessors and walked_bytes <= facts.l2_bytes // 2
 
 
@@ -248,75 +245,3 @@ def backward_programs(tiles: int, config: RowConfig, facts: DeviceFacts) -> int:
 def column_sum_config(span: int) -> RowConfig:
     """Tile of the sum over partial rows: 128-byte lines, fewer columns where that leaves too few programs."""
     return RowConfig(block_rows=64, block_span=32 if span >= 2048 else 16, num_warps=4)
-
-
-# --- launching -----------------------------------------------------------------------------------------------------
-
-
-def _somebody_watches() -> bool:
-    """Whether a profiler has hooked itself into launches, and wants to be told of each."""
-    runtime = triton.knobs.runtime
-    return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
-
-
-class Launcher:
-    """A kernel with its constants fixed. A call through Triton costs 7 us, of what it compiled 1 us: so that is kept.
-
-    The key of what is kept: driver, device, the type of every tensor (or that it is None) and its 16-byte alignment
-    (on AMD its size, too).
-    All other run-time arguments are declared so that Triton does not specialize on their values.
-    """
-
-    def __init__(self, kernel: Any, num_warps: int, *constants: Any, most_registers: int | None = None) -> None:
-        self.kernel = kernel
-        self.num_warps = num_warps
-        self.most_registers = most_registers
-        self.constants = constants
-        self._compiled: dict[tuple[Any, ...], Any] = {}
-        self._compiles = isinstance(kernel, JITFunction)
-
-    def __call__(self, programs: int, tensors: tuple[torch.Tensor | None, ...], *scalars: float) -> None:
-        """Launches `programs` programs on the tensors' device. The first tensor must not be None."""
-        device = tensors[0].device  # type: ignore[union-attr]
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self._launch(device, programs, tensors, scalars)
-        else:
-            self._launch(device, programs, tensors, scalars)
-
-    def _launch(self, device: torch.device, programs: int, tensors: tuple, scalars: tuple) -> None:
-        if not self._compiles:
-            self._first_launch(programs, tensors, scalars)
-            return
-        addresses = 0
-        for tensor in tensors:
-            if tensor is not None:
-                addresses |= tensor.data_ptr()
-        aligned: Any = True
-        if addresses & 15:
-            aligned = tuple([None if t is None else t.data_ptr() & 15 == 0 for t in tensors])
-        if _HIP:  # AMD's compiler addresses a tensor under 2 GB with 32 bits
-            aligned = (aligned, *[None if t is None else t.untyped_storage().nbytes() < 2**31 for t in tensors])
-        driver = triton.runtime.driver.active
-        key = (driver, device, aligned, *[None if t is None else t.dtype for t in tensors])
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            self._compiled[key] = self._first_launch(programs, tensors, scalars)
-        elif _somebody_watches():
-            compiled[(programs, 1, 1)](*tensors, *scalars, *self.constants)
-        else:
-            stream = driver.get_current_stream(driver.get_current_device())
-            function, metadata = compiled.function, compiled.packed_metadata
-            compiled.run(
-                programs, 1, 1, stream, function, metadata, None, None, None, *tensors, *scalars, *self.constants
-            )
-
-    def _first_launch(self, programs: int, tensors: tuple, scalars: tuple) -> Any:
-        # fp fusion: its default changes in Triton 3.10, and with it the bits.
-        options: dict[str, Any] = {"num_warps": self.num_warps, "enable_fp_fusion": True}
-        if self._compiles:
-            target = triton.runtime.driver.active.get_current_target()
-            options["num_warps"] = max(1, self.num_warps * THREADS_PER_WARP // target.warp_size)
-            if self.most_registers is not None and target.backend == "cuda":
-                options["maxnreg"] = self.most_registers
-        return self.kernel[(programs,)](*tensors, *scalars, *self.constants, **options)

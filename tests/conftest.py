@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fused_ops  # noqa: E402
-from fused_ops.backend import HAS_TRITON  # noqa: E402
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 
@@ -40,10 +40,25 @@ def triton_backend() -> Iterator[None]:
 
 
 @pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the name of a kernel with every launch."""
+    launcher = pytest.importorskip("fused_ops.kernels.launcher", reason="Triton is not installed")
+    names: list[str] = []
+    original = launcher.Launcher.__call__
+
+    def noted(self: Any, *arguments: Any) -> None:
+        names.append(self.kernel.__name__)
+        original(self, *arguments)
+
+    monkeypatch.setattr(launcher.Launcher, "__call__", noted)
+    return names
+
+
+@pytest.fixture
 def memory_checked() -> Iterator[None]:
     """Runs a test under the memory checker, which fails it where a kernel reaches beyond its tensors or two of its
     programs meet. Only interpreted kernels can be watched: on a GPU the test runs without."""
-    if HAS_GPU or not HAS_TRITON or not fused_ops.backend.interpreted():
+    if HAS_GPU or not fused_ops.backend.interpreted():
         yield
         return
     from benchmarks.audit.memory_checker import checked

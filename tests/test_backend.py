@@ -26,21 +26,6 @@ def backend_as_before() -> Iterator[None]:
     fused_ops.set_backend(before)
 
 
-@pytest.fixture
-def launches(monkeypatch) -> list[str]:
-    """Grows by the name of a kernel with every launch."""
-    launch = pytest.importorskip("fused_ops.kernels.launch", reason="Triton is not installed")
-    names: list[str] = []
-    original = launch.Launcher.__call__
-
-    def counted(self, *arguments):
-        names.append(self.kernel.__name__)
-        return original(self, *arguments)
-
-    monkeypatch.setattr(launch.Launcher, "__call__", counted)
-    return names
-
-
 def test_a_name_is_set_and_read():
     for name in ("torch", "triton", "auto"):
         fused_ops.set_backend(name)

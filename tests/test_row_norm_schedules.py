@@ -75,10 +75,10 @@ class Schedule:
 
     def replace(self, module: ModuleType, name: str, function: Callable[..., Any]) -> None:
         self._monkeypatch.setattr(module, name, function)
-        self.forget_launchers()
+        self.forget_schedules()
 
-    def forget_launchers(self) -> None:
-        """Launchers are built once for each combination of constants, from the configurations of that moment."""
+    def forget_schedules(self) -> None:
+        """Schedules are built once for each kind of call, from the configurations of that moment."""
         for module in self.MODULES:
             for member in vars(module).values():
                 if hasattr(member, "cache_clear"):
@@ -99,7 +99,7 @@ class Schedule:
         """Chunks of steps * block_span elements; blocks of so many columns, each shared by `stripes` programs."""
         self.replace(backward_module, "row_backward_config", lambda *sizes: None)
         self.replace(backward_module, "backward_chunk_config", chunks_of(block_span, steps))
-        block = launch.RowConfig(block_rows=1, block_span=columns, num_warps=4, stages=2)
+        block = launch.RowConfig(1, columns, num_warps=4, stages=2, most_registers=128)
         self.replace(backward_module, "column_block_config", lambda span, itemsize: block)
         if stripes is not None:
             self.replace(backward_module, "column_stripes", lambda rows, *sizes: min(rows, stripes))
@@ -119,7 +119,7 @@ def schedule(monkeypatch: pytest.MonkeyPatch) -> Iterator[Schedule]:
     schedule = Schedule(monkeypatch)
     yield schedule
     monkeypatch.undo()
-    schedule.forget_launchers()
+    schedule.forget_schedules()
 
 
 def everything_forward(case: Case, rows: slice = slice(None)) -> dict[str, Tensor | None]:
@@ -155,13 +155,18 @@ DIVISIONS = [(256, 256, 1), (264, 256, 1), (712, 256, 1), (712, 64, 4), (392, 64
 @pytest.mark.parametrize("division", DIVISIONS, ids=short)
 @calls(FEW_CALLS)
 def test_walked_and_shared_rows_have_the_same_bits(
-    schedule: Schedule, function: str, residual: bool, activation: str | None, division: tuple[int, int, int]
+    schedule: Schedule,
+    launches: list[str],
+    function: str,
+    residual: bool,
+    activation: str | None,
+    division: tuple[int, int, int],
 ) -> None:
     span, block_span, steps = division
     case = make_case(function, 2, span, residual=residual, activation=activation)
     schedule.forward("walk", block_span, steps)
     walked = everything_forward(case)
-    assert forward_module._walk_launcher.cache_info().currsize == 1
+    assert launches == ["row_walk_forward_kernel"]
     schedule.forward("share", block_span, steps)
     assert_same_forward(everything_forward(case), walked, slice(None))
 

@@ -25,7 +25,7 @@ FUNCTIONS = ROW_NORMS + ADD_NORMS
 @pytest.fixture(autouse=True)
 def no_launch(monkeypatch):
     """Everything here is refused first."""
-    launch = pytest.importorskip("fused_ops.kernels.launch", reason="Triton is not installed")
+    launch = pytest.importorskip("fused_ops.kernels.launcher", reason="Triton is not installed")
 
     def launched(*arguments: Any) -> None:
         pytest.fail("a kernel was launched")

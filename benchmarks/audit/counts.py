@@ -14,13 +14,14 @@ import numpy as np
 
 from .watch import Access, Kind, Launch
 
-Size = Literal["activation", "mask", "parameter", "statistics"]
+Size = Literal["activation", "mask", "parameter", "partial", "statistics"]
 
 # By the names of kernel parameters, without _ptr: what a kernel calls its tensors says how large they are.
 SIZES: dict[str, Size] = {
     **dict.fromkeys(("X", "Residual", "Total", "Y", "DY", "DTotal", "DX", "DResidual"), "activation"),
     "Bits": "mask",
-    **dict.fromkeys(("Weight", "Bias", "DWeight", "DBias", "PartialWeight", "PartialBias"), "parameter"),
+    **dict.fromkeys(("Weight", "Bias", "DWeight", "DBias"), "parameter"),
+    **dict.fromkeys(("PartialDWeight", "PartialDBias"), "partial"),
     **dict.fromkeys(("Mean", "Rstd", "Means", "M2s", "GSums", "GXHatSums"), "statistics"),
 }
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
-from fused_ops.kernels.launch import INTERPRETED
+from fused_ops.kernels.launcher import INTERPRETED
 
 Kind = Literal["load", "store", "atomic"]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -10,8 +12,6 @@ import triton
 from ..activations import ACTIVATIONS
 from ..column_sum import column_sum
 from ..launch import (
-    Launcher,
-    RowConfig,
     backward_chunk_config,
     backward_programs,
     cdiv,
@@ -20,9 +20,14 @@ from ..launch import (
     device_facts,
     row_backward_config,
 )
+from ..launcher import Launcher, Tensors
 from ..views import columns, row_view, vector_length
 from .backward_kernels import row_gradient_apply_kernel, row_gradient_sums_kernel, row_norm_backward_kernel
 from .problem import Gradients, RowNorm, Tensor, Wanted, compute_dtype
+
+Strides = list[int]
+Partials = tuple[Tensor | None, Tensor | None]
+Schedule = Callable[[int, Tensors, Tensors, Strides, tuple[float, float]], Partials]
 
 
 def row_norm_backward(
@@ -43,144 +48,145 @@ def row_norm_backward(
     x is what was normalized (with norm.add_first the total), or None where nothing wanted depends on it. With
     norm.add_first, dx and dresidual are the same values: ask for both only where their types differ.
     """
-    needs_dx = wanted.dx or (norm.add_first and wanted.dresidual)
-    if not needs_dx:
+    span, _, subtract_mean, add_first, activation, alpha, beta = norm
+    wants_dx, wants_dresidual, wants_dweight, wants_dbias = wanted
+    if not (wants_dx or (add_first and wants_dresidual)):
         dtotal = None
-    residual_dtype = x.dtype if norm.add_first and x is not None else dy.dtype
-    dx = torch.empty_like(dy, memory_format=torch.contiguous_format) if wanted.dx else None
+    if activation is None or bits is not None:  # z is not computed again
+        residual = bias_read = None
+    else:
+        bias_read = columns(bias)
+    dx = torch.empty_like(dy, memory_format=torch.contiguous_format) if wants_dx else None
     dresidual = None
-    if wanted.dresidual:
-        dresidual = torch.empty_like(dy, dtype=residual_dtype, memory_format=torch.contiguous_format)
-    rows = dy.numel() // norm.span if norm.span else 0
+    if wants_dresidual:
+        dtype = x.dtype if add_first and x is not None else dy.dtype
+        dresidual = torch.empty_like(dy, dtype=dtype, memory_format=torch.contiguous_format)
+    rows = dy.numel() // span if span else 0
     if rows == 0:
         return Gradients(dx, dresidual, *_zeros(weight, bias, wanted))
 
-    recomputes_z = norm.activation is not None and bits is None
-    read = (dy, dtotal, x, residual if recomputes_z else None)
-    views = [(None, 0) if tensor is None else row_view(tensor, norm.span) for tensor in read]
-    vec = vector_length(dy.element_size(), *(stride for _, stride in views))
-    dy, dtotal, x, residual = (tensor for tensor, _ in views)  # type: ignore[assignment]
-    strides = tuple(stride // vec for _, stride in views)
-    inputs = (dy, dtotal, x, residual, bits, columns(weight), columns(bias) if recomputes_z else None, mean, rstd)
-    options = (norm.span, dy.element_size(), norm.subtract_mean, norm.add_first, norm.activation, vec)
-
-    # What a program keeps in registers while it goes down the rows.
-    operands = sum(tensor is not None for tensor in inputs[4:7]) + wanted.dweight + wanted.dbias
-    activations = sum(tensor is not None for tensor in inputs[:4])
-    whole = row_backward_config(norm.span, dy.element_size(), operands, activations) is not None
-    run = functools.partial(_whole_rows, operands, activations) if whole else _chunked_rows
-    partials = run(rows, inputs, (dx, dresidual), wanted, needs_dx, strides, (norm.alpha, norm.beta), options)
-    dtypes = (None if parameter is None else parameter.dtype for parameter in (weight, bias))
-    sums = column_sum(*partials, *dtypes)
+    strides = [0, 0, 0, 0]
+    activations = [dy, dtotal, x, residual]
+    for index, tensor in enumerate(activations):
+        if tensor is not None:
+            activations[index], strides[index] = row_view(tensor, span)
+    vec = vector_length(dy.element_size(), *strides)
+    given = (*activations, bits, columns(weight), bias_read, mean, rstd)
+    dtypes = [None if tensor is None else tensor.dtype for tensor in given]
+    schedule = _schedule(span, vec, subtract_mean, add_first, activation, wanted, *dtypes)
+    partials = schedule(rows, given, (dx, dresidual), [stride // vec for stride in strides], (alpha, beta))
+    if not (wants_dweight or wants_dbias):
+        return Gradients(dx, dresidual, None, None)
+    sums = column_sum(*partials, weight if weight is None else weight.dtype, bias if bias is None else bias.dtype)
     return Gradients(dx, dresidual, *sums)
 
 
-def _zeros(weight: Tensor | None, bias: Tensor | None, wanted: Wanted) -> tuple[Tensor | None, Tensor | None]:
+def _zeros(weight: Tensor | None, bias: Tensor | None, wanted: Wanted) -> Partials:
     """The parameter gradients of a call without rows."""
     dweight = weight.new_zeros(weight.numel()) if weight is not None and wanted.dweight else None
     dbias = bias.new_zeros(bias.numel()) if bias is not None and wanted.dbias else None
     return dweight, dbias
 
 
-def _partials(partial_rows: int, span: int, dy: Tensor, wanted: Wanted) -> tuple[Tensor | None, Tensor | None]:
-    """Uninitialized partial sums [partial_rows, span] for dweight and dbias, each only where wanted."""
-    shape, dtype = (partial_rows, span), compute_dtype(dy.dtype)
-    dweight = torch.empty(shape, dtype=dtype, device=dy.device) if wanted.dweight else None
-    dbias = torch.empty(shape, dtype=dtype, device=dy.device) if wanted.dbias else None
-    return dweight, dbias
+# --- schedules, one for each kind of call --------------------------------------------------------------------------
 
 
-def _whole_rows(
-    operands: int,
-    activations: int,
-    rows: int,
-    inputs: tuple,
-    outputs: tuple,
-    wanted: Wanted,
-    needs_dx: bool,
-    strides: tuple,
-    floats: tuple,
-    options: tuple,
-) -> tuple[Tensor | None, Tensor | None]:
-    span, dy = options[0], inputs[0]
-    launch, config = _whole_row_launcher(*options, needs_dx, operands, activations)
-    programs = backward_programs(cdiv(rows, config.block_rows), config, device_facts(dy.device))
-    partials = _partials(programs, span, dy, wanted)
-    launch(programs, (*inputs, *outputs, *partials), rows, *strides, *floats)
-    return partials
+class _Kind(NamedTuple):
+    """What the calls that one schedule serves have in common; from dy on types, None without the tensor."""
 
+    span: int
+    vec: int
+    subtract_mean: bool
+    add_first: bool
+    activation: str | None
+    wanted: Wanted
+    dy: torch.dtype
+    dtotal: torch.dtype | None
+    x: torch.dtype | None
+    residual: torch.dtype | None
+    bits: torch.dtype | None
+    weight: torch.dtype | None
+    bias: torch.dtype | None
+    mean: torch.dtype | None
+    rstd: torch.dtype | None
 
-def _chunked_rows(
-    rows: int,
-    inputs: tuple,
-    outputs: tuple,
-    wanted: Wanted,
-    needs_dx: bool,
-    strides: tuple,
-    floats: tuple,
-    options: tuple,
-) -> tuple[Tensor | None, Tensor | None]:
-    span, itemsize, subtract_mean, *_ = options
-    dy, _, x, residual, bits, weight, bias, mean, rstd = inputs
-    g_sums = g_x_hat_sums = None
-    if needs_dx:
-        chunks = backward_chunk_config(span, itemsize).chunks
-        g_x_hat_sums = torch.empty((rows, chunks), dtype=compute_dtype(dy.dtype), device=dy.device)
-        g_sums = torch.empty_like(g_x_hat_sums) if subtract_mean else None
-        tensors = (dy, x, residual, bits, weight, bias, mean, rstd, g_sums, g_x_hat_sums)
-        _sums_launcher(*options)(rows * chunks, tensors, strides[0], *strides[2:], *floats)
+    @property
+    def needs_dx(self) -> bool:
+        return self.wanted.dx or (self.add_first and self.wanted.dresidual)
 
-    accumulates = wanted.dweight or wanted.dbias
-    launch, config = _apply_launcher(*options)
-    blocks = cdiv(span, config.block_span)
-    stripes = column_stripes(rows, blocks, config, device_facts(dy.device)) if accumulates else rows
-    partials = _partials(stripes, span, dy, wanted)
-    launch(blocks * stripes, (*inputs, g_sums, g_x_hat_sums, *outputs, *partials), rows, *strides, *floats)
-    return partials
+    @property
+    def slope(self) -> tuple[Any, Any]:
+        """The activation's slope, or which of its two values an element has."""
+        _, slope, passes = ACTIVATIONS[self.activation]
+        return slope, passes
 
-
-# --- launchers, built once for each combination of constants -------------------------------------------------------
+    def partials(self, partial_rows: int, device: torch.device) -> Partials:
+        """Uninitialized partial sums [partial_rows, span] for dweight and dbias, each only where wanted."""
+        _, _, wants_dweight, wants_dbias = self.wanted
+        if not (wants_dweight or wants_dbias):
+            return None, None
+        sums = torch.empty((partial_rows, self.span), dtype=compute_dtype(self.dy), device=device)
+        if wants_dweight and wants_dbias:
+            return sums, torch.empty_like(sums)
+        return (sums, None) if wants_dweight else (None, sums)
 
 
 @functools.cache
-def _whole_row_launcher(
-    span: int,
-    itemsize: int,
-    subtract_mean: bool,
-    add_first: bool,
-    activation: str | None,
-    vec: int,
-    needs_dx: bool,
-    operands: int,
-    activations: int,
-) -> tuple[Launcher, RowConfig]:
-    config = row_backward_config(span, itemsize, operands, activations)
-    assert config is not None
-    _, slope, passes = ACTIVATIONS[activation]
+def _schedule(*fields: Any) -> Schedule:
+    kind = _Kind(*fields)
+    # What a program keeps in registers while it goes down the rows.
+    operands = sum(dtype is not None for dtype in (kind.bits, kind.weight, kind.bias)) + sum(kind.wanted[2:])
+    activations = sum(dtype is not None for dtype in (kind.dy, kind.dtotal, kind.x, kind.residual))
+    config = row_backward_config(kind.span, kind.dy.itemsize, operands, activations)
+    if config is None:
+        return _LongRows(kind)
     tile = (config.block_rows, config.block_span, config.stages)
-    constants = (span, vec, subtract_mean, add_first, needs_dx, slope, passes, *tile)
+    constants = (kind.span, kind.vec, kind.subtract_mean, kind.add_first, kind.needs_dx, *kind.slope, *tile)
     launch = Launcher(row_norm_backward_kernel, config.num_warps, *constants, most_registers=config.most_registers)
-    return launch, config
+
+    def whole_rows(rows: int, given: Tensors, out: Tensors, strides: Strides, floats: tuple[float, float]) -> Partials:
+        device = given[0].device  # type: ignore[union-attr]
+        programs = backward_programs(cdiv(rows, config.block_rows), config, device_facts(device))
+        partials = kind.partials(programs, device)
+        launch(programs, device, given, (*out, *partials), rows, *strides, *floats)
+        return partials
+
+    return whole_rows
 
 
-@functools.cache
-def _sums_launcher(
-    span: int, itemsize: int, subtract_mean: bool, add_first: bool, activation: str | None, vec: int
-) -> Launcher:
-    config = backward_chunk_config(span, itemsize)
-    _, slope, passes = ACTIVATIONS[activation]
-    constants = (span, vec, slope, passes, config.block_span, config.steps, config.chunks)
-    return Launcher(row_gradient_sums_kernel, config.num_warps, *constants, most_registers=config.most_registers)
+class _LongRows:
+    """The sums of each chunk of each row; then a block of columns a program, down the rows with those sums."""
 
+    def __init__(self, kind: _Kind) -> None:
+        self.kind = kind
+        config = backward_chunk_config(kind.span, kind.dy.itemsize)
+        self.chunks = config.chunks
+        chunk = (kind.span, kind.vec, *kind.slope, config.block_span, config.steps, config.chunks)
+        self.sums = Launcher(row_gradient_sums_kernel, config.num_warps, *chunk, most_registers=config.most_registers)
+        self.block = block = column_block_config(kind.span, kind.dy.itemsize)
+        self.blocks = cdiv(kind.span, block.block_span)
+        tile = (block.block_span, self.chunks, triton.next_power_of_2(self.chunks), block.stages)
+        constants = (kind.span, kind.vec, kind.add_first, *kind.slope, *tile)
+        self.apply = Launcher(
+            row_gradient_apply_kernel, block.num_warps, *constants, most_registers=block.most_registers
+        )
 
-@functools.cache
-def _apply_launcher(
-    span: int, itemsize: int, subtract_mean: bool, add_first: bool, activation: str | None, vec: int
-) -> tuple[Launcher, RowConfig]:
-    chunks = backward_chunk_config(span, itemsize).chunks
-    config = column_block_config(span, itemsize)
-    _, slope, passes = ACTIVATIONS[activation]
-    tile = (config.block_span, chunks, triton.next_power_of_2(chunks), config.stages)
-    constants = (span, vec, add_first, slope, passes, *tile)
-    launch = Launcher(row_gradient_apply_kernel, config.num_warps, *constants, most_registers=config.most_registers)
-    return launch, config
+    def __call__(
+        self, rows: int, given: Tensors, out: Tensors, strides: Strides, floats: tuple[float, float]
+    ) -> Partials:
+        kind, device = self.kind, given[0].device  # type: ignore[union-attr]
+        g_sums = g_x_hat_sums = None
+        if kind.needs_dx:
+            g_x_hat_sums = torch.empty((rows, self.chunks), dtype=compute_dtype(kind.dy), device=device)
+            g_sums = torch.empty_like(g_x_hat_sums) if kind.subtract_mean else None
+            dy, _, *others = given
+            self.sums(
+                rows * self.chunks, device, (dy, *others), (g_sums, g_x_hat_sums), strides[0], *strides[2:], *floats
+            )
+        stripes = rows
+        if kind.wanted.dweight or kind.wanted.dbias:
+            stripes = column_stripes(rows, self.blocks, self.block, device_facts(device))
+        partials = kind.partials(stripes, device)
+        allocated = (g_sums, g_x_hat_sums, *out, *partials)
+        self.apply(self.blocks * stripes, device, given, allocated, rows, *strides, *floats)
+        return partials

@@ -76,13 +76,13 @@ def store_column_sums(Partial_ptr, sums, partial_row, col, in_span, SPAN: tl.con
 @triton.jit(do_not_specialize=["rows", "dy_stride", "dtotal_stride", "x_stride", "residual_stride"])
 def row_norm_backward_kernel(
     DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
-    DX_ptr, DResidual_ptr, DWeight_ptr, DBias_ptr,
+    DX_ptr, DResidual_ptr, PartialDWeight_ptr, PartialDBias_ptr,
     rows: tl.int64, dy_stride: tl.int64, dtotal_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64,
     alpha: tl.float64, beta: tl.float64,
     SPAN: tl.constexpr, VEC: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, ADD_FIRST: tl.constexpr, NEEDS_DX: tl.constexpr,
     SLOPE: tl.constexpr, PASSES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SPAN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Every num_programs-th tile of whole rows. DWeight_ptr and DBias_ptr are partial sums [programs, SPAN]."""
+    """Every num_programs-th tile of whole rows; partial sums [programs, SPAN]."""
     COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
     col = tl.arange(0, BLOCK_SPAN)[None, :]
     in_span = col < SPAN
@@ -99,9 +99,9 @@ def row_norm_backward_kernel(
             DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Mean_ptr, Rstd_ptr, weight, bias, row, in_rows, 0, col, mask,
             dy_stride, x_stride, residual_stride, alpha, beta, SPAN, VEC, SLOPE, PASSES, COMPUTE,
         )  # fmt: skip
-        if DWeight_ptr is not None:
+        if PartialDWeight_ptr is not None:
             dweight += dz * x_hat
-        if DBias_ptr is not None:
+        if PartialDBias_ptr is not None:
             dbias += dz
         dx = None
         if NEEDS_DX:
@@ -113,8 +113,8 @@ def row_norm_backward_kernel(
             DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, row, col, mask, dtotal_stride, SPAN, VEC, ADD_FIRST, COMPUTE
         )
 
-    store_column_sums(DWeight_ptr, dweight, tl.program_id(0), col, in_span, SPAN)
-    store_column_sums(DBias_ptr, dbias, tl.program_id(0), col, in_span, SPAN)
+    store_column_sums(PartialDWeight_ptr, dweight, tl.program_id(0), col, in_span, SPAN)
+    store_column_sums(PartialDBias_ptr, dbias, tl.program_id(0), col, in_span, SPAN)
 
 
 @triton.jit(do_not_specialize=["dy_stride", "x_stride", "residual_stride"])
@@ -160,7 +160,7 @@ def load_row_mean(Sums_ptr, row, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CHUNK
 @triton.jit(do_not_specialize=["rows", "dy_stride", "dtotal_stride", "x_stride", "residual_stride"])
 def row_gradient_apply_kernel(
     DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
-    GSums_ptr, GXHatSums_ptr, DX_ptr, DResidual_ptr, DWeight_ptr, DBias_ptr,
+    GSums_ptr, GXHatSums_ptr, DX_ptr, DResidual_ptr, PartialDWeight_ptr, PartialDBias_ptr,
     rows: tl.int64, dy_stride: tl.int64, dtotal_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64,
     alpha: tl.float64, beta: tl.float64,
     SPAN: tl.constexpr, VEC: tl.constexpr, ADD_FIRST: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
@@ -185,9 +185,9 @@ def row_gradient_apply_kernel(
             DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Mean_ptr, Rstd_ptr, weight, bias, row, row >= 0, first, col, in_span,
             dy_stride, x_stride, residual_stride, alpha, beta, SPAN, VEC, SLOPE, PASSES, COMPUTE,
         )  # fmt: skip
-        if DWeight_ptr is not None:
+        if PartialDWeight_ptr is not None:
             dweight += dz * x_hat
-        if DBias_ptr is not None:
+        if PartialDBias_ptr is not None:
             dbias += dz
         dx = None
         if GXHatSums_ptr is not None:
@@ -199,5 +199,5 @@ def row_gradient_apply_kernel(
             DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, row, col, in_span, dtotal_stride, SPAN, VEC, ADD_FIRST, COMPUTE
         )
 
-    store_column_sums(DWeight_ptr, dweight, stripe, col, in_span, SPAN)
-    store_column_sums(DBias_ptr, dbias, stripe, col, in_span, SPAN)
+    store_column_sums(PartialDWeight_ptr, dweight, stripe, col, in_span, SPAN)
+    store_column_sums(PartialDBias_ptr, dbias, stripe, col, in_span, SPAN)

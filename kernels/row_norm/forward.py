@@ -1,26 +1,23 @@
-"""Launches the forward of the row family: chooses between whole rows, a walk along each row, and shared rows."""
+"""Launches the forward of the row family: whole rows in registers, a walk along each row, or shared rows."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from ..activations import ACTIVATIONS
-from ..launch import (
-    ChunkConfig,
-    Launcher,
-    cdiv,
-    chunk_config,
-    device_facts,
-    row_forward_config,
-    walk_stages,
-    walks_rows,
-)
+from ..launch import cdiv, chunk_config, device_facts, row_forward_config, walk_stages, walks_rows
+from ..launcher import Launcher, Tensors
 from ..views import columns, row_view, vector_length
 from .forward_kernels import row_apply_kernel, row_moments_kernel, row_norm_forward_kernel, row_walk_forward_kernel
 from .problem import Forward, RowNorm, Tensor, compute_dtype
+
+Strides = tuple[int, int]
+Floats = tuple[float, float, float]
+Schedule = Callable[[int, Tensors, Forward, Strides, Floats], None]
 
 
 def row_norm_forward(
@@ -38,49 +35,24 @@ def row_norm_forward(
     x or a residual whose trailing dims do not hold a row contiguously is copied. weight and bias have `norm.span`
     elements. With save_bits, bit i of a row says that the activation's slope is 1 at its element i.
     """
-    out = _allocate(x, residual, norm, save_statistics, save_bits)
-    rows = x.numel() // norm.span if norm.span else 0
+    span, eps, subtract_mean, add_first, activation, alpha, beta = norm
+    rows = x.numel() // span if span else 0
+    out = _allocate(x, residual, rows, norm, save_statistics, save_bits)
     if rows == 0:
         return out
-
-    x, x_stride = row_view(x, norm.span)
-    residual, residual_stride = (None, 0) if residual is None else row_view(residual, norm.span)
+    x, x_stride = row_view(x, span)
+    residual, residual_stride = (None, 0) if residual is None else row_view(residual, span)
+    given = (x, residual, columns(weight), columns(bias))
     vec = vector_length(x.element_size(), x_stride, residual_stride)
-    strides = (x_stride // vec, residual_stride // vec)
-    floats = (norm.eps, norm.alpha, norm.beta)
-    options = (norm.span, x.element_size(), norm.subtract_mean, norm.activation, save_bits)
-    tensors = (x, residual, columns(weight), columns(bias), out.y, out.total, out.bits, out.mean, out.rstd)
-
-    operands = sum(operand is not None for operand in tensors[:4]) - norm.add_first
-    parameter_itemsize = max(0 if parameter is None else parameter.itemsize for parameter in (weight, bias))
-    whole = _whole_row_launcher(*options, vec, operands, parameter_itemsize)
-    if whole is not None:
-        launch, block_rows = whole
-        launch(cdiv(rows, block_rows), tensors, rows, *strides, *floats)
-    elif _may_walk(tensors, norm.span, vec) and walks_rows(rows, norm.span, x.element_size(), device_facts(x.device)):
-        added_itemsize = residual.element_size() if residual is not None and norm.add_first else 0
-        _walk_launcher(*options, vec, x.element_size() + added_itemsize)(rows, tensors, *strides, *floats)
-    else:
-        _share_rows(rows, tensors, strides, floats, options, vec)
+    dtypes = [None if tensor is None else tensor.dtype for tensor in given]
+    schedule = _schedule(span, vec, subtract_mean, add_first, activation, save_bits, save_statistics, *dtypes)
+    schedule(rows, given, out, (x_stride // vec, residual_stride // vec), (eps, alpha, beta))
     return out
 
 
-def _may_walk(tensors: tuple[Tensor | None, ...], span: int, vec: int) -> bool:
-    """Whether the walk sums a tile in the order in which shared rows do, so that both give the same bits.
-
-    A compiler lays a tile out for its widest access. In the walk that must be x's, as it is where rows are shared: with
-    x at 16 bytes a thread no other access is wider, if parameters are no narrower than x.
-    """
-    x, _, weight, bias, *_ = tensors
-    assert x is not None
-    full_width = vec * x.element_size() == 16 and span % vec == 0
-    aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    narrower = any(parameter is not None and parameter.itemsize < x.itemsize for parameter in (weight, bias))
-    return full_width and aligned and not narrower
-
-
-def _allocate(x: Tensor, residual: Tensor | None, norm: RowNorm, save_statistics: bool, save_bits: bool) -> Forward:
-    rows = x.numel() // norm.span if norm.span else 0
+def _allocate(
+    x: Tensor, residual: Tensor | None, rows: int, norm: RowNorm, save_statistics: bool, save_bits: bool
+) -> Forward:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = mean = rstd = bits = None
     if norm.add_first:
@@ -94,82 +66,108 @@ def _allocate(x: Tensor, residual: Tensor | None, norm: RowNorm, save_statistics
     return Forward(y, total, mean, rstd, bits)
 
 
-def _share_rows(rows: int, tensors: tuple, strides: tuple, floats: tuple, options: tuple, vec: int) -> None:
-    """Several programs a row: partial moments of each chunk, then every program merges them and finishes its chunk."""
-    x, residual, weight, bias, y, total, bits, mean, rstd = tensors
-    span, itemsize, subtract_mean, *_ = options
-    chunks = chunk_config(span, itemsize).chunks
-    m2s = torch.empty((rows, chunks), dtype=compute_dtype(x.dtype), device=x.device)
-    means = torch.empty_like(m2s) if subtract_mean else None
-    added = None if total is None else residual
-    _moments_launcher(span, itemsize, subtract_mean, vec)(rows * chunks, (x, added, total, means, m2s), *strides)
-
-    if total is not None:
-        x, residual, vec = total, None, vector_length(itemsize, span)
-        strides = (span // vec, 0)
-    tensors = (x, residual, weight, bias, y, bits, mean, rstd, means, m2s)
-    _apply_launcher(*options, vec)(rows * chunks, tensors, *strides, *floats)
+# --- schedules, one for each kind of call --------------------------------------------------------------------------
 
 
-# --- launchers, built once for each combination of constants -------------------------------------------------------
+class _Kind(NamedTuple):
+    """What the calls that one schedule serves have in common; the last four are types, None without the tensor."""
 
+    span: int
+    vec: int
+    subtract_mean: bool
+    add_first: bool
+    activation: str | None
+    save_bits: bool
+    save_statistics: bool
+    x: torch.dtype
+    residual: torch.dtype | None
+    weight: torch.dtype | None
+    bias: torch.dtype | None
 
-def _epilogue(activation: str | None, save_bits: bool) -> tuple[Any, Any]:
-    functions = ACTIVATIONS[activation]
-    return functions.value, functions.passes if save_bits else None
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """Those of every kernel that normalizes."""
+        functions = ACTIVATIONS[self.activation]
+        passes = functions.passes if self.save_bits else None
+        return self.span, self.vec, self.subtract_mean, functions.value, passes
+
+    @property
+    def parameter_itemsizes(self) -> list[int]:
+        return [dtype.itemsize for dtype in (self.weight, self.bias) if dtype is not None]
 
 
 @functools.cache
-def _whole_row_launcher(
-    span: int,
-    itemsize: int,
-    subtract_mean: bool,
-    activation: str | None,
-    save_bits: bool,
-    vec: int,
-    operands: int,
-    parameter_itemsize: int,
-) -> tuple[Launcher, int] | None:
-    config = row_forward_config(span, itemsize, operands, parameter_itemsize, activation is not None)
+def _schedule(*fields: Any) -> Schedule:
+    kind = _Kind(*fields)
+    operands = sum(dtype is not None for dtype in kind[-4:]) - kind.add_first
+    widest = max(kind.parameter_itemsizes, default=0)
+    config = row_forward_config(kind.span, kind.x.itemsize, operands, widest, kind.activation is not None)
     if config is None:
-        return None
-    constants = (span, vec, subtract_mean, *_epilogue(activation, save_bits), config.block_rows, config.block_span)
+        return _LongRows(kind)
+    constants = (*kind.constants, config.block_rows, config.block_span)
     launch = Launcher(row_norm_forward_kernel, config.num_warps, *constants, most_registers=config.most_registers)
-    return launch, config.block_rows
+
+    def whole_rows(rows: int, given: Tensors, out: Forward, strides: Strides, floats: Floats) -> None:
+        y, total, mean, rstd, bits = out
+        programs = cdiv(rows, config.block_rows)
+        launch(programs, y.device, given, (y, total, bits, mean, rstd), rows, *strides, *floats)
+
+    return whole_rows
 
 
-@functools.cache
-def _walk_launcher(
-    span: int,
-    itemsize: int,
-    subtract_mean: bool,
-    activation: str | None,
-    save_bits: bool,
-    vec: int,
-    loaded_itemsize: int,
-) -> Launcher:
-    config = chunk_config(span, itemsize)
-    constants = (span, vec, subtract_mean, *_epilogue(activation, save_bits), *_chunk_constants(config))
-    stages = walk_stages(config, loaded_itemsize)
-    kernel = row_walk_forward_kernel
-    return Launcher(kernel, config.num_warps, *constants, stages, most_registers=config.most_registers)
+class _LongRows:
+    """A row in chunks. One program walks them all; or several share them, where rows are few or too long for the L2:
+    then partial moments of each chunk, which every program of the next launch merges before it finishes its chunk."""
 
+    def __init__(self, kind: _Kind) -> None:
+        self.kind = kind
+        self.config = config = chunk_config(kind.span, kind.x.itemsize)
+        self.loaded_itemsize = kind.x.itemsize
+        if kind.add_first:
+            assert kind.residual is not None
+            self.loaded_itemsize += kind.residual.itemsize
+        chunk = (config.block_span, config.steps, config.chunks, (config.chunks - 1).bit_length())
 
-@functools.cache
-def _apply_launcher(
-    span: int, itemsize: int, subtract_mean: bool, activation: str | None, save_bits: bool, vec: int
-) -> Launcher:
-    config = chunk_config(span, itemsize)
-    constants = (span, vec, subtract_mean, *_epilogue(activation, save_bits), *_chunk_constants(config))
-    return Launcher(row_apply_kernel, config.num_warps, *constants, most_registers=config.most_registers)
+        def launcher(kernel: Any, *constants: Any) -> Launcher:
+            return Launcher(kernel, config.num_warps, *constants, most_registers=config.most_registers)
 
+        stages = walk_stages(config, self.loaded_itemsize)
+        self.walk = launcher(row_walk_forward_kernel, *kind.constants, *chunk, stages)
+        self.moments = launcher(row_moments_kernel, *kind.constants[:3], *chunk[:3])
+        # The total that it reads lies in memory without gaps.
+        vec = vector_length(kind.x.itemsize, kind.span) if kind.add_first else kind.vec
+        self.apply_vec = vec
+        self.apply = launcher(row_apply_kernel, *kind._replace(vec=vec).constants, *chunk)
 
-def _chunk_constants(config: ChunkConfig) -> tuple[int, int, int, int]:
-    return config.block_span, config.steps, config.chunks, (config.chunks - 1).bit_length()
+    def __call__(self, rows: int, given: Tensors, out: Forward, strides: Strides, floats: Floats) -> None:
+        facts = device_facts(out.y.device)
+        span, itemsize = self.kind.span, self.kind.x.itemsize
+        if self._may_walk(given) and walks_rows(rows, span, itemsize, self.loaded_itemsize, facts):
+            y, total, mean, rstd, bits = out
+            self.walk(rows, y.device, given, (y, total, bits, mean, rstd), *strides, *floats)
+        else:
+            self._share(rows, given, out, strides, floats)
 
+    def _may_walk(self, given: Tensors) -> bool:
+        """Whether the walk sums a tile in the order in which shared rows do, so that both give the same bits.
 
-@functools.cache
-def _moments_launcher(span: int, itemsize: int, subtract_mean: bool, vec: int) -> Launcher:
-    config = chunk_config(span, itemsize)
-    constants = (span, vec, subtract_mean, config.block_span, config.steps, config.chunks)
-    return Launcher(row_moments_kernel, config.num_warps, *constants, most_registers=config.most_registers)
+        A compiler lays a tile out for its widest access. In the walk that must be x's, as it is where rows are shared:
+        with x at 16 bytes a thread no other access is wider, if parameters are no narrower than x.
+        """
+        span, vec, itemsize = self.kind.span, self.kind.vec, self.kind.x.itemsize
+        if vec * itemsize != 16 or span % vec or min(self.kind.parameter_itemsizes, default=itemsize) < itemsize:
+            return False
+        return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in given)
+
+    def _share(self, rows: int, given: Tensors, out: Forward, strides: Strides, floats: Floats) -> None:
+        x, residual, weight, bias = given
+        y, total, mean, rstd, bits = out
+        chunks = self.config.chunks
+        m2s = torch.empty((rows, chunks), dtype=compute_dtype(y.dtype), device=y.device)
+        means = torch.empty_like(m2s) if self.kind.subtract_mean else None
+        added = residual if self.kind.add_first else None
+        self.moments(rows * chunks, y.device, (x, added), (total, means, m2s), *strides)
+        if self.kind.add_first:
+            x, residual, strides = total, None, (self.kind.span // self.apply_vec, 0)
+        allocated = (y, bits, mean, rstd, means, m2s)
+        self.apply(rows * chunks, y.device, (x, residual, weight, bias), allocated, *strides, *floats)

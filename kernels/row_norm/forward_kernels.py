@@ -35,14 +35,26 @@ def load_tile(ptr, base, col, mask, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, y_base, col, mask, COMPUTE: tl.constexpr):
-    """What is normalized: x, or x + residual, which is then stored in Total_ptr and used as it was rounded there."""
+def load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, mask, COMPUTE: tl.constexpr):
+    """What is normalized: x, or, where there is a total, x + residual as it is rounded there."""
     x = load_tile(X_ptr, x_base, col, mask, COMPUTE)
     if Total_ptr is not None:
-        total = (x + load_tile(Residual_ptr, residual_base, col, mask, COMPUTE)).to(Total_ptr.dtype.element_ty)
-        tl.store(Total_ptr + y_base[:, None] + col, total, mask=mask)
-        x = total.to(COMPUTE)
+        total = x + load_tile(Residual_ptr, residual_base, col, mask, COMPUTE)
+        x = total.to(Total_ptr.dtype.element_ty).to(COMPUTE)
     return x
+
+
+@triton.jit
+def store_total(Total_ptr, total, base, col, mask):
+    if Total_ptr is not None:
+        tl.store(Total_ptr + base[:, None] + col, total.to(Total_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_added_residual(Residual_ptr, Total_ptr, base, col, mask, COMPUTE: tl.constexpr):
+    """The residual that is added after the norm, or None: there is none, or it is in the total already."""
+    if Total_ptr is None:
+        return load_tile(Residual_ptr, base, col, mask, COMPUTE)
 
 
 @triton.jit
@@ -68,30 +80,20 @@ def row_norm_forward_kernel(
     in_span = col < SPAN
     mask = in_rows[:, None] & in_span
 
-    x = load_input(
-        X_ptr,
-        Residual_ptr,
-        Total_ptr,
-        row * x_stride * VEC,
-        row * residual_stride * VEC,
-        row * SPAN,
-        col,
-        mask,
-        COMPUTE,
-    )
+    x_base, residual_base, y_base = row * x_stride * VEC, row * residual_stride * VEC, row * SPAN
+    x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, mask, COMPUTE)
+    store_total(Total_ptr, x, y_base, col, mask)
     # Everything that will be needed is asked for before the reduction waits for x.
     weight = load_columns(Weight_ptr, col, in_span, COMPUTE)
     bias = load_columns(Bias_ptr, col, in_span, COMPUTE)
-    residual = None
-    if Total_ptr is None:
-        residual = load_tile(Residual_ptr, row * residual_stride * VEC, col, mask, COMPUTE)
+    residual = load_added_residual(Residual_ptr, Total_ptr, residual_base, col, mask, COMPUTE)
 
     mean, m2, deviation = tile_moments(x, in_span, 1.0 / SPAN, SUBTRACT_MEAN)
     rstd = reciprocal_deviation(m2, SPAN, scalar(eps, COMPUTE))
     z = pre_activation(deviation * rstd[:, None], weight, bias, residual)
     y = activate(z, ACTIVATION, scalar(alpha, COMPUTE), scalar(beta, COMPUTE))
 
-    tl.store(Y_ptr + (row * SPAN)[:, None] + col, y.to(Y_ptr.dtype.element_ty), mask=mask)
+    tl.store(Y_ptr + y_base[:, None] + col, y.to(Y_ptr.dtype.element_ty), mask=mask)
     store_statistics(Mean_ptr, Rstd_ptr, row, mean, rstd, in_rows)
     if Bits_ptr is not None:
         store_bits(Bits_ptr, PASSES(z), row, 0, in_rows, (SPAN + 7) // 8)
@@ -121,7 +123,8 @@ def chunk_moments(
         first = (scalar(chunk, tl.int64) * STEPS + step) * BLOCK_SPAN
         col = first + tl.arange(0, BLOCK_SPAN)[None, :]
         in_span = col < SPAN
-        x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, total_base, col, in_span, COMPUTE)
+        x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, in_span, COMPUTE)
+        store_total(Total_ptr, x, total_base, col, in_span)
         tile_count = tl.minimum(tl.maximum(SPAN - first, 0), BLOCK_SPAN).to(COMPUTE)
         tile_mean, tile_m2, _ = tile_moments(x, in_span, 1.0 / tl.maximum(tile_count, 1.0), SUBTRACT_MEAN)
         if SUBTRACT_MEAN:
@@ -133,18 +136,18 @@ def chunk_moments(
 
 @triton.jit
 def apply_chunk(
-    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Bits_ptr, row, x_base, residual_base, chunk, mean, rstd,
-    alpha, beta,
+    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Total_ptr, Bits_ptr, row, x_base, residual_base, chunk,
+    mean, rstd, alpha, beta,
     SPAN: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr, BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Normalizes and finishes one chunk, given the row's mean (or None) and rstd."""
+    """Normalizes and finishes one chunk, given the row's mean (or None) and rstd. A total is not stored again."""
     for step in tl.range(tiles_of_chunk(chunk, SPAN, BLOCK_SPAN, STEPS)):
         first = (scalar(chunk, tl.int64) * STEPS + step) * BLOCK_SPAN
         col = first + tl.arange(0, BLOCK_SPAN)[None, :]
         in_span = col < SPAN
-        x = load_tile(X_ptr, x_base, col, in_span, COMPUTE)
-        residual = load_tile(Residual_ptr, residual_base, col, in_span, COMPUTE)
+        x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, in_span, COMPUTE)
+        residual = load_added_residual(Residual_ptr, Total_ptr, residual_base, col, in_span, COMPUTE)
         weight = load_columns(Weight_ptr, col, in_span, COMPUTE)
         bias = load_columns(Bias_ptr, col, in_span, COMPUTE)
         if mean is not None:
@@ -184,13 +187,10 @@ def row_walk_forward_kernel(
     mean, rstd = merge_chunks(means, m2s, scalar(eps, COMPUTE), SPAN, BLOCK_SPAN * STEPS, LOG2_CHUNKS, SUBTRACT_MEAN)
     store_statistics(Mean_ptr, Rstd_ptr, row, mean, rstd, row >= 0)
 
-    if Total_ptr is not None:
-        tl.debug_barrier()  # the total was stored by other threads of this program than those that read it now
-        X_ptr, x_base, Residual_ptr = Total_ptr, row * SPAN, None
     for chunk in range(CHUNKS):
         apply_chunk(
-            X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Bits_ptr, row, x_base, residual_base, CHUNKS - 1 - chunk,
-            mean, rstd, alpha, beta, SPAN, ACTIVATION, PASSES, BLOCK_SPAN, STEPS, COMPUTE,
+            X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Total_ptr, Bits_ptr, row, x_base, residual_base,
+            CHUNKS - 1 - chunk, mean, rstd, alpha, beta, SPAN, ACTIVATION, PASSES, BLOCK_SPAN, STEPS, COMPUTE,
         )  # fmt: skip
 
 
@@ -229,7 +229,7 @@ def row_apply_kernel(
     mean, rstd = merge_chunks(means, m2s, scalar(eps, COMPUTE), SPAN, BLOCK_SPAN * STEPS, LOG2_CHUNKS, SUBTRACT_MEAN)
     store_statistics(Mean_ptr, Rstd_ptr, row, mean, rstd, (program % CHUNKS + tl.arange(0, 1)) == 0)
     apply_chunk(
-        X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Bits_ptr, row, row * x_stride * VEC,
+        X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, None, Bits_ptr, row, row * x_stride * VEC,
         row * residual_stride * VEC, program % CHUNKS, mean, rstd, alpha, beta,
         SPAN, ACTIVATION, PASSES, BLOCK_SPAN, STEPS, COMPUTE,
     )  # fmt: skip

@@ -1,0 +1,92 @@
+"""The launcher: a kernel with its constants fixed, and what Triton compiled of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+
+from .launch import THREADS_PER_WARP
+
+Tensor = torch.Tensor
+Tensors = tuple[Tensor | None, ...]
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # read by @triton.jit at the same time as here
+
+_HIP = torch.version.hip is not None
+_hooks = triton.knobs.runtime
+
+
+def _somebody_watches() -> bool:
+    """Whether a profiler has hooked itself into launches, and wants to be told of each."""
+    enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+class Launcher:
+    """A kernel with its constants fixed, for calls whose tensors have one set of types and are None in the same places.
+
+    A call through Triton costs 7 us, one of what it compiled 1 us: so that is kept, by driver, device and the tensors'
+    16-byte alignment (on AMD their size, too). No run-time number is one that Triton specializes on.
+    """
+
+    def __init__(self, kernel: Any, num_warps: int, *constants: Any, most_registers: int | None = None) -> None:
+        self.kernel = kernel
+        self.num_warps = num_warps
+        self.most_registers = most_registers
+        self.constants = constants
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._compiles = isinstance(kernel, JITFunction)
+
+    def __call__(
+        self, programs: int, device: torch.device, given: Tensors, allocated: Tensors, *scalars: float
+    ) -> None:
+        """Launches `programs` programs on the device, with both groups of tensors in this order and then the scalars.
+
+        `given` are tensors from outside, at any address; `allocated` come from torch's allocators, which align them.
+        """
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._launch(programs, device, given, allocated, scalars)
+        else:
+            self._launch(programs, device, given, allocated, scalars)
+
+    def _launch(
+        self, programs: int, device: torch.device, given: Tensors, allocated: Tensors, scalars: tuple[float, ...]
+    ) -> None:
+        arguments = (*given, *allocated, *scalars, *self.constants)
+        if not self._compiles:
+            self._first_launch(programs, arguments)
+            return
+        addresses = 0
+        for tensor in given:
+            if tensor is not None:
+                addresses |= tensor.data_ptr()
+        aligned: Any = True
+        if addresses & 15:
+            aligned = tuple([tensor is None or tensor.data_ptr() & 15 == 0 for tensor in given])
+        if _HIP:  # AMD's compiler addresses a tensor under 2 GB with 32 bits
+            aligned = (aligned, *[t is None or t.untyped_storage().nbytes() < 2**31 for t in (*given, *allocated)])
+        driver = triton.runtime.driver.active
+        key = (driver, device, aligned)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            self._compiled[key] = self._first_launch(programs, arguments)
+        elif _somebody_watches():
+            compiled[(programs, 1, 1)](*arguments)
+        else:
+            stream = driver.get_current_stream(driver.get_current_device())
+            function, metadata = compiled.function, compiled.packed_metadata
+            compiled.run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+
+    def _first_launch(self, programs: int, arguments: tuple[Any, ...]) -> Any:
+        # fp fusion: its default changes in Triton 3.10, and with it the bits.
+        options: dict[str, Any] = {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        if self._compiles:
+            target = triton.runtime.driver.active.get_current_target()
+            options["num_warps"] = max(1, self.num_warps * THREADS_PER_WARP // target.warp_size)
+            if self.most_registers is not None and target.backend == "cuda":
+                options["maxnreg"] = self.most_registers
+        return self.kernel[(programs,)](*arguments, **options)
