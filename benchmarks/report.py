@@ -189,6 +189,12 @@ def summary(run: Run) -> str:
     return "\n".join([*parts, f"Figures from: {environment.sentence(run.environment)}."])
 
 
+def ending(run: Run) -> list[str]:
+    """What follows all else: the counted table, where there is one."""
+    paragraphs = counted.paragraphs(run)
+    return ["", *paragraphs] if paragraphs else []
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints an earlier run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
@@ -198,10 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     run = Run.read(options.run)
     if options.markdown:
-        parts = [markdown_table(run), counted.summary(run, tables.markdown)]
+        print("\n\n".join([markdown_table(run), *counted.paragraphs(run, tables.markdown)]))
     else:
-        parts = [summary(run), counted.summary(run)]
-    print("\n\n".join(filter(None, parts)))
+        print("\n".join([summary(run), *ending(run)]))
     if options.plot:
         from .plots import draw
 

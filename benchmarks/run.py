@@ -1,7 +1,7 @@
 """`python -m benchmarks.run`: the fused calls beside torch on the device that is here.
 
-Prints a table and writes JSON and a plot to benchmarks/results/local/. Without a GPU it ends with a second table, of what
-one would have to launch and move. The default takes some minutes on two cores.
+Prints a table and writes JSON and a plot to benchmarks/results/local/. Without a GPU it ends with a second table, of
+what one would have to launch and move. The default takes some minutes on two cores.
 """
 
 from __future__ import annotations
@@ -99,22 +99,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 bar.write(progress(row))
                 bar.update()
     described["seconds"] = round(time.perf_counter() - started, 1)
-    of_a_gpu: tuple[list[CountedRow], str] = ([], "")
-    if device.type == "cpu":
-        of_a_gpu = count_for_a_gpu(workloads, options.full)
-    run = Run(described, rows, *of_a_gpu)
+    run = Run(described, rows, *count_without_gpu(device, workloads, options.full))
     json_path = options.output / f"rows-{environment.stamp(described)}.json"
     run.write(json_path)
     plot_path = json_path.with_suffix(".png")
     draw(run, plot_path)
-    print(f"\n{report.summary(run)}\nFull data: {json_path}\nPlot:      {plot_path}")
-    if device.type == "cpu":
-        print(f"\n{counted.summary(run)}")
+    print(
+        "\n".join(["", report.summary(run), f"Full data: {json_path}", f"Plot:      {plot_path}", *report.ending(run)])
+    )
     return 1 if ours_is_broken(run) else 0
 
 
-def count_for_a_gpu(workloads: Sequence[Workload], full: bool) -> tuple[list[CountedRow], str]:
-    """What a GPU's run of these workloads would take of it, and why some or all of it is missing."""
+def count_without_gpu(device: torch.device, workloads: Sequence[Workload], full: bool) -> tuple[list[CountedRow], str]:
+    """On a CPU: what these workloads would take of a GPU, and why some or all of it is missing."""
+    if device.type != "cpu":
+        return [], ""
     if gap := counted.gap():
         return [], gap
     cases = [(workload, dtype) for workload in workloads for dtype in dtypes(torch.device("cuda"), full)]

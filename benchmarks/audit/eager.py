@@ -29,7 +29,7 @@ from fused_ops.kernels.launch import H200
 from ..memory import kept_bytes, storage_id
 from ..records import Counts
 from ..traffic import Direction
-from ..workloads import Case, Workload
+from ..workloads import Workload
 from .calls import run
 
 Tensor = torch.Tensor
@@ -38,12 +38,12 @@ aten = torch.ops.aten
 
 def count(workload: Workload, dtype: torch.dtype, direction: Direction) -> Counts:
     """Of one call at the full size."""
-    case: Case = workload.case_of(workload.shape("full"), lambda shape, *_: torch.empty(shape, dtype=dtype, device="meta"))
-    counter = _Counter()
-    with _OnCuda(), counter:
-        run(workload.torch_composition(), case, direction)
+    chain, counter = workload.torch_composition(), _Counter()
+    case = workload.case_of(workload.shape("full"), lambda shape, *_: torch.empty(shape, dtype=dtype, device="meta"))
     with _OnCuda():
-        kept = kept_bytes(workload.torch_composition(), case) if direction == "forward+backward" else None
+        with counter:
+            run(chain, case, direction)
+        kept = kept_bytes(chain, case) if direction == "forward+backward" else None
     return Counts(len(counter.launches), sum(launch.moved_bytes for launch in counter.launches), kept)
 
 
@@ -62,8 +62,8 @@ class Launch:
 
 def _distinct_bytes(tensors: Sequence[Tensor]) -> Iterator[int]:
     """Bytes of each distinct tensor; along a dimension that is expanded it has but one element."""
-    places = {(storage_id(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()): tensor for tensor in tensors}
-    for tensor in places.values():
+    distinct = {(storage_id(one), one.storage_offset(), one.shape, one.stride()): one for one in tensors}
+    for tensor in distinct.values():
         sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
         yield math.prod(sizes) * tensor.itemsize
 
@@ -75,7 +75,7 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.launches: list[Launch] = []
 
-    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         results = op(*args, **(kwargs or {}))
         if op.overloadpacket in KERNELS:
             self.launches += KERNELS[op.overloadpacket](results, *args)
@@ -135,9 +135,9 @@ def _norm_backward(results: Sequence[Tensor], read: Sequence[Tensor], weight: Te
         yield Launch([of_blocks], [gradient])
 
 
-# From aten/src/ATen/native/cuda/layer_norm_kernel.cu of torch, whose kernels RMSNorm shares: LayerNormKernelImplInternal,
-# LayerNormBackwardKernelImplInternal and, for the parameters, LaunchGammaBetaBackwardCUDAKernel. Each takes the results
-# and the arguments of its op; all gradients are asked for.
+# From aten/src/ATen/native/cuda/layer_norm_kernel.cu of torch, whose kernels RMSNorm shares:
+# LayerNormKernelImplInternal, LayerNormBackwardKernelImplInternal and, for the parameters,
+# LaunchGammaBetaBackwardCUDAKernel. Each takes the results and the arguments of its op; all gradients are asked for.
 KERNELS: Mapping[Any, Callable[..., Iterator[Launch]]] = {
     aten.native_layer_norm: _norm,
     aten._fused_rms_norm: _norm,
@@ -152,9 +152,9 @@ KERNELS: Mapping[Any, Callable[..., Iterator[Launch]]] = {
 class _OnCuda(TorchFunctionMode):
     """torch.rms_norm inside is the fused op, whatever the device."""
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        run = _fused_rms_norm if function in (torch.rms_norm, TF.rms_norm) else function
-        return run(*args, **(kwargs or {}))
+    def __torch_function__(self, called: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        function = _fused_rms_norm if called in (torch.rms_norm, TF.rms_norm) else called
+        return function(*args, **(kwargs or {}))
 
 
 def _fused_rms_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor, eps: float) -> Any:

@@ -1,8 +1,8 @@
 """What our call of a workload takes of a GPU at its full size: the traffic that a slice counts, scaled to it.
 
-Each launch of the full call moves of each of its tensors as many times more bytes than in the slice as the tensor is
-larger: rows and statistics grow with the rows, parameters not at all, and partial sums with the multiprocessors, of which
-a slice has one. How large the tensors of the full call are is seen by making it and running none of its launches.
+Of each of its tensors, a launch of the full call moves as many times the bytes of a slice's launch as the tensor is
+larger there: rows and statistics grow with the rows, parameters not at all, and partial sums with the multiprocessors,
+of which a slice has one. How large they are is seen by making the full call and running none of its launches.
 
 For a process with TRITON_INTERPRET=1.
 """
@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from triton.runtime import interpreter
@@ -66,12 +67,8 @@ def planning() -> Iterator[list[PlannedLaunch]]:
         tensors = {name.removesuffix("_ptr"): value for name, value in named.items() if isinstance(value, Tensor)}
         launches.append(PlannedLaunch(executor.fn.__name__, {name: value.nbytes for name, value in tensors.items()}))
 
-    original = interpreter.GridExecutor.__call__
-    interpreter.GridExecutor.__call__ = note
-    try:
+    with mock.patch.object(interpreter.GridExecutor, "__call__", note):
         yield launches
-    finally:
-        interpreter.GridExecutor.__call__ = original
 
 
 def _planned(
@@ -83,8 +80,8 @@ def _planned(
 
 
 def _scaled(launch: LaunchTraffic, small: PlannedLaunch, large: PlannedLaunch, facts: DeviceFacts) -> float:
-    # How many programs are resident takes a compiler to know, so all of a slice's are taken to be. A row is walked twice
-    # only where it stays in the L2 between its walks (`walks_rows` of the launch tables).
+    # Only a compiler knows how many programs are resident, so all of a slice's are taken to be. Rows are walked twice
+    # where `walks_rows` of the launch tables finds that they stay in the L2 in between.
     moved = launch.moved(launch.programs, facts.l2_bytes)
     return sum(count * large.tensor_bytes[name] / small.tensor_bytes[name] for name, count in moved.items())
 

@@ -1,16 +1,18 @@
-"""The parts of an audit of one workload, each for a worker process: compiled, counted, timed on the host."""
+"""The parts of an audit, each for a worker process of its kind: compiled, counted, timed on the host."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..traffic import DIRECTIONS, Direction
 from ..workloads import WORKLOADS, elements
-from . import findings, offline, sweep
+from . import findings, host, offline, slices, sweep
 from .binary import CompiledLaunch
 from .findings import Finding
+from .slices import Counted
 from .targets import DEVICE_OF, TARGETS
 
 # One row, an odd number, one that 16 divides, and more rows than a multiprocessor can hold.
@@ -21,15 +23,13 @@ ROW_COUNTS = (1, 3, 16, 5000)
 class Compiled:
     """A workload on one target: the launches of each direction, and how often each kernel was compiled."""
 
-    workload: str
-    target: str
     launches: dict[Direction, list[CompiledLaunch]]
     compilations: dict[str, int]
     findings: list[Finding]
 
 
 def compile_workload(name: str, dtype_name: str, target_name: str) -> Compiled:
-    """Compiles the calls of a workload at its full size, and over row counts."""
+    """Compiles the calls of a workload at its full size, and over row counts. Needs a process that compiles."""
     workload, dtype, target = WORKLOADS[name], getattr(torch, dtype_name), TARGETS[target_name]
     shape = workload.shape("full")
     launches = {direction: offline.compiled_launches(workload, dtype, direction, target) for direction in DIRECTIONS}
@@ -42,9 +42,22 @@ def compile_workload(name: str, dtype_name: str, target_name: str) -> Compiled:
         for direction, of_direction in launches.items()
         for finding in findings.of_call(of_direction, f"{where} {direction}", elements(shape), multiprocessors)
     ]
-    return Compiled(name, target_name, launches, compilations, found + findings.of_compilations(compilations, where))
+    return Compiled(launches, compilations, found + findings.of_compilations(compilations, where))
 
 
-def compile_tables(share: slice, target_name: str) -> list[sweep.Spill]:
-    """A share of every entry of the launch tables on one target."""
-    return sweep.spills(list(sweep.calls())[share], target_name)
+def count_workload(name: str, dtype_name: str, target_name: str) -> dict[Direction, Counted]:
+    """Counts the traffic of a slice of a workload. Needs a process that interprets."""
+    facts = DEVICE_OF[target_name].facts
+    dtype = getattr(torch, dtype_name)
+    return {direction: slices.count(WORKLOADS[name], dtype, direction, facts) for direction in DIRECTIONS}
+
+
+def time_on_host(name: str) -> dict[Direction, host.HostTime]:
+    """Times Python's part of the calls of a workload. Needs a process that compiles, and a machine that does nothing
+    else."""
+    return {direction: host.host_time(WORKLOADS[name], direction) for direction in DIRECTIONS}
+
+
+def compile_tables(calls: Sequence[sweep.Call], target_name: str) -> list[sweep.Spill]:
+    """Some entries of the launch tables on one target. Needs a process that compiles."""
+    return sweep.spills(calls, target_name)

@@ -1,0 +1,1 @@
+"""Performance seen without a GPU: compiled kernels read, memory traffic counted, memory accesses checked."""

@@ -1,0 +1,52 @@
+"""What a call costs on the host: microseconds of Python, its launches costing nothing, beside torch eager's chain.
+
+For a process with TRITON_INTERPRET=0. Ours runs under an inert driver on one row. The chain runs on the CPU on one row
+of eight elements, so that its arithmetic takes next to nothing: what is left is the dispatcher's and autograd's work, as
+of ours. On a GPU each of the chain's launches costs the host some microseconds more, and so does each of ours.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from ..timing import cpu_turn, interleave
+from ..traffic import Direction
+from ..workloads import Workload
+from .calls import run
+from .inert import compiling_for
+from .targets import TARGETS
+
+CHAIN_SPAN = 8
+SECONDS = 0.15
+
+
+@dataclass(frozen=True)
+class HostTime:
+    """Median seconds of one call."""
+
+    ours: float
+    eager: float
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.eager
+
+
+def host_time(workload: Workload, direction: Direction, seconds: float = SECONDS) -> HostTime:
+    """Measures both in turn, in one thread, for so many seconds."""
+    calls = {
+        "ours": (workload.ours(), workload.shape("full")[-1]),
+        "eager": (workload.torch_composition(), CHAIN_SPAN),
+    }
+    runs = {
+        name: functools.partial(run, call, workload.case_of((1, span), lambda shape, *_: torch.ones(shape)), direction)
+        for name, (call, span) in calls.items()
+    }
+    with compiling_for(TARGETS["sm_90"], record=False):
+        for once in runs.values():
+            once()  # compiles
+        samples = interleave({name: cpu_turn(once) for name, once in runs.items()}, seconds)
+    return HostTime(*(sorted(taken)[len(taken) // 2] for taken in (samples["ours"], samples["eager"])))

@@ -1,0 +1,114 @@
+"""What the audit finds of one call, put together from its parts: compiled, counted, timed on the host, estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..records import Call
+from ..workloads import WORKLOADS, Case, Shape, Workload
+from . import allowances
+from .allowances import LEAST, Schedule, allowance
+from .binary import CompiledLaunch
+from .estimate import Estimate, Work, estimate
+from .findings import SMALL_KERNELS, Finding
+from .host import HostTime
+from .slices import Counted
+from .targets import Device
+
+
+@dataclass(frozen=True)
+class LaunchRow:
+    """One launch of a call: as compiled, the bytes that it moves and asks for, and an estimate of its time."""
+
+    compiled: CompiledLaunch
+    moved_bytes: float
+    asked_bytes: float
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class AuditRow(Call):
+    """One call at its full size. least_bytes: the fewest that it can move. compilations: over row counts, the most of
+    any of its kernels. host: None where it was not timed."""
+
+    target: str
+    device: str
+    launches: list[LaunchRow]
+    least_bytes: float
+    compilations: int
+    host: HostTime | None = None
+
+    @property
+    def moved_bytes(self) -> float:
+        return sum(launch.moved_bytes for launch in self.launches)
+
+    @property
+    def asked_bytes(self) -> float:
+        return sum(launch.asked_bytes for launch in self.launches)
+
+    @property
+    def seconds(self) -> float:
+        """An estimate."""
+        return sum(launch.estimate.seconds for launch in self.launches)
+
+    @property
+    def limit(self) -> str:
+        """What bounds the launch that is estimated to take longest."""
+        return max(self.launches, key=lambda launch: launch.estimate.seconds).estimate.limit
+
+    @property
+    def large(self) -> list[CompiledLaunch]:
+        """The launches that touch tensors of x's size."""
+        return [launch.compiled for launch in self.launches if launch.compiled.kernel not in SMALL_KERNELS]
+
+
+def assemble(
+    workload: Workload,
+    dtype: torch.dtype,
+    compiled: Sequence[CompiledLaunch],
+    compilations: int,
+    counted: Counted,
+    device: Device,
+    host: HostTime | None = None,
+) -> tuple[AuditRow, list[Finding]]:
+    """One row, and where the traffic of its slice exceeds an allowance.
+
+    Raises RuntimeError where the slice runs other kernels than the call that it stands for.
+    """
+    kernels = [launch.kernel for launch in compiled], [launch.kernel for launch in counted.launches]
+    if kernels[0] != kernels[1]:
+        raise RuntimeError(
+            f"a slice of {workload.name} must launch what the full call does, {kernels[0]}, but launches {kernels[1]}"
+        )
+    launches = []
+    for index, launch in enumerate(compiled):
+        moved = sum(counted.full_moved(index, launch.resident_programs).values())
+        asked = counted.full_asked(index, launch.programs)
+        launches.append(LaunchRow(launch, moved, asked, estimate(Work(launch, moved, asked), device)))
+    full, type_name = workload.shape("full"), str(dtype).removeprefix("torch.")
+    least = allowance(workload, case_on_meta(workload, full, dtype), counted.direction, LEAST).total
+    names = (workload.name, workload.function, full, type_name, counted.direction)
+    row = AuditRow(*names, device.target, device.name, launches, least, compilations, host)
+    return row, traffic_findings(
+        compiled, counted, dtype, f"{workload.name} {type_name} {device.name} {counted.direction}"
+    )
+
+
+def traffic_findings(
+    compiled: Sequence[CompiledLaunch], counted: Counted, dtype: torch.dtype, where: str
+) -> list[Finding]:
+    """Where a slice moves more than it is allowed."""
+    workload, part = WORKLOADS[counted.workload], counted.slice
+    case = case_on_meta(workload, part.shape, dtype)
+    schedule = Schedule.of(counted.launches, part.facts.multiprocessors)
+    allowed = allowance(workload, case, counted.direction, schedule)
+    resident = [launch.resident_programs for launch in compiled]
+    return allowances.of_call(where, part.shape[-1], counted.launches, counted.moved_by_call(resident), allowed)
+
+
+def case_on_meta(workload: Workload, shape: Shape, dtype: torch.dtype) -> Case:
+    """The tensors of a call, of which only sizes and types are looked at."""
+    return workload.case_of(shape, lambda own_shape, *_: torch.empty(own_shape, dtype=dtype, device="meta"))

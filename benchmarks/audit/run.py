@@ -1,0 +1,129 @@
+"""Audits every named workload without a GPU: compiled for one that is not there, and interpreted under a counter.
+
+Prints a table with a line for each call, writes JSON, and ends with 1 where a call exceeds an allowance of the design
+or a kernel spills. --full also compiles every entry of the launch tables, which takes hours, and counts the traffic on
+every device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, as_completed
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .. import environment
+from ..workloads import WORKLOADS, Workload
+from . import jobs, sweep
+from .findings import Finding
+from .host import HostTime
+from .processes import workers
+from .report import Audit, summary
+from .rows import AuditRow, assemble
+from .targets import DEVICE_OF, TARGETS
+
+DTYPES = ("bfloat16", "float32")
+CALLS_A_JOB = 20  # of the sweep
+
+Key = tuple[str, str, str]  # workload, type, target
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.audit", description=__doc__)
+    parser.add_argument("--target", choices=tuple(TARGETS), default="sm_90", help="the one that the table shows")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="the type that the table shows")
+    parser.add_argument("--only", action="store_true", help="compile for that target and type alone")
+    parser.add_argument(
+        "--filter", nargs="*", default=[], metavar="TEXT", help="only workloads whose name holds a text"
+    )
+    parser.add_argument("--full", action="store_true", help="every entry of the launch tables, traffic on every device")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="with --full, every N-th entry alone")
+    parser.add_argument("--output", type=Path, default=environment.LOCAL_RESULTS, help="folder of the JSON")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Audits; 1 where an allowance is exceeded, or where nothing was chosen."""
+    options = parse(arguments)
+    chosen = [
+        workload
+        for name, workload in WORKLOADS.items()
+        if not options.filter or any(text in name for text in options.filter)
+    ]
+    if not chosen:
+        print(f"no workload's name holds any of {options.filter}; known are {', '.join(WORKLOADS)}")
+        return 1
+    described = environment.describe(torch.device("cpu"))
+    audit = perform(chosen, options, described)
+    path = options.output / f"audit-{environment.stamp(described)}.json"
+    audit.write(path)
+    print(f"\n{summary(audit)}\nFull data: {path}")
+    return 0 if audit.passed else 1
+
+
+def perform(chosen: Sequence[Workload], options: argparse.Namespace, described: dict[str, Any]) -> Audit:
+    """Everything the options ask for, by worker processes."""
+    shown = (options.dtype, options.target)
+    names = [workload.name for workload in chosen]
+    pairs = [shown] if options.only else [(dtype, target) for dtype in DTYPES for target in TARGETS]
+    counted_pairs = pairs if options.full else [shown]
+    swept = list(sweep.calls())[:: options.every] if options.full else []
+    targets = list(dict.fromkeys(target for _, target in pairs))
+    shares = [(swept[first : first + CALLS_A_JOB], t) for t in targets for first in range(0, len(swept), CALLS_A_JOB)]
+    cores = os.cpu_count() or 2
+    with ExitStack() as stack:
+        interpreting = stack.enter_context(workers(interpret=True, count=max(1, cores // 2)))
+        compiling = stack.enter_context(workers(interpret=False, count=cores))
+        total = len(names) * (len(counted_pairs) + len(pairs) + 1) + len(shares)
+        bar = stack.enter_context(tqdm(total=total, unit="job"))
+        counting = _submit(interpreting, jobs.count_workload, names, counted_pairs)
+        compilation = _submit(compiling, jobs.compile_workload, names, pairs)
+        sweeping = [compiling.submit(jobs.compile_tables, calls, target) for calls, target in shares]
+        for done in as_completed([*counting.values(), *compilation.values(), *sweeping]):
+            done.result()  # raises here what was raised there
+            bar.update()
+        # Alone: what else runs would be timed with it.
+        host = {}
+        for name in names:
+            host[name] = compiling.submit(jobs.time_on_host, name).result()
+            bar.update()
+    compiled = {key: future.result() for key, future in compilation.items()}
+    counted = {key: future.result() for key, future in counting.items()}
+    found = [finding for each in compiled.values() for finding in each.findings]
+    rows: list[AuditRow] = []
+    for key, of_directions in counted.items():
+        for row, findings in _rows(key, compiled[key], of_directions, host):
+            found += findings
+            if key[1:] == shown:
+                rows.append(row)
+    spills = [spill for future in sweeping for spill in future.result()]
+    return Audit(described, rows, list(dict.fromkeys(found)), list(dict.fromkeys(spills)), len(swept) * len(targets))
+
+
+def _submit(
+    pool: Executor, job: Callable[..., Any], names: Sequence[str], pairs: Sequence[tuple[str, str]]
+) -> dict[Key, Future]:
+    return {(name, *pair): pool.submit(job, name, *pair) for pair in pairs for name in names}
+
+
+def _rows(
+    key: Key, compiled: jobs.Compiled, counted: dict, host: dict[str, dict[Any, HostTime]]
+) -> Iterator[tuple[AuditRow, list[Finding]]]:
+    name, dtype_name, target = key
+    for direction, traffic in counted.items():
+        yield assemble(
+            WORKLOADS[name],
+            getattr(torch, dtype_name),
+            compiled.launches[direction],
+            max(compiled.compilations.values()),
+            traffic,
+            DEVICE_OF[target],
+            host[name][direction],
+        )
