@@ -81,8 +81,8 @@ def paragraphs(run: Run, table: Table = tables.text) -> list[str]:
             f"What a GPU would have to launch and move for these calls, at full (GPU) size in {dtypes}; no GPU ran.",
             "counted, not timed",
             table(columns(run.counted), run.counted),
-            "o/e: ours / torch eager, the fewest bytes its kernels can move; ratio: of the bytes, which the time of a large "
-            "call follows; kept: held for backward.",
+            "o/e: ours / torch eager (the fewest bytes its kernels can move); ratio: of the bytes, which the time of a "
+            "large call follows; kept: held for backward.",
         ]
     if run.uncounted:
         parts.append(f"Not counted: {run.uncounted}")

@@ -203,16 +203,19 @@ def _chunks(span: int, itemsize: int, num_warps: int) -> ChunkConfig:
     return ChunkConfig(block_span, steps, cdiv(span, block_span * steps), num_warps, most_registers)
 
 
-def chunk_config(span: int, itemsize: int) -> ChunkConfig:
+def chunk_config(span: int, itemsize: int, loaded_itemsize: int) -> ChunkConfig:
     """Chunks of a row that is too long for the forward to hold: the same whether one program walks them or several
-    share them. 32 KB; 16 KB of a row of up to 64 KB, so that several programs overlap their phases; also of float64 and
-    of ragged rows, which spill with the 64 registers that 32 warps leave a thread."""
-    wide = span * itemsize > 65536 and itemsize < 8 and not _ragged(span, itemsize)
+    share them. loaded_itemsize: bytes of an element of x and of a residual to be added.
+
+    32 KB; 16 KB where a row takes up to 64 KB, so that several programs overlap their phases; also of float64 and of
+    ragged rows, which spill with the 64 registers that 32 warps leave a thread.
+    """
+    wide = span * loaded_itemsize > 65536 and itemsize < 8 and not _ragged(span, itemsize)
     return _chunks(span, itemsize, num_warps=32 if wide else 16)
 
 
 def walk_stages(config: ChunkConfig, loaded_itemsize: int) -> int:
-    """Stages of the walk over chunks whose elements take loaded_itemsize bytes, of x and of a residual to be added.
+    """Stages of the walk over chunks; loaded_itemsize as in `chunk_config`.
 
     With 32 warps a program has a multiprocessor for itself, and has to load ahead: all its warps wait for each sum.
     """
@@ -226,12 +229,9 @@ def backward_chunk_config(span: int, itemsize: int) -> ChunkConfig:
 
 
 def walks_rows(rows: int, span: int, itemsize: int, loaded_itemsize: int, facts: DeviceFacts) -> bool:
-    """Whether one program should walk a chunked row twice: there are rows for all, and the second walk stays in L2.
-
-    loaded_itemsize: as in `walk_stages`.
-    """
+    """Whether one program should walk a chunked row twice: there are rows for all, and the second walk stays in L2."""
     # Walking takes over 40 registers a thread, so no more programs than these fit on a multiprocessor at once.
-    resident = 1 if chunk_config(span, itemsize).num_warps == 32 else 3
+    resident = 1 if chunk_config(span, itemsize, loaded_itemsize).num_warps == 32 else 3
     walked_bytes = resident * facts.multiprocessors * span * loaded_itemsize
     return rows >= facts.multiprocessors and walked_bytes <= facts.l2_bytes // 2
 

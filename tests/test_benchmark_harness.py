@@ -317,10 +317,12 @@ def test_run_from_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     (plot,) = tmp_path.glob("rows-cpu-*.png")
     assert "2/2" in err  # the progress bar
     assert "rms_norm_residual_silu float32 forward:" in out
-    assert str(data) in out.splitlines()[-2] and str(plot) in out.splitlines()[-1]
-    assert "Figures from: CPU" in out.splitlines()[-3]
+    end = out.splitlines()[-11:]
+    assert "Figures from: CPU" in end[0] and str(data) in end[1] and str(plot) in end[2] and not end[3]
+    assert "no GPU ran" in end[4] and end[5] == "counted, not timed" and end[-1].startswith("o/e: ours / torch eager")
     read = Run.read(data)
     assert [row.direction for row in read.rows] == ["forward", "forward+backward"]
+    assert [row.direction for row in read.counted] == ["forward", "forward+backward"] and not read.uncounted
     assert {"cpu", "threads", "torch", "triton", "numpy", "python", "commit", "dirty", "allocator"} <= set(
         read.environment
     )

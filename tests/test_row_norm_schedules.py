@@ -30,6 +30,7 @@ pytest.importorskip("triton", reason="Triton is not installed, so there are no k
 import fused_ops.kernels.column_sum as column_sum_module
 import fused_ops.kernels.row_norm.backward as backward_module
 import fused_ops.kernels.row_norm.forward as forward_module
+from benchmarks.audit.watch import watch
 from fused_ops.kernels import launch
 from fused_ops.kernels.row_norm import RowNorm, row_norm_forward
 
@@ -105,8 +106,8 @@ class Schedule:
             self.replace(backward_module, "column_stripes", lambda rows, *sizes: min(rows, stripes))
 
 
-def chunks_of(block_span: int, steps: int) -> Callable[[int, int], launch.ChunkConfig]:
-    def config(span: int, itemsize: int) -> launch.ChunkConfig:
+def chunks_of(block_span: int, steps: int) -> Callable[..., launch.ChunkConfig]:
+    def config(span: int, *itemsizes: int) -> launch.ChunkConfig:
         return launch.ChunkConfig(
             block_span, steps, launch.cdiv(span, block_span * steps), num_warps=4, most_registers=128
         )
@@ -225,6 +226,23 @@ def test_a_long_sample_alone_is_shared_and_in_a_batch_walked(schedule: Schedule)
     batch = everything_forward(case)
     assert_same_forward(everything_forward(case, slice(5, 6)), batch, slice(5, 6))
     assert chosen == [True, False]
+
+
+@pytest.mark.parametrize("kind", ["whole", "walk", "share"])
+@calls([("layer_norm", True, "relu"), ("add_rms_norm", True, None)])
+def test_the_order_of_programs_changes_no_bit(
+    schedule: Schedule, kind: str, function: str, residual: bool, activation: str | None
+) -> None:
+    if not kernels_are_interpreted():
+        pytest.skip("a GPU orders programs as it likes")
+    case = make_case(function, 7, 712, residual=residual, activation=activation)
+    schedule.forward(kind)
+    if kind != "whole":
+        schedule.backward(stripes=3)
+    in_order = run_fused(case)
+    for seed in (1, 2):
+        with watch(shuffle=seed):
+            assert_same_bits(run_fused(case), in_order)
 
 
 def test_a_row_cut_from_a_wider_tensor_alone_has_the_bits_it_has_in_a_batch() -> None:

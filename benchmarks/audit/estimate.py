@@ -1,8 +1,8 @@
 """An estimate of the device time of a call, from counts. It is a model, never a measurement, and is called so.
 
 Of each launch the largest of
-- bytes that must cross the memory bus, over the bandwidth that a copy reaches and that the loads in flight sustain
-  (Little's law: bytes in flight over the latency of a load),
+- bytes that must cross the memory bus, over the bandwidth that a copy reaches, less the time for which a lone program
+  loads nothing, and that the loads in flight sustain (Little's law: bytes in flight over the latency of a load),
 - bytes asked for, over the bandwidth of the L2,
 - instructions, over the rate at which the multiprocessors that have work issue them,
 and, for each launch, the time that passes between two of them. Not in it: the order of programs, conflicts in shared
@@ -55,7 +55,8 @@ def estimate(work: Work, device: Device) -> Estimate:
     thread_bytes = work.asked_bytes / (launch.programs * launch.threads)
     issued = launch.code.issued(thread_bytes) * launch.warps * launch.programs
     in_flight = busy * _sustained_bytes(launch, thread_bytes, device)
-    bandwidth = min(device.copy_share * device.bandwidth, in_flight / device.latency)
+    copy = device.copy_share * device.bandwidth
+    bandwidth = min(copy * (1 - idle_share(launch, device)), in_flight / device.latency)
     return Estimate(
         memory=work.moved_bytes / bandwidth,
         l2=work.asked_bytes / (device.l2_bandwidth * busy / device.facts.multiprocessors),
@@ -77,6 +78,19 @@ def _sustained_bytes(launch: CompiledLaunch, thread_bytes: float, device: Device
     waiting = device.latency
     share = (waiting + launch.overlap * working) / (waiting + working)
     return share * launch.bytes_in_flight(device.facts.multiprocessors)
+
+
+def idle_share(launch: CompiledLaunch, device: Device) -> float:
+    """The share of a trip for which nothing is loaded, because a program that has a multiprocessor for itself works on
+    what it has loaded: 0 where there are other programs, or warps that do not wait for each other."""
+    unit = TARGETS[device.target].multiprocessor
+    multiprocessors = device.facts.multiprocessors
+    alone = min(launch.resident_programs, -(-launch.programs // multiprocessors)) == 1
+    if not (alone and launch.in_step):
+        return 0.0
+    working = (1 - launch.overlap) * launch.code.loop_instructions * launch.warps / unit.issue / device.clock
+    moving = launch.code.loop_bytes * launch.threads * multiprocessors / (device.copy_share * device.bandwidth)
+    return working / (working + moving)
 
 
 def total(work: Iterable[Work], device: Device) -> float:

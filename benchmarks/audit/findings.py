@@ -6,13 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .binary import WIDEST_ACCESS, CompiledLaunch
+from .estimate import idle_share
+from .targets import Device
 
 # Statistics and masks are narrower by nature: a few values beside rows of x.
 LEAST_WIDE_SHARE = 0.6
 # From here on a call has to fill the device.
 LARGE_CALL = 4 * 2**20
 LEAST_BYTES_IN_FLIGHT = 32 * 2**10
-LEAST_OVERLAP = 0.25
+MOST_IDLE = 0.3
 MOST_COMPILATIONS = 2
 # Sums some rows of partial sums; next to nothing beside the launch before it.
 SMALL_KERNELS = frozenset({"column_sum_kernel"})
@@ -32,8 +34,9 @@ class Finding:
         return f"{self.where}: {self.kernel}: {self.what}: {self.found}, allowed {self.allowed}"
 
 
-def of_launch(launch: CompiledLaunch, where: str, elements: int, multiprocessors: int) -> list[Finding]:
+def of_launch(launch: CompiledLaunch, where: str, elements: int, device: Device) -> list[Finding]:
     """Of one launch of a call on x with so many elements."""
+    multiprocessors = device.facts.multiprocessors
 
     def finding(what: str, found: object, allowed: object) -> Finding:
         return Finding(where, launch.kernel, what, str(found), str(allowed))
@@ -53,10 +56,10 @@ def of_launch(launch: CompiledLaunch, where: str, elements: int, multiprocessors
         if in_flight < LEAST_BYTES_IN_FLIGHT:
             least = f"{LEAST_BYTES_IN_FLIGHT} and more"
             found.append(finding("few bytes in flight", f"{in_flight} a multiprocessor", least))
-        alone = min(launch.resident_programs, -(-launch.programs // multiprocessors)) == 1
-        if alone and launch.in_step and launch.overlap < LEAST_OVERLAP:
-            overlap = f"{launch.overlap:.0%} of the loads under way while a lone program works"
-            found.append(finding("waits for its own loads", overlap, f"{LEAST_OVERLAP:.0%} and more"))
+        idle = idle_share(launch, device)
+        if idle > MOST_IDLE:
+            share = f"a lone program loads nothing for {idle:.0%} of the time"
+            found.append(finding("works without loading", share, f"{MOST_IDLE:.0%}"))
     return found
 
 
@@ -69,6 +72,6 @@ def of_compilations(compilations: Mapping[str, int], where: str) -> list[Finding
     ]
 
 
-def of_call(launches: Iterable[CompiledLaunch], where: str, elements: int, multiprocessors: int) -> list[Finding]:
+def of_call(launches: Iterable[CompiledLaunch], where: str, elements: int, device: Device) -> list[Finding]:
     """Of all launches of a call."""
-    return [found for launch in launches for found in of_launch(launch, where, elements, multiprocessors)]
+    return [found for launch in launches for found in of_launch(launch, where, elements, device)]

@@ -80,9 +80,9 @@ def _planned(
 
 
 def _scaled(launch: LaunchTraffic, small: PlannedLaunch, large: PlannedLaunch, facts: DeviceFacts) -> float:
-    # Only a compiler knows how many programs are resident, so all of a slice's are taken to be. Rows are walked twice
-    # where `walks_rows` of the launch tables finds that they stay in the L2 in between.
-    moved = launch.moved(launch.programs, facts.l2_bytes)
+    # One program a multiprocessor is resident in any case; how many more, only a compiler knows. A row is walked twice
+    # where `walks_rows` of the launch tables finds that the rows of all of them stay in the L2 in between.
+    moved = launch.moved(facts.multiprocessors, facts.l2_bytes)
     return sum(count * large.tensor_bytes[name] / small.tensor_bytes[name] for name, count in moved.items())
 
 

@@ -1,8 +1,8 @@
 """What a call costs on the host: microseconds of Python, its launches costing nothing, beside torch eager's chain.
 
 For a process with TRITON_INTERPRET=0. Ours runs under an inert driver on one row. The chain runs on the CPU on one row
-of eight elements, so that its arithmetic takes next to nothing: what is left is the dispatcher's and autograd's work, as
-of ours. On a GPU each of the chain's launches costs the host some microseconds more, and so does each of ours.
+of eight elements, so that its arithmetic takes next to nothing: what is left is the dispatcher's and autograd's work,
+as of ours. On a GPU each of the chain's launches costs the host some microseconds more, and so does each of ours.
 """
 
 from __future__ import annotations

@@ -36,11 +36,11 @@ def compile_workload(name: str, dtype_name: str, target_name: str) -> Compiled:
     rows = elements(shape) // shape[-1]
     compilations = offline.compilations(workload, dtype, target, (*ROW_COUNTS, rows))
     where = f"{name} {dtype_name} {target_name}"
-    multiprocessors = DEVICE_OF[target_name].facts.multiprocessors
+    device = DEVICE_OF[target_name]
     found = [
         finding
         for direction, of_direction in launches.items()
-        for finding in findings.of_call(of_direction, f"{where} {direction}", elements(shape), multiprocessors)
+        for finding in findings.of_call(of_direction, f"{where} {direction}", elements(shape), device)
     ]
     return Compiled(launches, compilations, found + findings.of_compilations(compilations, where))
 

@@ -92,21 +92,20 @@ def assemble(
     least = allowance(workload, case_on_meta(workload, full, dtype), counted.direction, LEAST).total
     names = (workload.name, workload.function, full, type_name, counted.direction)
     row = AuditRow(*names, device.target, device.name, launches, least, compilations, host)
-    return row, traffic_findings(
-        compiled, counted, dtype, f"{workload.name} {type_name} {device.name} {counted.direction}"
-    )
+    where = f"{workload.name} {type_name} {device.name} {counted.direction}"
+    return row, traffic_findings([launch.resident_programs for launch in compiled], counted, dtype, where)
 
 
 def traffic_findings(
-    compiled: Sequence[CompiledLaunch], counted: Counted, dtype: torch.dtype, where: str
+    resident_programs: Sequence[int], counted: Counted, dtype: torch.dtype, where: str
 ) -> list[Finding]:
-    """Where a slice moves more than it is allowed."""
+    """Where a slice moves more than it is allowed; of each launch so many programs run on a multiprocessor at once."""
     workload, part = WORKLOADS[counted.workload], counted.slice
     case = case_on_meta(workload, part.shape, dtype)
     schedule = Schedule.of(counted.launches, part.facts.multiprocessors)
     allowed = allowance(workload, case, counted.direction, schedule)
-    resident = [launch.resident_programs for launch in compiled]
-    return allowances.of_call(where, part.shape[-1], counted.launches, counted.moved_by_call(resident), allowed)
+    moved = counted.moved_by_call(resident_programs)
+    return allowances.of_call(where, part.shape[-1], counted.launches, moved, allowed)
 
 
 def case_on_meta(workload: Workload, shape: Shape, dtype: torch.dtype) -> Case:

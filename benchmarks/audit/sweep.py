@@ -105,7 +105,8 @@ def _table_key(span: int, itemsize: int) -> tuple:
         for operands, wide, activation in itertools.product((1, 2, 3, 4), (0, itemsize, 4), (False, True))
     )
     backward = tuple(tables.row_backward_config(span, itemsize, operands, 3) for operands in range(6))
-    long = tables.chunk_config(span, itemsize), tables.backward_chunk_config(span, itemsize)
+    chunks = (tables.chunk_config(span, itemsize, loaded) for loaded in (itemsize, 2 * itemsize, itemsize + 4))
+    long = (*chunks, tables.backward_chunk_config(span, itemsize))
     column = tables.column_block_config(span, itemsize), tables.column_sum_config(span)
     return ragged, forward, backward, *(long if None in forward + backward else ()), *column
 

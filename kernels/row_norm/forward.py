@@ -121,11 +121,11 @@ class _LongRows:
 
     def __init__(self, kind: _Kind) -> None:
         self.kind = kind
-        self.config = config = chunk_config(kind.span, kind.x.itemsize)
         self.loaded_itemsize = kind.x.itemsize
         if kind.add_first:
             assert kind.residual is not None
             self.loaded_itemsize += kind.residual.itemsize
+        self.config = config = chunk_config(kind.span, kind.x.itemsize, self.loaded_itemsize)
         chunk = (config.block_span, config.steps, config.chunks, (config.chunks - 1).bit_length())
 
         def launcher(kernel: Any, *constants: Any) -> Launcher:

@@ -79,7 +79,7 @@ def x_and_y(dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, torch.Ten
 def caught(launches, elements: int = ELEMENTS, target: str = "sm_90") -> set[str]:
     """What is found of these launches, by name."""
     described = [describe(launch, TARGETS[target]) for launch in launches]
-    return {found.what for found in findings.of_call(described, "here", elements, MULTIPROCESSORS)}
+    return {found.what for found in findings.of_call(described, "here", elements, DEVICE_OF[target])}
 
 
 def test_a_kernel_as_it_should_be_is_not_caught(sm_90):
@@ -119,13 +119,13 @@ def test_few_bytes_in_flight_are_caught(sm_90):
     assert caught(sm_90) == {"few bytes in flight"}
 
 
-def test_a_lone_program_that_waits_for_its_own_loads_is_caught(sm_90):
+def test_a_lone_program_that_works_without_loading_is_caught(sm_90):
     """32 warps in step, one such program a multiprocessor: without a pipeline nothing is loaded while it sums."""
     x, y = x_and_y()
     for stages in (1, 3):
         sm_90.clear()
         row_sums_kernel[(MULTIPROCESSORS,)](x, y, 32, 16384, stages, num_warps=32)
-        assert ("waits for its own loads" in caught(sm_90)) == (stages == 1), f"num_stages={stages}"
+        assert ("works without loading" in caught(sm_90)) == (stages == 1), f"num_stages={stages}"
     launch = describe(sm_90[0], TARGETS["sm_90"])
     assert launch.stages == 3
     assert launch.copies > 0
@@ -143,7 +143,8 @@ def test_a_compilation_for_each_number_of_rows_is_caught(kernel, sm_90):
 
 def test_a_finding_names_the_place_and_both_numbers(sm_90):
     copy_kernel[(7,)](*x_and_y(), 4096)
-    found = findings.of_call([describe(sm_90[0], TARGETS["sm_90"])], "layer_norm_1024 forward", ELEMENTS, 132)
+    launches = [describe(sm_90[0], TARGETS["sm_90"])]
+    found = findings.of_call(launches, "layer_norm_1024 forward", ELEMENTS, DEVICE_OF["sm_90"])
     assert "layer_norm_1024 forward: copy_kernel: under-filled: 7 programs, allowed 132 and more" in map(str, found)
 
 
