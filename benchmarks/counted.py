@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from unittest import mock
 
 import torch
 
@@ -30,8 +29,7 @@ def gap() -> str:
 def count(cases: Sequence[tuple[Workload, torch.dtype]]) -> Iterator[list[CountedRow]]:
     """The rows of each case, in order, by worker processes that interpret the kernels."""
     processes = max(1, min(MOST_WORKERS, os.cpu_count() or 1, len(cases)))
-    # A worker imports the main module, and may the kernels with it, before the pool can tell it to interpret them.
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), workers(interpret=True, count=processes) as pool:
+    with workers(interpret=True, count=processes) as pool:
         yield from pool.map(count_case, *zip(*cases, strict=True))
 
 

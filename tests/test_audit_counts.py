@@ -15,9 +15,9 @@ import triton.language as tl
 import fused_ops
 from benchmarks.audit import allowances, slices
 from benchmarks.audit.allowances import LEAST, Allowance, Schedule, allowance
-from benchmarks.audit.calls import run
+from benchmarks.audit.calls import run, unfilled_case
 from benchmarks.audit.counts import LaunchTraffic, TrafficCounter, size_of
-from benchmarks.audit.rows import case_on_meta, traffic_findings
+from benchmarks.audit.rows import traffic_findings
 from benchmarks.audit.watch import watch
 from benchmarks.workloads import WORKLOADS, Shape
 from tests.conftest import HAS_GPU
@@ -155,7 +155,7 @@ def test_the_least_of_a_call_by_hand() -> None:
     """bfloat16 [4, 1024] with residual and gelu: S = 8192; two parameters of 2048 bytes are read twice and their
     gradients written; mean and rstd of 4 * 4 bytes each are written and read."""
     workload = WORKLOADS["layer_norm_residual_gelu"]
-    case = case_on_meta(workload, (4, 1024), torch.bfloat16)
+    case = unfilled_case(workload, (4, 1024), torch.bfloat16, "meta")
     assert allowance(workload, case, "forward", LEAST) == Allowance(
         {"activation": 3 * 8192, "mask": 0, "parameter": 4096, "partial": 0, "statistics": 0}, launches=1
     )
@@ -188,13 +188,10 @@ def test_a_slice_grows_to_the_full_call() -> None:
     """[65536, 1024] in bfloat16: S = 128 MiB. Weight and bias do not grow; each of 528 programs asks for them, and
     writes two rows of partial sums, 4 KiB each."""
     counted = slices.count(WORKLOADS["layer_norm_1024"], torch.bfloat16, "forward+backward")
-    forward, backward, _ = (counted.full_moved(index, 4) for index in range(3))
-    assert forward["activation"] == pytest.approx(2 * 128 * MIB)
-    assert forward["parameter"] == 2 * 2048
-    assert backward["activation"] == pytest.approx(3 * 128 * MIB)
-    assert backward["partial"] == 528 * 2 * 4096
-    asked = counted.full_asked(1, programs=528)
-    assert asked == pytest.approx(3 * 128 * MIB + 2 * 65536 * 4 + 528 * (2048 + 2 * 4096), rel=1e-3)
+    S, weight, statistic = 128 * MIB, 2048, 4 * 65536
+    assert counted.full_moved(0, 4) == pytest.approx(2 * S + 2 * weight + 2 * statistic)
+    assert counted.full_moved(1, 4) == pytest.approx(3 * S + weight + 2 * statistic + 528 * 2 * 4096)
+    assert counted.full_asked(1) == pytest.approx(3 * S + 2 * statistic + 528 * (weight + 2 * 4096))
 
 
 # A whole row, with a residual and a mask, a stream, a walked and a shared row: `make audit` has them all.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -55,10 +53,13 @@ def test_column_sum_rounds_to_the_types_of_the_parameters() -> None:
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
-@pytest.mark.parametrize("config", [launch.chunk_config, launch.backward_chunk_config], ids=lambda f: f.__name__)
-def test_chunks_cover_every_row_and_none_is_empty(
-    config: Callable[[int, int], launch.ChunkConfig], itemsize: int
-) -> None:
+@pytest.mark.parametrize("direction", ["forward", "forward, residual added", "backward"])
+def test_chunks_cover_every_row_and_none_is_empty(direction: str, itemsize: int) -> None:
+    def config(span: int, itemsize: int) -> launch.ChunkConfig:
+        if direction == "backward":
+            return launch.backward_chunk_config(span, itemsize)
+        return launch.chunk_config(span, itemsize, 2 * itemsize if "residual" in direction else itemsize)
+
     beside_powers = [2**k + beside for k in range(10, 29) for beside in (-1, 0, 1)]
     for span in [*beside_powers, 200_000, 3 * 2**20 + 5]:
         chunks = config(span, itemsize)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..traffic import Direction
-from ..workloads import Call, Case
+from ..workloads import Call, Case, Shape, Workload
 
 
 def run(call: Call, case: Case, direction: Direction) -> None:
@@ -17,3 +17,10 @@ def run(call: Call, case: Case, direction: Direction) -> None:
     outputs = call(**case.inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     torch.autograd.grad(outputs, list(case.inputs.values()), case.output_gradients)
+
+
+def unfilled_case(
+    workload: Workload, shape: Shape, dtype: torch.dtype, device: torch.device | str | None = None
+) -> Case:
+    """The tensors of a call with nothing in them: of what nobody touches, no memory is taken."""
+    return workload.case_of(shape, lambda own_shape, *_: torch.empty(own_shape, dtype=dtype, device=device))

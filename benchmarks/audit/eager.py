@@ -3,8 +3,7 @@
 The chain is dispatched at its full size on meta tensors, which have no data, so nothing runs. An op that computes is
 one launch, which reads each distinct tensor that it is given and writes each that it returns; KERNELS has the ops that
 CUDA runs as more. A kernel that walks a row twice is charged for one walk, so the bytes are the fewest that the chain
-can move. Two things differ between meta tensors and CUDA's (fake CUDA tensors would need a torch that is built for
-CUDA as soon as one requires a gradient):
+can move. Fake CUDA tensors would be nearer, but their gradients need a GPU's driver. Two things differ:
 
 - rms_norm is one fused op on CUDA since torch 2.9, and a dozen ops elsewhere: `_OnCuda` puts the fused one in place.
 - autograd adds up the gradients of a tensor that is used twice in place where it can, out of place under a dispatch

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 
 from ..traffic import Direction
-from ..workloads import Case, Shape, Workload
+from ..workloads import Shape, Workload
 from .binary import CompiledLaunch, describe
-from .calls import run
+from .calls import run, unfilled_case
 from .inert import Launch, compiling_for
 from .targets import Target
 
@@ -31,11 +31,6 @@ def record(
     with compiling_for(target) as launches:
         run(workload.ours(), unfilled_case(workload, shape or workload.shape("full"), dtype), direction)
     return launches
-
-
-def unfilled_case(workload: Workload, shape: Shape, dtype: torch.dtype) -> Case:
-    """The tensors of a call with nothing in them: of what nobody touches, no memory is taken."""
-    return workload.case_of(shape, lambda own_shape, *_: torch.empty(own_shape, dtype=dtype))
 
 
 def compilations(workload: Workload, dtype: torch.dtype, target: Target, row_counts: Iterable[int]) -> dict[str, int]:

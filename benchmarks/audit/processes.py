@@ -1,22 +1,41 @@
 """Worker processes in which kernels are either compiled or interpreted: Triton decides that as it defines them.
 
-Nothing heavy is imported here: a worker's environment must be set before it imports torch and Triton.
+A new process imports the main module, and with it perhaps the kernels, before a pool could tell it anything; so it is
+born into the environment that decides.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import SpawnContext, SpawnProcess  # a fork would inherit what is imported
+from typing import Any
+from unittest import mock
 
 
-def _prepare(interpret: bool) -> None:
-    os.environ["TRITON_INTERPRET"] = str(int(interpret))
-    os.environ["OMP_NUM_THREADS"] = "1"  # as many workers as cores
+class _Worker(SpawnProcess):
+    environment: Mapping[str, str]
+
+    def start(self) -> None:
+        with mock.patch.dict(os.environ, self.environment):
+            super().start()
 
 
-def workers(*, interpret: bool, count: int | None = None) -> ProcessPoolExecutor:
-    """A pool whose processes interpret kernels, or compile them; by default half of the cores each."""
-    count = count or max(1, (os.cpu_count() or 2) // 2)
-    context = multiprocessing.get_context("spawn")  # a fork would inherit what is imported
-    return ProcessPoolExecutor(count, context, _prepare, (interpret,))
+class _Context(SpawnContext):
+    """Makes processes with these variables in their environment."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        super().__init__()
+        self.environment = environment
+
+    def Process(self, *args: Any, **kwargs: Any) -> _Worker:  # type: ignore[override]
+        worker = _Worker(*args, **kwargs)
+        worker.environment = self.environment
+        return worker
+
+
+def workers(*, interpret: bool, count: int) -> ProcessPoolExecutor:
+    """A pool of so many processes that interpret kernels, or compile them."""
+    # One thread each: there are as many workers as cores.
+    return ProcessPoolExecutor(count, _Context({"TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1"}))

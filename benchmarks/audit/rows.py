@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from ..records import Call
-from ..workloads import WORKLOADS, Case, Shape, Workload
+from ..workloads import WORKLOADS, Workload
 from . import allowances
 from .allowances import LEAST, Schedule, allowance
 from .binary import CompiledLaunch
+from .calls import unfilled_case
 from .estimate import Estimate, Work, estimate
 from .findings import SMALL_KERNELS, Finding
 from .host import HostTime
@@ -85,11 +86,10 @@ def assemble(
         )
     launches = []
     for index, launch in enumerate(compiled):
-        moved = sum(counted.full_moved(index, launch.resident_programs).values())
-        asked = counted.full_asked(index, launch.programs)
+        moved, asked = counted.full_moved(index, launch.resident_programs), counted.full_asked(index)
         launches.append(LaunchRow(launch, moved, asked, estimate(Work(launch, moved, asked), device)))
     full, type_name = workload.shape("full"), str(dtype).removeprefix("torch.")
-    least = allowance(workload, case_on_meta(workload, full, dtype), counted.direction, LEAST).total
+    least = allowance(workload, unfilled_case(workload, full, dtype, "meta"), counted.direction, LEAST).total
     names = (workload.name, workload.function, full, type_name, counted.direction)
     row = AuditRow(*names, device.target, device.name, launches, least, compilations, host)
     where = f"{workload.name} {type_name} {device.name} {counted.direction}"
@@ -101,13 +101,7 @@ def traffic_findings(
 ) -> list[Finding]:
     """Where a slice moves more than it is allowed; of each launch so many programs run on a multiprocessor at once."""
     workload, part = WORKLOADS[counted.workload], counted.slice
-    case = case_on_meta(workload, part.shape, dtype)
+    case = unfilled_case(workload, part.shape, dtype, "meta")
     schedule = Schedule.of(counted.launches, part.facts.multiprocessors)
     allowed = allowance(workload, case, counted.direction, schedule)
-    moved = counted.moved_by_call(resident_programs)
-    return allowances.of_call(where, part.shape[-1], counted.launches, moved, allowed)
-
-
-def case_on_meta(workload: Workload, shape: Shape, dtype: torch.dtype) -> Case:
-    """The tensors of a call, of which only sizes and types are looked at."""
-    return workload.case_of(shape, lambda own_shape, *_: torch.empty(own_shape, dtype=dtype, device="meta"))
+    return allowances.of_call(where, part.shape[-1], counted.launches, counted.moved(resident_programs), allowed)

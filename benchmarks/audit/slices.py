@@ -3,7 +3,10 @@
 A full call has 2^26 elements, minutes to interpret. A slice is what one multiprocessor has of it: a device with one
 multiprocessor and its share of the L2 gets a quarter of that multiprocessor's rows. Programs a multiprocessor, the rows
 of partial sums, and whether a row is walked or shared are then those of the full call; what does not grow with the rows
-(parameters, partial sums) weighs four times as much. Small calls are run whole.
+(parameters, partial sums) weighs more. Small calls are run whole.
+
+A launch of the full call moves as many times the bytes of a slice's launch, of each tensor, as the tensor is larger
+there. How large they are is seen by making both calls and running none of their launches.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from ..traffic import Direction
 from ..workloads import Case, Shape, Workload, elements
 from .calls import run
 from .counts import LaunchTraffic, Size, TrafficCounter, size_of
+from .planned import planned
 from .watch import watch
 
 SMALL_CALL = 2**20
@@ -28,81 +32,88 @@ PART_OF_A_MULTIPROCESSOR = 4
 
 @dataclass(frozen=True)
 class Slice:
-    """share: of the full call's rows. multiprocessors: of the full device for each of the slice's."""
+    """share: of the full call's rows."""
 
     shape: Shape
     facts: DeviceFacts
     share: float
-    multiprocessors: int
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How many times a launch has in the full call what it has in a slice: programs, and bytes of each tensor."""
+
+    programs: float
+    bytes: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Counted:
-    """The traffic of one slice of a workload."""
+    """The traffic of one slice of a workload, and how each launch grows to the full call's."""
 
     workload: str
     direction: Direction
     slice: Slice
     launches: list[LaunchTraffic]
+    growth: list[Growth]
 
-    def moved(self, index: int, resident_programs: int) -> dict[Size, int]:
-        """Bytes that a launch of the slice moves, of which so many programs run on a multiprocessor at once."""
-        facts = self.slice.facts
-        by_tensor = self.launches[index].moved(resident_programs * facts.multiprocessors, facts.l2_bytes)
-        sizes: dict[Size, int] = {}
-        for argument, count in by_tensor.items():
-            sizes[size_of(argument)] = sizes.get(size_of(argument), 0) + count
-        return sizes
-
-    def moved_by_call(self, resident_programs: Sequence[int]) -> dict[Size, int]:
-        """The same of all launches together."""
+    def moved(self, resident_programs: Sequence[int]) -> dict[Size, int]:
+        """Bytes that the slice's call moves, by size of tensor; of each launch so many programs run on a multiprocessor
+        at once."""
         total: dict[Size, int] = {}
         for index, resident in enumerate(resident_programs):
-            for size, count in self.moved(index, resident).items():
-                total[size] = total.get(size, 0) + count
+            for argument, count in self._moved(index, resident).items():
+                total[size_of(argument)] = total.get(size_of(argument), 0) + count
         return total
 
-    def full_moved(self, index: int, resident_programs: int) -> dict[Size, float]:
-        """Bytes that this launch moves in the full call: partial sums grow with the multiprocessors, parameters not at
-        all, everything else with the rows."""
-        moved = self.moved(index, resident_programs)
-        return {size: count * self._growth(size, parameter=1.0) for size, count in moved.items()}
+    def full_moved(self, index: int, resident_programs: int) -> float:
+        """Bytes that a launch moves in the full call."""
+        growth = self.growth[index].bytes
+        return sum(count * growth[argument] for argument, count in self._moved(index, resident_programs).items())
 
-    def full_asked(self, index: int, programs: int) -> float:
-        """Bytes that this launch, of so many programs, asks for in the full call; each program asks for parameters."""
-        launch = self.launches[index]
+    def full_asked(self, index: int) -> float:
+        """Bytes that a launch asks for in the full call. Each program asks for its parameters anew."""
+        growth = self.growth[index]
+        asked = {tensor.argument: tensor.asked_read + tensor.asked_written for tensor in self.launches[index].tensors}
         return sum(
-            (tensor.asked_read + tensor.asked_written)
-            * self._growth(size_of(tensor.argument), parameter=programs / launch.programs)
-            for tensor in launch.tensors
+            count * (growth.programs if size_of(argument) == "parameter" else growth.bytes[argument])
+            for argument, count in asked.items()
         )
 
-    def _growth(self, size: Size, parameter: float) -> float:
-        if size == "parameter":
-            return parameter
-        return self.slice.multiprocessors if size == "partial" else 1 / self.slice.share
+    def _moved(self, index: int, resident_programs: int) -> dict[str, int]:
+        facts = self.slice.facts
+        return self.launches[index].moved(resident_programs * facts.multiprocessors, facts.l2_bytes)
 
 
 def slice_of(workload: Workload, facts: DeviceFacts = H200) -> Slice:
     """The slice of a workload on a device with these facts."""
     full = workload.shape("full")
     if elements(full) <= SMALL_CALL:
-        return Slice(full, facts, 1.0, 1)
+        return Slice(full, facts, 1.0)
     rows = max(1, elements(full) // full[-1] // facts.multiprocessors // PART_OF_A_MULTIPROCESSOR)
     part = facts._replace(multiprocessors=1, l2_bytes=facts.l2_bytes // facts.multiprocessors)
-    return Slice((rows, full[-1]), part, rows * full[-1] / elements(full), facts.multiprocessors)
-
-
-def slice_case(workload: Workload, part: Slice, dtype: torch.dtype) -> Case:
-    """The tensors of a slice; what is in them does not matter."""
-    return workload.case_of(part.shape, lambda shape, *_: torch.zeros(shape, dtype=dtype))
+    return Slice((rows, full[-1]), part, rows * full[-1] / elements(full))
 
 
 def count(workload: Workload, dtype: torch.dtype, direction: Direction, facts: DeviceFacts = H200) -> Counted:
-    """Runs a slice of a workload under the counter."""
+    """Runs a slice of a workload under the counter. RuntimeError where it does not launch what the full call does."""
     part = slice_of(workload, facts)
     counter = TrafficCounter()
-    case = slice_case(workload, part, dtype)
+    case: Case = workload.case_of(part.shape, lambda shape, *_: torch.zeros(shape, dtype=dtype))
     with fused_ops.use_backend("triton"), assume_device(part.facts), watch(counter):
         run(workload.ours(), case, direction)
-    return Counted(workload.name, direction, part, counter.launches)
+    small = planned(workload, part.shape, dtype, direction, part.facts)
+    large = planned(workload, workload.shape("full"), dtype, direction, facts)
+    kernels = [[launch.kernel for launch in launches] for launches in (counter.launches, large)]
+    if kernels[0] != kernels[1]:
+        raise RuntimeError(
+            f"a slice of {workload.name} must launch what the full call does, {kernels[1]}, but launches {kernels[0]}"
+        )
+    growth = [
+        Growth(
+            full.programs / of_slice.programs,
+            {name: count / of_slice.tensor_bytes[name] for name, count in full.tensor_bytes.items()},
+        )
+        for of_slice, full in zip(small, large, strict=True)
+    ]
+    return Counted(workload.name, direction, part, counter.launches, growth)
