@@ -10,11 +10,11 @@ PYTEST := OMP_NUM_THREADS=1 $(IN_VENV) pytest -p no:benchmark -n auto --maxproce
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help bench test test-full bench-pytest lint clean
+.PHONY: help bench audit test test-full bench-pytest lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile
-	@echo '  PYTHON=python3.12 chooses the interpreter; ARGS="..." goes to the benchmark or to pytest.'
+	@echo '  PYTHON=python3.12 chooses the interpreter; ARGS="..." goes to the benchmark, the audit or pytest.'
 
 bench: ## compare the fused calls with torch on the device that is here (ARGS=--full: every workload)
 	$(MAKE_VENV) bench
@@ -36,6 +36,10 @@ test: ## run the tests
 
 test-full: ## run the tests and the long sweep
 	$(call run-tests,-m 'full or not full')
+
+audit: ## see performance without a GPU: kernels compiled and read, traffic counted (ARGS=--full: the launch tables too)
+	$(MAKE_VENV) bench
+	$(IN_VENV) benchmarks.audit $(ARGS)
 
 bench-pytest: ## time the same calls as pytest-benchmark does
 	$(MAKE_VENV) test,bench
