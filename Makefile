@@ -37,7 +37,7 @@ test: ## run the tests
 test-full: ## run the tests and the long sweep
 	$(call run-tests,-m 'full or not full')
 
-audit: ## see performance without a GPU: kernels compiled and read, traffic counted (ARGS=--full: the launch tables too)
+audit: ## see performance without a GPU: compiled kernels, memory traffic (ARGS=--full: launch tables)
 	$(MAKE_VENV) bench
 	$(IN_VENV) benchmarks.audit $(ARGS)
 

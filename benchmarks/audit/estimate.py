@@ -11,7 +11,6 @@ memory, the dependence of one instruction on another, clocks that fall with the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .binary import CompiledLaunch
@@ -91,8 +90,3 @@ def idle_share(launch: CompiledLaunch, device: Device) -> float:
     working = (1 - launch.overlap) * launch.code.loop_instructions * launch.warps / unit.issue / device.clock
     moving = launch.code.loop_bytes * launch.threads * multiprocessors / (device.copy_share * device.bandwidth)
     return working / (working + moving)
-
-
-def total(work: Iterable[Work], device: Device) -> float:
-    """Seconds of a call, one launch after the other."""
-    return sum(estimate(each, device).seconds for each in work)

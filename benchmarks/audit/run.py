@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, as_completed
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from .. import environment
+from ..traffic import Direction
 from ..workloads import WORKLOADS, Workload
 from . import jobs, sweep
 from .findings import Finding
@@ -26,20 +28,22 @@ from .host import HostTime
 from .processes import workers
 from .report import Audit, summary
 from .rows import AuditRow, assemble
-from .targets import DEVICE_OF, TARGETS
+from .slices import Counted
+from .targets import DEVICE_OF, DEVICES, TARGETS, Device
 
 DTYPES = ("bfloat16", "float32")
 CALLS_A_JOB = 20  # of the sweep
 
+Pair = tuple[str, str]  # type, target
 Key = tuple[str, str, str]  # workload, type, target
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.audit", description=__doc__)
-    parser.add_argument("--target", choices=tuple(TARGETS), default="sm_90", help="the one that the table shows")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="the type that the table shows")
-    parser.add_argument("--only", action="store_true", help="compile for that target and type alone")
+    parser.add_argument("--device", choices=tuple(DEVICES), default="H200", help="the one that the table is of")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="the type that the table is of")
+    parser.add_argument("--only", action="store_true", help="compile for that device and type alone")
     parser.add_argument(
         "--filter", nargs="*", default=[], metavar="TEXT", help="only workloads whose name holds a text"
     )
@@ -69,24 +73,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def perform(chosen: Sequence[Workload], options: argparse.Namespace, described: dict[str, Any]) -> Audit:
-    """Everything the options ask for, by worker processes."""
-    shown = (options.dtype, options.target)
-    names = [workload.name for workload in chosen]
+    """Everything the options ask for."""
+    device = DEVICES[options.device]
+    devices = {**DEVICE_OF, device.target: device}
+    shown = (options.dtype, device.target)
     pairs = [shown] if options.only else [(dtype, target) for dtype in DTYPES for target in TARGETS]
-    counted_pairs = pairs if options.full else [shown]
     swept = list(sweep.calls())[:: options.every] if options.full else []
-    targets = list(dict.fromkeys(target for _, target in pairs))
+    work = _work([workload.name for workload in chosen], pairs, pairs if options.full else [shown], swept)
+    found = [finding for each in work.compiled.values() for finding in each.findings]
+    rows: list[AuditRow] = []
+    for key in work.counted:
+        for row, findings in _rows(key, work, devices[key[2]]):
+            found += findings
+            if key[1:] == shown:
+                rows.append(row)
+    entries = len(swept) * len({target for _, target in pairs})
+    return Audit(described, rows, list(dict.fromkeys(found)), list(dict.fromkeys(work.spills)), entries)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What worker processes found."""
+
+    compiled: dict[Key, jobs.Compiled]
+    counted: dict[Key, dict[Direction, Counted]]
+    host: dict[str, dict[Direction, HostTime]]
+    spills: list[sweep.Spill]
+
+
+def _work(
+    names: Sequence[str], compiled_pairs: Sequence[Pair], counted_pairs: Sequence[Pair], swept: Sequence[sweep.Call]
+) -> _Work:
+    targets = list(dict.fromkeys(target for _, target in compiled_pairs))
     shares = [(swept[first : first + CALLS_A_JOB], t) for t in targets for first in range(0, len(swept), CALLS_A_JOB)]
     cores = os.cpu_count() or 2
     with ExitStack() as stack:
         interpreting = stack.enter_context(workers(interpret=True, count=max(1, cores // 2)))
         compiling = stack.enter_context(workers(interpret=False, count=cores))
-        total = len(names) * (len(counted_pairs) + len(pairs) + 1) + len(shares)
+        total = len(names) * (len(counted_pairs) + len(compiled_pairs) + 1) + len(shares)
         bar = stack.enter_context(tqdm(total=total, unit="job"))
-        counting = _submit(interpreting, jobs.count_workload, names, counted_pairs)
-        compilation = _submit(compiling, jobs.compile_workload, names, pairs)
+        counted = _submit(interpreting, jobs.count_workload, names, counted_pairs)
+        compiled = _submit(compiling, jobs.compile_workload, names, compiled_pairs)
         sweeping = [compiling.submit(jobs.compile_tables, calls, target) for calls, target in shares]
-        for done in as_completed([*counting.values(), *compilation.values(), *sweeping]):
+        for done in as_completed([*counted.values(), *compiled.values(), *sweeping]):
             done.result()  # raises here what was raised there
             bar.update()
         # Alone: what else runs would be timed with it.
@@ -94,36 +123,28 @@ def perform(chosen: Sequence[Workload], options: argparse.Namespace, described: 
         for name in names:
             host[name] = compiling.submit(jobs.time_on_host, name).result()
             bar.update()
-    compiled = {key: future.result() for key, future in compilation.items()}
-    counted = {key: future.result() for key, future in counting.items()}
-    found = [finding for each in compiled.values() for finding in each.findings]
-    rows: list[AuditRow] = []
-    for key, of_directions in counted.items():
-        for row, findings in _rows(key, compiled[key], of_directions, host):
-            found += findings
-            if key[1:] == shown:
-                rows.append(row)
-    spills = [spill for future in sweeping for spill in future.result()]
-    return Audit(described, rows, list(dict.fromkeys(found)), list(dict.fromkeys(spills)), len(swept) * len(targets))
+    return _Work(
+        {key: future.result() for key, future in compiled.items()},
+        {key: future.result() for key, future in counted.items()},
+        host,
+        [spill for future in sweeping for spill in future.result()],
+    )
 
 
-def _submit(
-    pool: Executor, job: Callable[..., Any], names: Sequence[str], pairs: Sequence[tuple[str, str]]
-) -> dict[Key, Future]:
+def _submit(pool: Executor, job: Callable[..., Any], names: Sequence[str], pairs: Sequence[Pair]) -> dict[Key, Future]:
     return {(name, *pair): pool.submit(job, name, *pair) for pair in pairs for name in names}
 
 
-def _rows(
-    key: Key, compiled: jobs.Compiled, counted: dict, host: dict[str, dict[Any, HostTime]]
-) -> Iterator[tuple[AuditRow, list[Finding]]]:
-    name, dtype_name, target = key
-    for direction, traffic in counted.items():
+def _rows(key: Key, work: _Work, device: Device) -> Iterator[tuple[AuditRow, list[Finding]]]:
+    name, dtype_name, _ = key
+    compiled = work.compiled[key]
+    for direction, counted in work.counted[key].items():
         yield assemble(
             WORKLOADS[name],
             getattr(torch, dtype_name),
             compiled.launches[direction],
             max(compiled.compilations.values()),
-            traffic,
-            DEVICE_OF[target],
-            host[name][direction],
+            counted,
+            device,
+            work.host[name][direction],
         )
