@@ -72,6 +72,17 @@ def of_compilations(compilations: Mapping[str, int], where: str) -> list[Finding
     ]
 
 
+def of_layouts(few: set[tuple[str, str]], many: set[tuple[str, str]], where: str) -> list[Finding]:
+    """Of what the kernels for few rows reduce and those for many: a row has the same bits only if they add alike."""
+    if few == many:
+        return []
+    found, expected = (
+        ", ".join(f"{shape} {layout}" for shape, layout in sorted(one - other)) or "nothing else"
+        for one, other in ((many, few), (few, many))
+    )
+    return [Finding(where, "the forward", "sums many rows in another order than few", found, expected)]
+
+
 def of_call(launches: Iterable[CompiledLaunch], where: str, elements: int, device: Device) -> list[Finding]:
     """Of all launches of a call."""
     return [found for launch in launches for found in of_launch(launch, where, elements, device)]

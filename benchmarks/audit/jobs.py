@@ -12,11 +12,13 @@ from ..workloads import WORKLOADS, elements
 from . import findings, host, offline, slices, sweep
 from .binary import CompiledLaunch
 from .findings import Finding
+from .layouts import reduction_layouts
 from .slices import Counted
 from .targets import DEVICE_OF, TARGETS
 
 # One row, an odd number, one that 16 divides, and more rows than a multiprocessor can hold.
 ROW_COUNTS = (1, 3, 16, 5000)
+FEW = 4  # rows, that several programs share if they are long
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,12 @@ def compile_workload(name: str, dtype_name: str, target_name: str) -> Compiled:
         for direction, of_direction in launches.items()
         for finding in findings.of_call(of_direction, f"{where} {direction}", elements(shape), device)
     ]
-    return Compiled(launches, compilations, found + findings.of_compilations(compilations, where))
+    few, many = (
+        reduction_layouts(offline.record(workload, dtype, "forward", target, (count, shape[-1])))
+        for count in (FEW, rows)
+    )
+    found += findings.of_compilations(compilations, where) + findings.of_layouts(few, many, where)
+    return Compiled(launches, compilations, found)
 
 
 def count_workload(name: str, dtype_name: str, target_name: str) -> dict[Direction, Counted]:

@@ -198,5 +198,7 @@ def test_a_reduction_in_another_layout_is_told_apart(sm_90):
     for warps in (4, 8, 4):
         row_sums_kernel[(4,)](*x_and_y(), 32, 4096, 1, num_warps=warps)
     four, eight, again = (reduction_layouts([launch]) for launch in sm_90)
-    assert four == again
-    assert four != eight
+    assert findings.of_layouts(four, again, "here") == []
+    (finding,) = findings.of_layouts(four, eight, "here")
+    assert finding.what == "sums many rows in another order than few"
+    assert "warpsPerCTA = [8]" in finding.found and "warpsPerCTA = [4]" in finding.allowed
