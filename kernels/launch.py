@@ -141,8 +141,10 @@ def row_forward_config(
     # y move; wider weights move as much as x and y, where one row a tile would move twice that. Above, two rows leave
     # only one program a multiprocessor.
     two_rows = span <= 4096 or (span <= 8192 and parameter_itemsize > itemsize and not ragged)
-    # 64 bytes of x a thread: with the two programs that fit, 32 KB and more in flight on a multiprocessor.
-    tile = _row_tile(span, 64 // itemsize, least_rows=2 if two_rows else 1)
+    # 64 bytes of x a thread: with the two programs that fit, 32 KB and more in flight on a multiprocessor. 16 elements
+    # where each has an address and a mask of its own.
+    elements_per_thread = 16 if ragged and span <= 1024 else 64 // itemsize
+    tile = _row_tile(span, elements_per_thread, least_rows=2 if two_rows else 1)
     if ragged:
         return replace(tile, most_registers=min(255, 65536 // (tile.num_warps * THREADS_PER_WARP)))
     return tile
