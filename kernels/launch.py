@@ -171,11 +171,14 @@ def row_backward_config(span: int, itemsize: int, operands: int, activations: in
     wide = itemsize == 4 and activations >= 3 and span <= 4096
     elements_per_thread = 8 if crowded or wide or span <= 1024 else 16
     stages = 3 if 2 * activations * span * itemsize <= _SHARED_BYTES else 2
-    # 16 warps a multiprocessor; fewer where several rows a tile have masks and addresses of their own: 12 where three
-    # float32 tensors leave them little room, 8 where the rows are ragged.
+    # 16 warps a multiprocessor. Fewer where elements have masks and addresses of their own, since rows are ragged or
+    # several make a tile: 12 where three float32 tensors leave those little room, 8 where both come together.
+    several_rows, ragged = span <= 128 * elements_per_thread, _ragged(span, itemsize)
     most_registers = 128
-    if span <= 128 * elements_per_thread:
-        most_registers = 255 if _ragged(span, itemsize) else 168 if wide and crowded else 128
+    if several_rows and ragged:
+        most_registers = 255
+    elif (several_rows or ragged) and wide and crowded:
+        most_registers = 168
     return _row_tile(span, elements_per_thread, stages=stages, most_registers=most_registers)
 
 

@@ -54,8 +54,8 @@ def launch(kernel: str, registers: int, loads: int) -> CompiledLaunch:
 def row() -> AuditRow:
     estimates = Estimate(9e-6, 2e-6, 1e-6, 1e-6), Estimate(1e-6, 2e-6, 1e-6, 4e-6)
     launches = [
-        LaunchRow(launch("large_kernel", 64, 4), 4 * MIB, 6 * MIB, estimates[0]),
-        LaunchRow(launch("column_sum_kernel", 99, 1), 1 * MIB, 1 * MIB, estimates[1]),
+        LaunchRow(launch("large_kernel", 64, 4), 4 * MIB, 6 * MIB, 9.5, estimates[0]),
+        LaunchRow(launch("column_sum_kernel", 99, 1), 1 * MIB, 1 * MIB, 0.25, estimates[1]),
     ]
     names = ("w", "layer_norm", (8, 4), "bfloat16", "forward+backward", "sm_90", "H200")
     return AuditRow(*names, launches, 4.0 * MIB, 1, HostTime(20e-6, 10e-6))
@@ -66,7 +66,7 @@ def test_a_row_adds_its_launches_up() -> None:
     10 and 6 us. Registers, widths and flight are those of the launch that touches tensors of x's size."""
     heading, _, cells = report.text(report.columns([row()]), [row()]).splitlines()
     assert "moved MiB  / least  asked / moved" in heading and "estimate us  by" in heading
-    assert " ".join(cells.split()) == "w 8x4 fwd+bwd 2 5.00 1.25 1.40 64 0 97% 32 1 20 2.00 16.0 memory"
+    assert " ".join(cells.split()) == "w 8x4 fwd+bwd 2 5.00 1.25 1.40 9.8 64 0 97% 32 1 20 2.00 16.0 memory"
 
 
 def test_a_failing_audit_names_what_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:

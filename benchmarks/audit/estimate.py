@@ -25,6 +25,16 @@ class Work:
     moved_bytes: float
     asked_bytes: float
 
+    @property
+    def thread_bytes(self) -> float:
+        """Bytes that each thread asks for."""
+        return self.asked_bytes / (self.launch.programs * self.launch.threads)
+
+    @property
+    def instructions(self) -> float:
+        """Those of all threads together."""
+        return self.launch.code.issued(self.thread_bytes) * self.launch.threads * self.launch.programs
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -51,9 +61,8 @@ def estimate(work: Work, device: Device) -> Estimate:
     launch = work.launch
     busy = min(device.facts.multiprocessors, launch.programs)
     issue_rate = device.clock * TARGETS[device.target].multiprocessor.issue * busy
-    thread_bytes = work.asked_bytes / (launch.programs * launch.threads)
-    issued = launch.code.issued(thread_bytes) * launch.warps * launch.programs
-    in_flight = busy * _sustained_bytes(launch, thread_bytes, device)
+    issued = work.instructions * launch.warps / launch.threads
+    in_flight = busy * _sustained_bytes(launch, work.thread_bytes, device)
     copy = device.copy_share * device.bandwidth
     bandwidth = min(copy * (1 - idle_share(launch, device)), in_flight / device.latency)
     return Estimate(

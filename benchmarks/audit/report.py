@@ -17,11 +17,11 @@ from .targets import DEVICES
 
 LEGEND = """\
 moved: bytes of distinct addresses of every launch, of a second walk again where it leaves the L2; least: the fewest
-that the call can move; asked: bytes asked for. regs: a thread's, the most of the call's kernels; spill: bytes a thread;
-16 B: share of the bytes that are accessed 16 a thread at a time; in flight: loads on their way on a multiprocessor, the
-fewest of the kernels; comp: compilations of a kernel over row counts. host: Python of one call whose launches cost
-nothing, and over that of torch eager's chain. estimate: by a model from these counts for the {device}, and what bounds
-it; no measurement."""
+that the call can move; asked: bytes asked for. instr: instructions that threads issue for each element of x; regs: a
+thread's, the most of the call's kernels; spill: bytes a thread; 16 B: share of the bytes that are accessed 16 a thread
+at a time; in flight: loads on their way on a multiprocessor, the fewest of the kernels; comp: compilations of a kernel
+over row counts. host: Python of one call whose launches cost nothing, and over that of torch eager's chain. estimate: by
+a model from these counts for the {device}, and what bounds it; no measurement."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def columns(rows: Sequence[AuditRow]) -> list[Column[AuditRow]]:
         Column("moved MiB", lambda row: three_digits(row.moved_bytes / MIB)),
         Column("/ least", lambda row: f"{row.moved_bytes / row.least_bytes:.2f}"),
         Column("asked / moved", lambda row: f"{row.asked_bytes / row.moved_bytes:.2f}"),
+        Column("instr", lambda row: f"{sum(launch.instructions for launch in row.launches):.1f}"),
         Column("regs", lambda row: str(max(launch.registers for launch in row.large))),
         Column("spill", lambda row: str(sum(launch.compiled.spilled_bytes for launch in row.launches))),
         Column("16 B", lambda row: f"{min(launch.wide_share for launch in row.large):.0%}"),

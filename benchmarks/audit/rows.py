@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..records import Call
-from ..workloads import WORKLOADS, Workload
+from ..workloads import WORKLOADS, Workload, elements
 from . import allowances
 from .allowances import LEAST, Schedule, allowance
 from .binary import CompiledLaunch
@@ -22,11 +22,13 @@ from .targets import Device
 
 @dataclass(frozen=True)
 class LaunchRow:
-    """One launch of a call: as compiled, the bytes that it moves and asks for, and an estimate of its time."""
+    """One launch of a call: as compiled, the bytes that it moves and asks for, instructions that its threads issue for
+    each element of x, and an estimate of its time."""
 
     compiled: CompiledLaunch
     moved_bytes: float
     asked_bytes: float
+    instructions: float
     estimate: Estimate
 
 
@@ -84,11 +86,12 @@ def assemble(
         raise RuntimeError(
             f"a slice of {workload.name} must launch what the full call does, {kernels[0]}, but launches {kernels[1]}"
         )
-    launches = []
+    full, launches = workload.shape("full"), []
     for index, launch in enumerate(compiled):
         moved, asked = counted.full_moved(index, launch.resident_programs), counted.full_asked(index)
-        launches.append(LaunchRow(launch, moved, asked, estimate(Work(launch, moved, asked), device)))
-    full, type_name = workload.shape("full"), str(dtype).removeprefix("torch.")
+        work = Work(launch, moved, asked)
+        launches.append(LaunchRow(launch, moved, asked, work.instructions / elements(full), estimate(work, device)))
+    type_name = str(dtype).removeprefix("torch.")
     least = allowance(workload, unfilled_case(workload, full, dtype, "meta"), counted.direction, LEAST).total
     names = (workload.name, workload.function, full, type_name, counted.direction)
     row = AuditRow(*names, device.target, device.name, launches, least, compilations, host)
