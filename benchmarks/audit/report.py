@@ -20,8 +20,8 @@ moved: bytes of distinct addresses of every launch, of a second walk again where
 that the call can move; asked: bytes asked for. instr: instructions that threads issue for each element of x; regs: a
 thread's, the most of the call's kernels; spill: bytes a thread; 16 B: share of the bytes that are accessed 16 a thread
 at a time; in flight: loads on their way on a multiprocessor, the fewest of the kernels; comp: compilations of a kernel
-over row counts. host: Python of one call whose launches cost nothing, and over that of torch eager's chain. estimate: by
-a model from these counts for the {device}, and what bounds it; no measurement."""
+over row counts. host: Python of one call whose launches cost nothing, and over that of torch eager's chain. estimate:
+by a model from these counts for the {device}, and what bounds it; no measurement."""
 
 
 @dataclass(frozen=True)
