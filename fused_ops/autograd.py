@@ -199,7 +199,8 @@ def _unpack(bits: Tensor, span: int) -> Tensor:
     return ((bits.unsqueeze(-1) >> places) & 1).flatten(1)[:, :span].bool()
 
 
-# torch.autograd.Function.apply without its look for torch.func's transforms, under which no kernel runs.
+# torch.autograd.Function.apply without its look for torch.func's transforms and the wrappers that they leave: no kernel
+# runs for these (functional._kernel).
 _apply = super(torch.autograd.Function, RowNormFunction).apply
 
 

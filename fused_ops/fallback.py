@@ -28,6 +28,14 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def left_a_transform(*tensors: Tensor | None) -> bool:
+    """Whether a tensor was made under a torch.func transform and still wears its wrapper, which holds no memory."""
+    if torch.compiler.is_compiling():
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return True in [tensor is not None and wrapped(tensor) for tensor in tensors]
+
+
 class _Hardsigmoid(torch.autograd.Function):
     """F.hardsigmoid with a gradient that can be differentiated, as torch's own cannot."""
 

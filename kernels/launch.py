@@ -20,11 +20,13 @@ THREADS_PER_WARP = 32  # what a warp count means here; the launcher converts it 
 
 
 class DeviceFacts(NamedTuple):
-    """What a schedule needs to know of a device; registers are those of a multiprocessor, 32 bits each."""
+    """What a schedule needs to know of a device. registers: of a multiprocessor, 32 bits each. shared_bytes: the most
+    that a program may have for tiles that are loaded ahead."""
 
     multiprocessors: int
     l2_bytes: int
     registers: int = 65536
+    shared_bytes: int = 227 << 10
 
 
 # CPU tensors reach a kernel only interpreted, or under a driver that compiles for a GPU which is not there.
@@ -52,7 +54,9 @@ def device_facts(device: torch.device) -> DeviceFacts:
 def _present_facts(device: torch.device) -> DeviceFacts:
     properties = torch.cuda.get_device_properties(device)
     registers = getattr(properties, "regs_per_multiprocessor", 65536)  # an attribute that torch's stubs lack
-    return DeviceFacts(properties.multi_processor_count, properties.L2_cache_size, registers)
+    # AMD's pipeline keeps tiles in registers.
+    shared = 160 << 10 if torch.version.hip else getattr(properties, "shared_memory_per_block_optin", 48 << 10)
+    return DeviceFacts(properties.multi_processor_count, properties.L2_cache_size, registers, shared)
 
 
 # --- configurations ------------------------------------------------------------------------------------------------
@@ -108,8 +112,19 @@ def _ragged(span: int, itemsize: int) -> bool:
     return span % (16 // itemsize) != 0
 
 
-# Of shared memory for a program, what every target has (an A100 163 KB; AMD's pipeline keeps tiles in registers).
-_SHARED_BYTES = 160 << 10
+def _mixed(itemsize: int, loaded_bytes: int) -> bool:
+    """Whether a backward of 16-bit x reads float32 tensors as well: a total, and its gradient."""
+    return itemsize == 2 and loaded_bytes > 3 * itemsize
+
+
+# Of a program's shared memory, for reductions.
+_SCRATCH_BYTES = 2 << 10
+
+
+def _loads_ahead(block_span: int, loaded_bytes: int, shared_bytes: int) -> bool:
+    """Whether two tiles, of so many bytes a column, find room in shared memory while a third is worked on."""
+    return 2 * block_span * loaded_bytes <= shared_bytes - _SCRATCH_BYTES
+
 
 # The longest rows that are held whole are the longest that do not spill, for any activation, residual and parameter
 # type, on sm_80, sm_90, sm_100 and gfx942, with Triton 3.6, 3.7 and 3.9: one table for all of them.
@@ -150,17 +165,21 @@ def row_forward_config(
     return tile
 
 
-def row_backward_config(span: int, itemsize: int, operands: int, activations: int) -> RowConfig | None:
+def row_backward_config(
+    span: int, itemsize: int, operands: int, loaded_bytes: int, shared_bytes: int
+) -> RowConfig | None:
     """Tile of the backward kernel that holds whole rows, or None where a row has to be cut into chunks.
 
     operands counts what a program keeps in registers, or has no registers to spare for, while it goes down the rows:
-    weight, bias, the sums for dweight and dbias, and the bit mask. A bias is kept only to compute z again. activations
-    counts the tensors of x's size that it reads.
+    weight, bias, the sums for dweight and dbias, and the bit mask. A bias is kept only to compute z again. loaded_bytes
+    are those of an element of every tensor of x's size that it reads, shared_bytes what a program may have.
     """
     crowded = operands >= 4
     longest = {2: 4096 if crowded else 8192, 4: 4096 if crowded else 8192, 8: 1024}[itemsize]
     if _ragged(span, itemsize):
         longest = min(longest, 2048)
+    elif _mixed(itemsize, loaded_bytes):
+        longest = 2048 if operands >= 3 else 4096
     if span > longest:
         return None
     if itemsize == 8:
@@ -168,9 +187,9 @@ def row_backward_config(span: int, itemsize: int, operands: int, activations: in
     # 32 KB of dy and x in flight with the programs of `backward_programs`, of half as many elements where registers are
     # short, or several rows a tile take some to spread the weights over them. With three stages tiles are loaded while
     # another is worked on; with two, which need half the shared memory, a program waits for each of its tiles.
-    wide = itemsize == 4 and activations >= 3 and span <= 4096
+    wide = loaded_bytes >= 10 and span <= 4096
     elements_per_thread = 8 if crowded or wide or span <= 1024 else 16
-    stages = 3 if 2 * activations * span * itemsize <= _SHARED_BYTES else 2
+    stages = 3 if _loads_ahead(_padded_span(span), loaded_bytes, shared_bytes) else 2
     # 16 warps a multiprocessor. Fewer where elements have masks and addresses of their own, since rows are ragged or
     # several make a tile: 12 where three float32 tensors leave those little room, 8 where both come together.
     several_rows, ragged = span <= 128 * elements_per_thread, _ragged(span, itemsize)
@@ -182,10 +201,11 @@ def row_backward_config(span: int, itemsize: int, operands: int, activations: in
     return _row_tile(span, elements_per_thread, stages=stages, most_registers=most_registers)
 
 
-def column_block_config(span: int, itemsize: int) -> RowConfig:
-    """Block of columns that a program of the chunked backward goes down the rows with."""
-    most_registers = 255 if _ragged(span, itemsize) else 168
-    return RowConfig(1, 4096 // itemsize, num_warps=4, stages=3, most_registers=most_registers)
+def column_block_config(span: int, itemsize: int, loaded_bytes: int) -> RowConfig:
+    """Block of columns that a program of the chunked backward goes down the rows with: 4 KB, or 2 KB where elements
+    take more registers. loaded_bytes as in `row_backward_config`."""
+    crowded = _ragged(span, itemsize) or _mixed(itemsize, loaded_bytes)
+    return RowConfig(1, (2048 if crowded else 4096) // itemsize, num_warps=4, stages=3, most_registers=168)
 
 
 def resident_programs(config: RowConfig, facts: DeviceFacts) -> int:
@@ -222,13 +242,13 @@ def chunk_config(span: int, itemsize: int, loaded_itemsize: int) -> ChunkConfig:
     return _chunks(span, itemsize, num_warps=32 if wide else 16)
 
 
-def walk_stages(config: ChunkConfig, loaded_itemsize: int) -> int:
+def walk_stages(config: ChunkConfig, loaded_itemsize: int, shared_bytes: int) -> int:
     """Stages of the walk over chunks; loaded_itemsize as in `chunk_config`.
 
     With 32 warps a program has a multiprocessor for itself, and has to load ahead: all its warps wait for each sum.
     """
     alone = config.num_warps == 32
-    return 3 if alone and 2 * config.block_span * loaded_itemsize <= _SHARED_BYTES else 1
+    return 3 if alone and _loads_ahead(config.block_span, loaded_itemsize, shared_bytes) else 1
 
 
 def backward_chunk_config(span: int, itemsize: int) -> ChunkConfig:

@@ -178,10 +178,9 @@ def test_the_least_of_a_call_by_hand() -> None:
 def test_a_slice_is_a_multiprocessors_share_of_the_rows() -> None:
     part = slices.slice_of(WORKLOADS["layer_norm_1024"])
     assert part.shape == (65536 // 132 // 4, 1024)
-    assert part.share == pytest.approx(1 / 528, rel=0.01)
     assert part.facts.l2_bytes == (50 << 20) // 132
     whole = slices.slice_of(WORKLOADS["gpt2_decode_add_layer_norm"])
-    assert (whole.shape, whole.share) == ((8, 1, 768), 1.0)
+    assert (whole.shape, whole.multiprocessors) == ((8, 1, 768), 1)
 
 
 def test_a_slice_grows_to_the_full_call() -> None:
@@ -192,6 +191,30 @@ def test_a_slice_grows_to_the_full_call() -> None:
     assert counted.full_moved(0, 4) == pytest.approx(2 * S + 2 * weight + 2 * statistic)
     assert counted.full_moved(1, 4) == pytest.approx(3 * S + weight + 2 * statistic + 528 * 2 * 4096)
     assert counted.full_asked(1) == pytest.approx(3 * S + 2 * statistic + 528 * (weight + 2 * 4096))
+
+
+@pytest.mark.parametrize(
+    ("name", "direction"), [("layer_norm_4096", "forward+backward"), ("layer_norm_65536", "forward")]
+)
+def test_rows_that_are_shared_without_need_are_caught(
+    name: str, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of 4096 fit on chip, and those of 65536 are walked within the L2; shared they move more than they may."""
+    from fused_ops.kernels.row_norm import backward, forward
+
+    def forget_schedules() -> None:
+        forward._schedule.cache_clear()
+        backward._schedule.cache_clear()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(forward, "row_forward_config", lambda *sizes: None)
+        patched.setattr(backward, "row_backward_config", lambda *sizes: None)
+        patched.setattr(forward, "walks_rows", lambda *sizes: False)
+        forget_schedules()
+        counted = slices.count(WORKLOADS[name], torch.bfloat16, direction)  # type: ignore[arg-type]
+    forget_schedules()
+    found = {each.what for each in traffic_findings([1] * len(counted.launches), counted, torch.bfloat16, name)}
+    assert {"too many launches", "moves too many bytes (activation)"} <= found
 
 
 # A whole row, with a residual and a mask, a stream, a walked and a shared row: `make audit` has them all.

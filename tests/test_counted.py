@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="Triton is not installed, so there is nothing to count")
+
 from benchmarks import counted, memory, report, run
 from benchmarks.audit import eager, full_size, slices
 from benchmarks.environment import ROOT
@@ -201,11 +203,11 @@ def test_a_slice_scales_to_what_the_whole_call_moves(
 ) -> None:
     monkeypatch.setattr(slices, "SMALL_CALL", 0)
     part = slices.count(each, BF16, direction, facts)
-    assert part.slice.share < 0.2 and part.launches[0].kernel == kernel
+    assert part.slice.shape[0] < each.shape("full")[0] / 5 and part.launches[0].kernel == kernel
     scaled = full_size.count(each, BF16, direction, facts)
     monkeypatch.setattr(slices, "SMALL_CALL", 2**30)
     whole = slices.count(each, BF16, direction, facts)
-    assert whole.slice.share == 1
+    assert whole.slice.shape == each.shape("full")
     assert scaled.launches == len(whole.launches)
     moved = sum(sum(launch.moved(facts.multiprocessors, facts.l2_bytes).values()) for launch in whole.launches)
     assert scaled.moved_bytes == moved

@@ -11,6 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import func
 
 import fused_ops
+from fused_ops import functional as F
 from tests.calls import composed, fused, operands, scalar
 from tests.row_norm_cases import DEVICE, FUNCTIONS, TORCH_ACTIVATIONS, make_case, normal
 
@@ -139,3 +140,19 @@ def test_the_kernels_run_again_after_a_transform(case, triton_backend, monkeypat
     assert not launched
     fused(case)(*detached(case))
     assert launched
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_tensor_that_has_left_a_transform_is_normalized(requires_grad, each_backend):
+    """It still wears the transform's wrapper, which torch's functions take off, and in which no kernel finds memory."""
+    left = []
+
+    def square(x):
+        left.append(x * 2)
+        return x.square().sum()
+
+    x = torch.arange(16.0, device=DEVICE).view(2, 8)
+    func.grad(square)(x)
+    weight = torch.ones(8, device=DEVICE, requires_grad=requires_grad)
+    y = F.layer_norm(left[0], (8,), weight)
+    torch.testing.assert_close(y, torch.nn.functional.layer_norm(2 * x, (8,), weight))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="Triton is not installed, so there is nothing to watch")
+
 import triton
 import triton.language as tl
 
@@ -29,6 +34,15 @@ def copy_kernel(X_ptr, Y_ptr, elements, BLOCK: tl.constexpr, MASKED: tl.constexp
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = (offsets < elements) if MASKED else (offsets >= 0)
     tl.store(Y_ptr + offsets, tl.load(X_ptr + offsets, mask=mask), mask=mask)
+
+
+@triton.jit
+def block_copy_kernel(X_ptr, Y_ptr, elements, BLOCK: tl.constexpr):
+    """By block pointers, and y whole, without a boundary that is checked."""
+    first = tl.program_id(0) * BLOCK
+    x = tl.make_block_ptr(X_ptr, (elements,), (1,), (first,), (BLOCK,), (0,))
+    y = tl.make_block_ptr(Y_ptr, (elements,), (1,), (first,), (BLOCK,), (0,))
+    tl.store(y, tl.load(x))
 
 
 @triton.jit
@@ -77,6 +91,15 @@ def test_a_lane_out_of_bounds_is_caught_and_not_carried_out(masked):
     x, y = torch.arange(20.0), torch.full((20,), -1.0)
     problems = found(lambda: copy_kernel[(3,)](x, y, 20, BLOCK, masked))
     assert problems == ([] if masked else [OUT_OF_BOUNDS, OUT_OF_BOUNDS])
+    assert torch.equal(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:tl.make_block_ptr is deprecated")
+@pytest.mark.parametrize("elements", [16, 20])
+def test_block_pointers_are_watched(elements):
+    x, y = torch.arange(float(elements)), torch.empty(elements)
+    launch = functools.partial(block_copy_kernel[(-(-elements // BLOCK),)], x, y, elements, BLOCK)
+    assert found(launch) == ([] if elements == 16 else [OUT_OF_BOUNDS, OUT_OF_BOUNDS])
     assert torch.equal(x, y)
 
 

@@ -101,7 +101,7 @@ class Schedule:
         self.replace(backward_module, "row_backward_config", lambda *sizes: None)
         self.replace(backward_module, "backward_chunk_config", chunks_of(block_span, steps))
         block = launch.RowConfig(1, columns, num_warps=4, stages=2, most_registers=128)
-        self.replace(backward_module, "column_block_config", lambda span, itemsize: block)
+        self.replace(backward_module, "column_block_config", lambda *sizes: block)
         if stripes is not None:
             self.replace(backward_module, "column_stripes", lambda rows, *sizes: min(rows, stripes))
 

@@ -15,7 +15,15 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.calls import PLACES, composed, fused, gradients, operands, scalar
-from tests.row_norm_cases import DEVICE, FUNCTIONS, TORCH_ACTIVATIONS, Case, make_case
+from tests.row_norm_cases import (
+    DEVICE,
+    FUNCTIONS,
+    TORCH_ACTIVATIONS,
+    Case,
+    assert_same_bits,
+    make_case,
+    run_fused,
+)
 
 Tensor = torch.Tensor
 
@@ -321,3 +329,15 @@ def test_anomaly_detection_finds_no_anomaly(each_backend):
     case = make_case("layer_norm", 4, 8, residual=True, activation="elu")
     with pytest.warns(UserWarning, match="Anomaly Detection"), torch.autograd.detect_anomaly():
         gradients(fused(case), operands(case))
+
+
+@pytest.mark.parametrize("span", [48, 20_000])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_what_was_saved_may_come_back_in_another_layout(activation: str, span: int, triton_backend: None) -> None:
+    """A hook that packs may unpack to every second element of something: statistics and bits, too."""
+    case = make_case("layer_norm", 5, span, residual=True, activation=activation)
+    expected = run_fused(case)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: torch.stack((tensor, torch.zeros_like(tensor)), -1), lambda packed: packed[..., 0]
+    ):
+        assert_same_bits(run_fused(case), expected)

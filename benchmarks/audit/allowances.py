@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fused_ops.kernels.launch import DeviceFacts
 from fused_ops.kernels.row_norm import compute_dtype
 
 from ..traffic import Direction, backward_passes, forward_passes, keeps_mask
@@ -30,6 +31,13 @@ TOLERANCE = 1.05
 MOST_ASKED = (2.0, 3.0)
 
 
+# Spans, by the size of an element, up to which a program has to hold its row on chip: section 5 of the design. Crowded:
+# where z is computed again, with weight and bias beside their sums.
+HELD_FORWARD = {2: 16384, 4: 8192, 8: 2048}
+HELD_BACKWARD = {2: 8192, 4: 8192, 8: 1024}
+HELD_BACKWARD_CROWDED = {2: 4096, 4: 4096, 8: 1024}
+
+
 @dataclass(frozen=True)
 class Schedule:
     """What of a call's schedule its bytes depend on: into how many chunks all rows are cut in each direction, 0 where a
@@ -40,14 +48,31 @@ class Schedule:
     partial_rows: int = 0
 
     @classmethod
-    def of(cls, launches: Sequence[LaunchTraffic], multiprocessors: int) -> Schedule:
-        """The one that these launches follow, with as many partial rows as are allowed."""
+    def allowed(cls, workload: Workload, case: Case, launches: Sequence[LaunchTraffic], facts: DeviceFacts) -> Schedule:
+        """The one that these launches follow, where the call may be cut into chunks; otherwise that of whole rows. With
+        as many partial rows as are allowed."""
         programs = {launch.kernel: launch.programs for launch in launches}
-        return cls(
-            programs.get("row_moments_kernel", 0),
-            programs.get("row_gradient_sums_kernel", 0),
-            MOST_PARTIAL_ROWS * multiprocessors,
-        )
+        forward = programs.get("row_moments_kernel", 0) if _may_share_forward(workload, case, facts) else 0
+        backward = programs.get("row_gradient_sums_kernel", 0) if _may_share_backward(workload, case) else 0
+        return cls(forward, backward, MOST_PARTIAL_ROWS * facts.multiprocessors)
+
+
+def _may_share_forward(workload: Workload, case: Case, facts: DeviceFacts) -> bool:
+    """Whether rows are too long for the chip, and too few, or too long for the L2, to be walked."""
+    x = case.inputs["x"]
+    span = x.shape[-1]
+    if span <= HELD_FORWARD[x.itemsize]:
+        return False
+    row_bytes = span * (x.itemsize + (case.inputs["residual"].itemsize if workload.adds_first else 0))
+    # Rows over 64 KB have a multiprocessor for themselves; three of the others share one.
+    resident = facts.multiprocessors * (1 if row_bytes > 65536 else 3)
+    return x.numel() // span < facts.multiprocessors or resident * row_bytes > facts.l2_bytes // 2
+
+
+def _may_share_backward(workload: Workload, case: Case) -> bool:
+    x = case.inputs["x"]
+    crowded = workload.activation is not None and len(case.parameters) > 1
+    return bool(x.shape[-1] > (HELD_BACKWARD_CROWDED if crowded else HELD_BACKWARD)[x.itemsize])
 
 
 # A program has whole rows and one sums all parameter gradients: with it an allowance is the least that can be moved.

@@ -70,9 +70,9 @@ class LaunchTraffic:
     def moved(self, resident_programs: int, l2_bytes: int) -> dict[str, int]:
         """Bytes that count, by tensor: the distinct ones, and what is read again where that has left the L2 by then.
 
-        resident_programs: as many as run at once on the device.
+        resident_programs: as many as run at once on the device, each of which reads again as much as any of these.
         """
-        held = min(self.programs, resident_programs) * sum(tensor.again_footprint for tensor in self.tensors)
+        held = resident_programs * sum(tensor.again_footprint for tensor in self.tensors)
         again = held > l2_bytes // 2
         return {
             tensor.argument: tensor.read + tensor.written + (tensor.again if again else 0) for tensor in self.tensors

@@ -9,11 +9,14 @@ from .binary import WIDEST_ACCESS, CompiledLaunch
 from .estimate import idle_share
 from .targets import Device
 
-# Statistics and masks are narrower by nature: a few values beside rows of x.
-LEAST_WIDE_SHARE = 0.6
+# Statistics and masks are narrower by nature, a few values beside rows of x: at spans of 256 they are a quarter of the
+# bytes, and there are as many of their accesses as of wide ones. An operand that is read narrow has many more.
+LEAST_WIDE_SHARE = 0.7
+MOST_NARROW = 2.0  # accesses, for each wide one
 # From here on a call has to fill the device.
 LARGE_CALL = 4 * 2**20
 LEAST_BYTES_IN_FLIGHT = 32 * 2**10
+# A third of the time that loading takes: about what two programs a multiprocessor, half as large, would win back.
 MOST_IDLE = 0.3
 MOST_COMPILATIONS = 2
 # Sums some rows of partial sums; next to nothing beside the launch before it.
@@ -49,6 +52,10 @@ def of_launch(launch: CompiledLaunch, where: str, elements: int, device: Device)
     if launch.wide_share < LEAST_WIDE_SHARE:
         share, least = f"{launch.wide_share:.0%} of the bytes {WIDEST_ACCESS} at a time", f"{LEAST_WIDE_SHARE:.0%}"
         found.append(finding("narrow accesses", share, least))
+    wide = launch.widths.get(WIDEST_ACCESS, 0)
+    narrow = sum(launch.widths.values()) - wide
+    if narrow > MOST_NARROW * wide:
+        found.append(finding("narrow accesses", f"{narrow} beside {wide} of 16 bytes", f"{MOST_NARROW:.0f} for each"))
     if elements >= LARGE_CALL:
         if launch.programs < multiprocessors:
             found.append(finding("under-filled", f"{launch.programs} programs", f"{multiprocessors} and more"))

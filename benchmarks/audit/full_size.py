@@ -22,9 +22,9 @@ from .planned import planning
 def count(workload: Workload, dtype: torch.dtype, direction: Direction, facts: DeviceFacts = H200) -> Counts:
     """Of one call at the full size on a device with these facts."""
     counted = slices.count(workload, dtype, direction, facts)
-    # Only a compiler knows how many programs are resident, so all of a slice's are taken to be. Rows are walked twice
-    # where `walks_rows` of the launch tables finds that they stay in the L2 in between.
-    moved = sum(counted.full_moved(index, launch.programs) for index, launch in enumerate(counted.launches))
+    # How many programs are resident only a compiler knows. Nothing is read twice but by a walk, which `walks_rows` of
+    # the launch tables chooses only where the rows of all of them stay in the L2.
+    moved = sum(counted.full_moved(index, resident_programs=1) for index in range(len(counted.launches)))
     kept = _kept(workload, dtype) if direction == "forward+backward" else None
     return Counts(len(counted.launches), round(moved), kept)
 

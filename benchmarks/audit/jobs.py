@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..traffic import DIRECTIONS, Direction
 from ..workloads import WORKLOADS, elements
-from . import findings, host, offline, slices, sweep
+from . import findings, host, offline, slices
 from .binary import CompiledLaunch
 from .findings import Finding
 from .layouts import reduction_layouts
@@ -63,8 +62,3 @@ def time_on_host(name: str) -> dict[Direction, host.HostTime]:
     """Times Python's part of the calls of a workload. Needs a process that compiles, and a machine that does nothing
     else."""
     return {direction: host.host_time(WORKLOADS[name], direction) for direction in DIRECTIONS}
-
-
-def compile_tables(calls: Sequence[sweep.Call], target_name: str) -> list[sweep.Spill]:
-    """Some entries of the launch tables on one target. Needs a process that compiles."""
-    return sweep.spills(calls, target_name)

@@ -105,6 +105,6 @@ def traffic_findings(
     """Where a slice moves more than it is allowed; of each launch so many programs run on a multiprocessor at once."""
     workload, part = WORKLOADS[counted.workload], counted.slice
     case = unfilled_case(workload, part.shape, dtype, "meta")
-    schedule = Schedule.of(counted.launches, part.facts.multiprocessors)
+    schedule = Schedule.allowed(workload, case, counted.launches, part.facts)
     allowed = allowance(workload, case, counted.direction, schedule)
     return allowances.of_call(where, part.shape[-1], counted.launches, counted.moved(resident_programs), allowed)

@@ -32,7 +32,8 @@ from .slices import Counted
 from .targets import DEVICE_OF, DEVICES, TARGETS, Device
 
 DTYPES = ("bfloat16", "float32")
-CALLS_A_JOB = 20  # of the sweep
+CORES = os.cpu_count() or 2
+CALLS_A_POOL = 2000  # of the sweep
 
 Pair = tuple[str, str]  # type, target
 Key = tuple[str, str, str]  # workload, type, target
@@ -48,9 +49,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--filter", nargs="*", default=[], metavar="TEXT", help="only workloads whose name holds a text"
     )
     parser.add_argument("--full", action="store_true", help="every entry of the launch tables, traffic on every device")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="with --full, every N-th entry alone")
+    parser.add_argument("--every", type=_positive, default=1, metavar="N", help="with --full, every N-th entry alone")
     parser.add_argument("--output", type=Path, default=environment.LOCAL_RESULTS, help="folder of the JSON")
     return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, but is {number}")
+    return number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,8 +85,7 @@ def perform(chosen: Sequence[Workload], options: argparse.Namespace, described: 
     devices = {**DEVICE_OF, device.target: device}
     shown = (options.dtype, device.target)
     pairs = [shown] if options.only else [(dtype, target) for dtype in DTYPES for target in TARGETS]
-    swept = list(sweep.calls())[:: options.every] if options.full else []
-    work = _work([workload.name for workload in chosen], pairs, pairs if options.full else [shown], swept)
+    work = _work([workload.name for workload in chosen], pairs, pairs if options.full else [shown])
     found = [finding for each in work.compiled.values() for finding in each.findings]
     rows: list[AuditRow] = []
     for key in work.counted:
@@ -87,8 +93,8 @@ def perform(chosen: Sequence[Workload], options: argparse.Namespace, described: 
             found += findings
             if key[1:] == shown:
                 rows.append(row)
-    entries = len(swept) * len({target for _, target in pairs})
-    return Audit(described, rows, list(dict.fromkeys(found)), list(dict.fromkeys(work.spills)), entries)
+    spills, swept = _sweep(sorted({target for _, target in pairs}), options.every) if options.full else ([], 0)
+    return Audit(described, rows, list(dict.fromkeys(found)), spills, swept)
 
 
 @dataclass(frozen=True)
@@ -98,24 +104,17 @@ class _Work:
     compiled: dict[Key, jobs.Compiled]
     counted: dict[Key, dict[Direction, Counted]]
     host: dict[str, dict[Direction, HostTime]]
-    spills: list[sweep.Spill]
 
 
-def _work(
-    names: Sequence[str], compiled_pairs: Sequence[Pair], counted_pairs: Sequence[Pair], swept: Sequence[sweep.Call]
-) -> _Work:
-    targets = list(dict.fromkeys(target for _, target in compiled_pairs))
-    shares = [(swept[first : first + CALLS_A_JOB], t) for t in targets for first in range(0, len(swept), CALLS_A_JOB)]
-    cores = os.cpu_count() or 2
+def _work(names: Sequence[str], compiled_pairs: Sequence[Pair], counted_pairs: Sequence[Pair]) -> _Work:
     with ExitStack() as stack:
-        interpreting = stack.enter_context(workers(interpret=True, count=max(1, cores // 2)))
-        compiling = stack.enter_context(workers(interpret=False, count=cores))
-        total = len(names) * (len(counted_pairs) + len(compiled_pairs) + 1) + len(shares)
+        interpreting = stack.enter_context(workers(interpret=True, count=max(1, CORES // 2)))
+        compiling = stack.enter_context(workers(interpret=False, count=CORES))
+        total = len(names) * (len(counted_pairs) + len(compiled_pairs) + 1)
         bar = stack.enter_context(tqdm(total=total, unit="job"))
         counted = _submit(interpreting, jobs.count_workload, names, counted_pairs)
         compiled = _submit(compiling, jobs.compile_workload, names, compiled_pairs)
-        sweeping = [compiling.submit(jobs.compile_tables, calls, target) for calls, target in shares]
-        for done in as_completed([*counted.values(), *compiled.values(), *sweeping]):
+        for done in as_completed([*counted.values(), *compiled.values()]):
             done.result()  # raises here what was raised there
             bar.update()
         # Alone: what else runs would be timed with it.
@@ -127,8 +126,24 @@ def _work(
         {key: future.result() for key, future in compiled.items()},
         {key: future.result() for key, future in counted.items()},
         host,
-        [spill for future in sweeping for spill in future.result()],
     )
+
+
+def _sweep(targets: Sequence[str], every: int) -> tuple[list[sweep.Spill], int]:
+    """What spills in the launch tables, and how many calls were compiled."""
+    with workers(interpret=False, count=1) as pool:
+        calls = [(target, call) for target in targets for call in pool.submit(sweep.calls, target).result()[::every]]
+    spills: list[sweep.Spill] = []
+    with tqdm(total=len(calls), unit="call") as bar:
+        for first in range(0, len(calls), CALLS_A_POOL):  # a worker keeps what it compiled: gigabytes of all
+            with workers(interpret=False, count=CORES) as pool:
+                done = [
+                    pool.submit(sweep.spills, [call], target) for target, call in calls[first : first + CALLS_A_POOL]
+                ]
+                for future in as_completed(done):
+                    spills += future.result()
+                    bar.update()
+    return list(dict.fromkeys(spills)), len(calls)
 
 
 def _submit(pool: Executor, job: Callable[..., Any], names: Sequence[str], pairs: Sequence[Pair]) -> dict[Key, Future]:

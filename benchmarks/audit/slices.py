@@ -11,6 +11,7 @@ there. How large they are is seen by making both calls and running none of their
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,11 +33,11 @@ PART_OF_A_MULTIPROCESSOR = 4
 
 @dataclass(frozen=True)
 class Slice:
-    """share: of the full call's rows."""
+    """multiprocessors: of the full device for each of the slice's."""
 
     shape: Shape
     facts: DeviceFacts
-    share: float
+    multiprocessors: int
 
 
 @dataclass(frozen=True)
@@ -81,18 +82,20 @@ class Counted:
         )
 
     def _moved(self, index: int, resident_programs: int) -> dict[str, int]:
-        facts = self.slice.facts
-        return self.launches[index].moved(resident_programs * facts.multiprocessors, facts.l2_bytes)
+        facts, launch = self.slice.facts, self.launches[index]
+        full_programs = launch.programs * self.growth[index].programs / self.slice.multiprocessors
+        resident = min(resident_programs * facts.multiprocessors, math.ceil(full_programs))
+        return launch.moved(resident, facts.l2_bytes)
 
 
 def slice_of(workload: Workload, facts: DeviceFacts = H200) -> Slice:
     """The slice of a workload on a device with these facts."""
     full = workload.shape("full")
     if elements(full) <= SMALL_CALL:
-        return Slice(full, facts, 1.0)
+        return Slice(full, facts, 1)
     rows = max(1, elements(full) // full[-1] // facts.multiprocessors // PART_OF_A_MULTIPROCESSOR)
     part = facts._replace(multiprocessors=1, l2_bytes=facts.l2_bytes // facts.multiprocessors)
-    return Slice((rows, full[-1]), part, rows * full[-1] / elements(full))
+    return Slice((rows, full[-1]), part, facts.multiprocessors)
 
 
 def count(workload: Workload, dtype: torch.dtype, direction: Direction, facts: DeviceFacts = H200) -> Counted:

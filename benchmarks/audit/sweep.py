@@ -1,8 +1,8 @@
 """Every entry of the launch tables x type x activation x residual x target, compiled, to see that none spills.
 
-An entry is told apart by what the tables of fused_ops.kernels.launch return; it is compiled at the longest aligned span
-that gets it and, where rows may begin between 16-byte boundaries, at the longest odd one. What else a call may vary
-(LayerNorm or RMSNorm, parameters absent, of x's type or wider, float16 or bfloat16) goes round from call to call.
+An entry is what tells one compiled kernel from another apart from its span: warps, registers, tile, stages, access
+width, norm. Which entry a call gets is seen by making it and launching nothing. Each is compiled at the longest span,
+aligned or ragged, and with the most operands that get it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 import triton
 
 from fused_ops import functional as F
-from fused_ops.kernels import launch as tables
 from fused_ops.kernels.activations import ACTIVATIONS
+from fused_ops.kernels.launcher import Launcher
 
 from .binary import resources
 from .inert import compiling_for
@@ -26,11 +27,13 @@ from .targets import TARGETS
 
 Tensor = torch.Tensor
 Residual = Literal["none", "after", "before"]
-Parameters = Literal["same type", "float32", "none"]
+Parameters = Literal["float32", "same type", "none"]
+Entry = tuple[str, int, int | None, tuple[int, ...]]  # kernel, warps, registers, what else is constant
 
 RESIDUALS: tuple[Residual, ...] = ("none", "after", "before")
-PARAMETERS: tuple[Parameters, ...] = ("same type", "float32", "none")
+PARAMETERS: tuple[Parameters, ...] = ("float32", "same type", "none")
 HALF = (torch.bfloat16, torch.float16)
+DTYPES = (*HALF, torch.float32, torch.float64)
 # Above, chunks of a row only get more steps of the same tile: 2^20 has the most chunks, 2^23 several steps.
 WHOLE_ROWS = tuple(2**k for k in range(3, 16))
 LONG_ROWS = (40_960, 2**16, 2**20, 2**23)
@@ -47,6 +50,7 @@ class Call:
     residual: Residual
     parameters: Parameters
     subtract_mean: bool
+    wide_residual: bool = False  # float32, with half x
 
     @property
     def function(self) -> str:
@@ -57,7 +61,7 @@ class Call:
         named = {
             "": f"{self.function}, span {self.span}, {str(self.dtype).removeprefix('torch.')}",
             "activation": self.activation,
-            "residual": self.residual if self.residual == "after" else None,
+            "residual": "after" if self.residual == "after" else "float32" if self.wide_residual else None,
             "parameters": None if self.parameters == "same type" else self.parameters,
         }
         return ", ".join(f"{name} {value}".strip() for name, value in named.items() if value)
@@ -65,7 +69,9 @@ class Call:
     def run(self) -> None:
         """Forward and backward on tensors with nothing in them."""
         x = torch.empty(ROWS, self.span, dtype=self.dtype, requires_grad=True)
-        residual = None if self.residual == "none" else torch.empty_like(x, requires_grad=True)
+        residual = None
+        if self.residual != "none":
+            residual = torch.empty_like(x, dtype=torch.float32 if self.wide_residual else None, requires_grad=True)
         weight = bias = None
         if self.parameters != "none":
             wide = torch.float32 if self.parameters == "float32" and self.dtype in HALF else self.dtype
@@ -97,38 +103,45 @@ class Spill:
         )
 
 
-def _table_key(span: int, itemsize: int) -> tuple:
-    """What the tables say of a span, for every number of operands."""
-    ragged = span % (16 // itemsize) != 0
-    forward = tuple(
-        tables.row_forward_config(span, itemsize, operands, wide, activation)
-        for operands, wide, activation in itertools.product((1, 2, 3, 4), (0, itemsize, 4), (False, True))
+def _candidates(dtype: torch.dtype, activation: str | None, residual: Residual, wide_residual: bool) -> Iterator[Call]:
+    """Those with the most operands and the longest spans first."""
+    parameters = PARAMETERS if dtype in HALF else PARAMETERS[1:]
+    spans = sorted({span - odd for span in (*WHOLE_ROWS, *LONG_ROWS) for odd in (0, 1)}, reverse=True)
+    for own, span, subtract_mean in itertools.product(parameters, spans, (True, False)):
+        yield Call(span, dtype, activation, residual, own, subtract_mean, wide_residual)
+
+
+def calls(target_name: str) -> list[Call]:
+    """Calls that together get every entry on a target, for each type, activation and residual."""
+    kinds = (
+        (dtype, residual, wide)
+        for dtype, residual, wide in itertools.product(DTYPES, RESIDUALS, (False, True))
+        if not wide or (dtype in HALF and residual == "before")
     )
-    backward = tuple(tables.row_backward_config(span, itemsize, operands, 3) for operands in range(6))
-    chunks = (tables.chunk_config(span, itemsize, loaded) for loaded in (itemsize, 2 * itemsize, itemsize + 4))
-    long = (*chunks, tables.backward_chunk_config(span, itemsize))
-    column = tables.column_block_config(span, itemsize), tables.column_sum_config(span)
-    return ragged, forward, backward, *(long if None in forward + backward else ()), *column
+    found = []
+    with compiling_for(TARGETS[target_name]):
+        for (dtype, residual, wide), activation in itertools.product(kinds, ACTIVATIONS):
+            seen: set[Entry] = set()
+            for call in _candidates(dtype, activation, residual, wide):
+                entries = entries_of(call)
+                if not entries <= seen:
+                    seen |= entries
+                    found.append(call)
+    return found
 
 
-def spans(itemsize: int) -> list[int]:
-    """The longest span, aligned and odd, of each entry of the tables."""
-    longest = {}
-    for span in (*WHOLE_ROWS, *LONG_ROWS):
-        longest[_table_key(span, itemsize)] = span
-        longest[_table_key(span - 1, itemsize)] = span - 1
-    return sorted(longest.values())
+def entries_of(call: Call) -> set[Entry]:
+    """The entries that a call gets; it is made, and launches nothing."""
+    entries: set[Entry] = set()
 
+    def note(launcher: Launcher, *_: Any) -> None:
+        _, *constants = launcher.constants  # without the span
+        tile = tuple(constant for constant in constants if isinstance(constant, int))
+        entries.add((launcher.kernel.__name__, launcher.num_warps, launcher.most_registers, tile))
 
-def calls() -> Iterator[Call]:
-    """All of them; each kind of parameter, norm and half type comes round with every other choice."""
-    rounds = itertools.cycle(range(2 * 3 * 2))
-    for itemsize, activation, residual in itertools.product((2, 4, 8), ACTIVATIONS, RESIDUALS):
-        for span in spans(itemsize):
-            turn = next(rounds)
-            dtype = HALF[turn % 2] if itemsize == 2 else torch.float32 if itemsize == 4 else torch.float64
-            yield Call(span, dtype, activation, residual, PARAMETERS[turn // 2 % 3], turn // 6 % 2 == 0)
-        next(rounds)  # so that a span does not meet the same turn again
+    with mock.patch.object(Launcher, "__call__", note):
+        call.run()
+    return entries
 
 
 def spills(some_calls: Sequence[Call], target_name: str) -> list[Spill]:

@@ -102,12 +102,12 @@ class Device:
 DEVICES: Mapping[str, Device] = {
     device.name: device
     for device in (
-        Device("A100", "sm_80", DeviceFacts(108, 40 * MIB), 2.04e12, 4.5e12, 1.41e9),
+        Device("A100", "sm_80", DeviceFacts(108, 40 * MIB, shared_bytes=163 * KIB), 2.04e12, 4.5e12, 1.41e9),
         Device("H100", "sm_90", DeviceFacts(132, 50 * MIB), 3.35e12, 5.5e12, 1.98e9),
         Device("H200", "sm_90", DeviceFacts(132, 50 * MIB), 4.8e12, 5.5e12, 1.98e9),
         Device("B200", "sm_100", DeviceFacts(148, 126 * MIB), 8.0e12, 10e12, 1.85e9),
         # Each of the eight dies has an L2 of 4 MiB, which is what torch reports; the 256 MiB behind them are left out.
-        Device("MI300X", "gfx942", DeviceFacts(304, 4 * MIB, 4 * 512 * 64), 5.3e12, 17e12, 2.1e9),
+        Device("MI300X", "gfx942", DeviceFacts(304, 4 * MIB, 4 * 512 * 64, 160 * KIB), 5.3e12, 17e12, 2.1e9),
     )
 }
 

@@ -181,26 +181,30 @@ class _Watcher:
         self.launch = None
         return original(*args)
 
-    def create_masked_load(self, original: Any, builder: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        return original(ptrs, self._tell("load", ptrs, mask), *rest)
+    def create_masked_load(self, original: Any, builder: Any, ptrs: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        return original(ptrs, self._tell("load", ptrs, mask), *rest, **named)
 
-    def create_masked_store(self, original: Any, builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        return original(ptrs, value, self._tell("store", ptrs, mask), *rest)
+    def create_masked_store(
+        self, original: Any, builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any, **named: Any
+    ) -> Any:
+        return original(ptrs, value, self._tell("store", ptrs, mask), *rest, **named)
 
     def create_atomic_rmw(
-        self, original: Any, builder: Any, op: Any, ptr: Any, value: Any, mask: Any, *rest: Any
+        self, original: Any, builder: Any, op: Any, ptr: Any, value: Any, mask: Any, *rest: Any, **named: Any
     ) -> Any:
-        return original(op, ptr, value, self._tell("atomic", ptr, mask), *rest)
+        return original(op, ptr, value, self._tell("atomic", ptr, mask), *rest, **named)
 
-    def create_atomic_cas(self, original: Any, builder: Any, ptr: Any, *rest: Any) -> Any:
+    def create_atomic_cas(self, original: Any, builder: Any, ptr: Any, *rest: Any, **named: Any) -> Any:
         self._tell("atomic", ptr, None)
-        return original(ptr, *rest)
+        return original(ptr, *rest, **named)
 
     def _tell(self, kind: Kind, pointers: Any, mask: Any) -> Any:
         """Tells the observers of an access; the mask without lanes that no tensor of the launch holds."""
         assert self.launch is not None
         addresses = pointers.data.reshape(-1)
-        lanes = None if mask is None or mask.data.all() else np.broadcast_to(mask.data, pointers.data.shape).reshape(-1)
+        lanes = None if mask is None else np.broadcast_to(np.asarray(mask.data), pointers.data.shape).reshape(-1)
+        if lanes is not None and lanes.all():
+            lanes = None
         wanted = addresses if lanes is None else addresses[lanes]
         if not wanted.size:
             return mask

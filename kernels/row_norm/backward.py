@@ -12,6 +12,7 @@ import triton
 from ..activations import ACTIVATIONS
 from ..column_sum import column_sum
 from ..launch import (
+    DeviceFacts,
     backward_chunk_config,
     backward_programs,
     cdiv,
@@ -27,7 +28,7 @@ from .problem import Gradients, RowNorm, Tensor, Wanted, compute_dtype
 
 Strides = list[int]
 Partials = tuple[Tensor | None, Tensor | None]
-Schedule = Callable[[int, Tensors, Tensors, Strides, tuple[float, float]], Partials]
+Schedule = Callable[[int, Tensors, Tensors, Strides, tuple[float, float], DeviceFacts], Partials]
 
 
 def row_norm_backward(
@@ -71,10 +72,12 @@ def row_norm_backward(
         if tensor is not None:
             activations[index], strides[index] = row_view(tensor, span)
     vec = vector_length(dy.element_size(), *strides)
-    given = (*activations, bits, columns(weight), bias_read, mean, rstd)
+    # What was saved may come back in another layout, from whoever packed it.
+    given = (*activations, columns(bits), columns(weight), bias_read, columns(mean), columns(rstd))
     dtypes = [None if tensor is None else tensor.dtype for tensor in given]
-    schedule = _schedule(span, vec, subtract_mean, add_first, activation, wanted, *dtypes)
-    partials = schedule(rows, given, (dx, dresidual), [stride // vec for stride in strides], (alpha, beta))
+    facts = device_facts(dy.device)
+    schedule = _schedule(facts.shared_bytes, span, vec, subtract_mean, add_first, activation, wanted, *dtypes)
+    partials = schedule(rows, given, (dx, dresidual), [stride // vec for stride in strides], (alpha, beta), facts)
     if not (wants_dweight or wants_dbias):
         return Gradients(dx, dresidual, None, None)
     sums = column_sum(*partials, weight if weight is None else weight.dtype, bias if bias is None else bias.dtype)
@@ -111,6 +114,11 @@ class _Kind(NamedTuple):
     rstd: torch.dtype | None
 
     @property
+    def loaded_bytes(self) -> int:
+        """Of an element of every tensor of x's size."""
+        return sum(dtype.itemsize for dtype in (self.dy, self.dtotal, self.x, self.residual) if dtype is not None)
+
+    @property
     def needs_dx(self) -> bool:
         return self.wanted.dx or (self.add_first and self.wanted.dresidual)
 
@@ -132,21 +140,22 @@ class _Kind(NamedTuple):
 
 
 @functools.cache
-def _schedule(*fields: Any) -> Schedule:
+def _schedule(shared_bytes: int, *fields: Any) -> Schedule:
     kind = _Kind(*fields)
     # What a program keeps in registers while it goes down the rows.
     operands = sum(dtype is not None for dtype in (kind.bits, kind.weight, kind.bias)) + sum(kind.wanted[2:])
-    activations = sum(dtype is not None for dtype in (kind.dy, kind.dtotal, kind.x, kind.residual))
-    config = row_backward_config(kind.span, kind.dy.itemsize, operands, activations)
+    config = row_backward_config(kind.span, kind.dy.itemsize, operands, kind.loaded_bytes, shared_bytes)
     if config is None:
         return _LongRows(kind)
     tile = (config.block_rows, config.block_span, config.stages)
     constants = (kind.span, kind.vec, kind.subtract_mean, kind.add_first, kind.needs_dx, *kind.slope, *tile)
     launch = Launcher(row_norm_backward_kernel, config.num_warps, *constants, most_registers=config.most_registers)
 
-    def whole_rows(rows: int, given: Tensors, out: Tensors, strides: Strides, floats: tuple[float, float]) -> Partials:
+    def whole_rows(
+        rows: int, given: Tensors, out: Tensors, strides: Strides, floats: tuple[float, float], facts: DeviceFacts
+    ) -> Partials:
         device = given[0].device  # type: ignore[union-attr]
-        programs = backward_programs(cdiv(rows, config.block_rows), config, device_facts(device))
+        programs = backward_programs(cdiv(rows, config.block_rows), config, facts)
         partials = kind.partials(programs, device)
         launch(programs, device, given, (*out, *partials), rows, *strides, *floats)
         return partials
@@ -163,7 +172,7 @@ class _LongRows:
         self.chunks = config.chunks
         chunk = (kind.span, kind.vec, *kind.slope, config.block_span, config.steps, config.chunks)
         self.sums = Launcher(row_gradient_sums_kernel, config.num_warps, *chunk, most_registers=config.most_registers)
-        self.block = block = column_block_config(kind.span, kind.dy.itemsize)
+        self.block = block = column_block_config(kind.span, kind.dy.itemsize, kind.loaded_bytes)
         self.blocks = cdiv(kind.span, block.block_span)
         tile = (block.block_span, self.chunks, triton.next_power_of_2(self.chunks), block.stages)
         constants = (kind.span, kind.vec, kind.add_first, *kind.slope, *tile)
@@ -172,7 +181,7 @@ class _LongRows:
         )
 
     def __call__(
-        self, rows: int, given: Tensors, out: Tensors, strides: Strides, floats: tuple[float, float]
+        self, rows: int, given: Tensors, out: Tensors, strides: Strides, floats: tuple[float, float], facts: DeviceFacts
     ) -> Partials:
         kind, device = self.kind, given[0].device  # type: ignore[union-attr]
         g_sums = g_x_hat_sums = None
@@ -185,7 +194,7 @@ class _LongRows:
             )
         stripes = rows
         if kind.wanted.dweight or kind.wanted.dbias:
-            stripes = column_stripes(rows, self.blocks, self.block, device_facts(device))
+            stripes = column_stripes(rows, self.blocks, self.block, facts)
         partials = kind.partials(stripes, device)
         allocated = (g_sums, g_x_hat_sums, *out, *partials)
         self.apply(self.blocks * stripes, device, given, allocated, rows, *strides, *floats)

@@ -131,8 +131,11 @@ class _LongRows:
         def launcher(kernel: Any, *constants: Any) -> Launcher:
             return Launcher(kernel, config.num_warps, *constants, most_registers=config.most_registers)
 
-        stages = walk_stages(config, self.loaded_itemsize)
-        self.walk = launcher(row_walk_forward_kernel, *kind.constants, *chunk, stages)
+        @functools.cache
+        def walk(stages: int) -> Launcher:
+            return launcher(row_walk_forward_kernel, *kind.constants, *chunk, stages)
+
+        self.walk = walk
         self.moments = launcher(row_moments_kernel, *kind.constants[:3], *chunk[:3])
         # The total that it reads lies in memory without gaps.
         vec = vector_length(kind.x.itemsize, kind.span) if kind.add_first else kind.vec
@@ -144,7 +147,8 @@ class _LongRows:
         span, itemsize = self.kind.span, self.kind.x.itemsize
         if self._may_walk(given) and walks_rows(rows, span, itemsize, self.loaded_itemsize, facts):
             y, total, mean, rstd, bits = out
-            self.walk(rows, y.device, given, (y, total, bits, mean, rstd), *strides, *floats)
+            walk = self.walk(walk_stages(self.config, self.loaded_itemsize, facts.shared_bytes))
+            walk(rows, y.device, given, (y, total, bits, mean, rstd), *strides, *floats)
         else:
             self._share(rows, given, out, strides, floats)
 

@@ -110,6 +110,14 @@ def test_narrow_accesses_are_caught(sm_90):
     assert set(describe(sm_90[0], TARGETS["sm_90"]).widths) == {2}
 
 
+def test_one_narrow_operand_beside_wide_ones_is_caught(sm_90):
+    copy_kernel[(2**14,)](*x_and_y(), 4096)
+    wide = describe(sm_90[0], TARGETS["sm_90"])
+    mixed = dataclasses.replace(wide, widths={2: 32, 16: 12})  # of four tensors one two bytes at a time
+    found = findings.of_call([mixed], "here", ELEMENTS, DEVICE_OF["sm_90"])
+    assert [finding.what for finding in found] == ["narrow accesses"]
+
+
 def test_too_few_programs_are_caught(sm_90):
     copy_kernel[(MULTIPROCESSORS - 1,)](*x_and_y(), 4096)
     assert "under-filled" in caught(sm_90)

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from benchmarks.audit.binary import describe
+from benchmarks.audit.inert import compiling_for
 from benchmarks.audit.layouts import reduction_layouts
-from benchmarks.audit.targets import TARGETS
+from benchmarks.audit.targets import DEVICE_OF, TARGETS
 from fused_ops import functional as F
+from fused_ops.kernels.launch import assume_device
 
 MULTIPROCESSORS = 132  # of the device whose facts CPU tensors get
 
@@ -108,6 +110,25 @@ def test_what_is_remembered_depends_on_alignment_and_type(sm_90):
     )
     assert aligned is again
     assert len({aligned.hash, unaligned.hash, half.hash}) == 3
+
+
+# An A100's 163 KB, and what the smaller devices of its generation and the next have.
+@pytest.mark.parametrize("shared_kib", [163, 99])
+@pytest.mark.parametrize("span", [4096, 5120, 6144, 8192, 20480])
+@pytest.mark.parametrize(("dtype", "residual_dtype"), [("float32", "float32"), ("bfloat16", "float32")])
+def test_tiles_that_are_loaded_ahead_fit_the_shared_memory(dtype, residual_dtype, span, shared_kib):
+    """Spans between powers of two have the tile of the next, and a total has the residual's type."""
+    target = TARGETS["sm_80"]
+    facts = DEVICE_OF[target.name].facts._replace(shared_bytes=shared_kib << 10)
+    x, residual = (torch.empty(256, span, dtype=getattr(torch, each)) for each in (dtype, residual_dtype))
+    weight = torch.empty(span, dtype=x.dtype)
+    with compiling_for(target) as launches, assume_device(facts):
+        for requires_grad in (False, True):
+            for tensor in (x, residual, weight):
+                tensor.requires_grad_(requires_grad)
+            outputs = F.add_rms_norm(x, residual, (span,), weight, activation="silu")
+        torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+    assert {launch.compiled.metadata.shared <= facts.shared_bytes for launch in launches} == {True}
 
 
 @pytest.mark.parametrize("span", [20000, 20001, 40000, 40001, 40004])
