@@ -132,12 +132,18 @@ def _loads_ahead(block_span: int, loaded_bytes: int, shared_bytes: int) -> bool:
 
 @functools.cache
 def row_forward_config(
-    span: int, itemsize: int, operands: int, parameter_itemsize: int = 0, activation: bool = True
+    span: int,
+    itemsize: int,
+    operands: int,
+    parameter_itemsize: int = 0,
+    activation: bool = True,
+    wide_residual: bool = False,
 ) -> RowConfig | None:
     """Tile of the forward kernel that holds whole rows, or None where a row has to be cut into chunks.
 
     operands counts what waits in registers for the statistics: x or the total, a residual that is added afterwards,
-    weight and bias. parameter_itemsize is the wider of weight's and bias's, 0 without either.
+    weight and bias. parameter_itemsize is the wider of weight's and bias's, 0 without either. wide_residual: it has a
+    wider type than x, and so has the total.
     """
     if itemsize == 2:
         wide = parameter_itemsize > itemsize
@@ -156,12 +162,14 @@ def row_forward_config(
     # y move; wider weights move as much as x and y, where one row a tile would move twice that. Above, two rows leave
     # only one program a multiprocessor.
     two_rows = span <= 4096 or (span <= 8192 and parameter_itemsize > itemsize and not ragged)
+    two_rows = two_rows and not wide_residual  # which moves three times as much, and takes twice the registers
     # 64 bytes of x a thread: with the two programs that fit, 32 KB and more in flight on a multiprocessor. 16 elements
     # where each has an address and a mask of its own.
     elements_per_thread = 16 if ragged and span <= 1024 else 64 // itemsize
     tile = _row_tile(span, elements_per_thread, least_rows=2 if two_rows else 1)
-    if ragged:
-        return replace(tile, most_registers=min(255, 65536 // (tile.num_warps * THREADS_PER_WARP)))
+    if ragged or wide_residual:
+        most_registers = 255 if ragged else 168
+        return replace(tile, most_registers=min(most_registers, 65536 // (tile.num_warps * THREADS_PER_WARP)))
     return tile
 
 
@@ -190,14 +198,17 @@ def row_backward_config(
     wide = loaded_bytes >= 10 and span <= 4096
     elements_per_thread = 8 if crowded or wide or span <= 1024 else 16
     stages = 3 if _loads_ahead(_padded_span(span), loaded_bytes, shared_bytes) else 2
-    # 16 warps a multiprocessor. Fewer where elements have masks and addresses of their own, since rows are ragged or
-    # several make a tile: 12 where three float32 tensors leave those little room, 8 where both come together.
-    several_rows, ragged = span <= 128 * elements_per_thread, _ragged(span, itemsize)
+    # 16 warps a multiprocessor. Fewer where elements have masks and addresses of their own: 8 in a tile of short ragged
+    # rows; 12 where several rows make a tile, or ragged ones leave no room beside three float32 tensors. One stage more
+    # of two 16-bit tensors then keeps as many bytes in flight.
+    ragged = _ragged(span, itemsize)
+    several_rows = _padded_span(span) < 128 * elements_per_thread
     most_registers = 128
-    if several_rows and ragged:
+    if ragged and span <= 128 * elements_per_thread:
         most_registers = 255
-    elif (several_rows or ragged) and wide and crowded:
+    elif crowded and (several_rows or (ragged and wide)):
         most_registers = 168
+        stages = 4 if loaded_bytes <= 4 else stages
     return _row_tile(span, elements_per_thread, stages=stages, most_registers=most_registers)
 
 

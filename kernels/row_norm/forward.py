@@ -101,7 +101,10 @@ def _schedule(*fields: Any) -> Schedule:
     kind = _Kind(*fields)
     operands = sum(dtype is not None for dtype in kind[-4:]) - kind.add_first
     widest = max(kind.parameter_itemsizes, default=0)
-    config = row_forward_config(kind.span, kind.x.itemsize, operands, widest, kind.activation is not None)
+    wide_residual = kind.residual is not None and kind.residual.itemsize > kind.x.itemsize
+    config = row_forward_config(
+        kind.span, kind.x.itemsize, operands, widest, kind.activation is not None, wide_residual
+    )
     if config is None:
         return _LongRows(kind)
     constants = (*kind.constants, config.block_rows, config.block_span)
