@@ -117,13 +117,14 @@ def _mixed(itemsize: int, loaded_bytes: int) -> bool:
     return itemsize == 2 and loaded_bytes > 3 * itemsize
 
 
-# Of a program's shared memory, for reductions.
+# Of a program's shared memory: the most for tiles, since a loop over larger ones spills, and what reductions take.
+_MOST_TILE_BYTES = 160 << 10
 _SCRATCH_BYTES = 2 << 10
 
 
 def _loads_ahead(block_span: int, loaded_bytes: int, shared_bytes: int) -> bool:
     """Whether two tiles, of so many bytes a column, find room in shared memory while a third is worked on."""
-    return 2 * block_span * loaded_bytes <= shared_bytes - _SCRATCH_BYTES
+    return 2 * block_span * loaded_bytes <= min(shared_bytes - _SCRATCH_BYTES, _MOST_TILE_BYTES)
 
 
 # The longest rows that are held whole are the longest that do not spill, for any activation, residual and parameter
@@ -198,15 +199,15 @@ def row_backward_config(
     wide = loaded_bytes >= 10 and span <= 4096
     elements_per_thread = 8 if crowded or wide or span <= 1024 else 16
     stages = 3 if _loads_ahead(_padded_span(span), loaded_bytes, shared_bytes) else 2
-    # 16 warps a multiprocessor. Fewer where elements have masks and addresses of their own: 8 in a tile of short ragged
-    # rows; 12 where several rows make a tile, or ragged ones leave no room beside three float32 tensors. One stage more
-    # of two 16-bit tensors then keeps as many bytes in flight.
+    # 16 warps a multiprocessor. Fewer where elements have masks and addresses of their own, since several rows make a
+    # tile, or ragged ones: 12 where registers are short, 8 in a tile of short ragged rows. One stage more of two 16-bit
+    # tensors then keeps as many bytes in flight.
     ragged = _ragged(span, itemsize)
     several_rows = _padded_span(span) < 128 * elements_per_thread
     most_registers = 128
     if ragged and span <= 128 * elements_per_thread:
         most_registers = 255
-    elif crowded and (several_rows or (ragged and wide)):
+    elif crowded and (several_rows or ragged):
         most_registers = 168
         stages = 4 if loaded_bytes <= 4 else stages
     return _row_tile(span, elements_per_thread, stages=stages, most_registers=most_registers)
