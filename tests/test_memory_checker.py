@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 
@@ -37,12 +35,12 @@ def copy_kernel(X_ptr, Y_ptr, elements, BLOCK: tl.constexpr, MASKED: tl.constexp
 
 
 @triton.jit
-def block_copy_kernel(X_ptr, Y_ptr, elements, BLOCK: tl.constexpr):
-    """By block pointers, and y whole, without a boundary that is checked."""
-    first = tl.program_id(0) * BLOCK
-    x = tl.make_block_ptr(X_ptr, (elements,), (1,), (first,), (BLOCK,), (0,))
-    y = tl.make_block_ptr(Y_ptr, (elements,), (1,), (first,), (BLOCK,), (0,))
-    tl.store(y, tl.load(x))
+def descriptor_kernel(X_ptr, Y_ptr, elements, step, BLOCK: tl.constexpr):
+    """By tensor descriptors, which leave out what lies beyond the tensors."""
+    first = tl.program_id(0) * step
+    x = tl.make_tensor_descriptor(X_ptr, [elements], [1], [BLOCK])
+    y = tl.make_tensor_descriptor(Y_ptr, [elements], [1], [BLOCK])
+    y.store([first], x.load([first]))
 
 
 @triton.jit
@@ -94,13 +92,14 @@ def test_a_lane_out_of_bounds_is_caught_and_not_carried_out(masked):
     assert torch.equal(x, y)
 
 
-@pytest.mark.filterwarnings("ignore:tl.make_block_ptr is deprecated")
-@pytest.mark.parametrize("elements", [16, 20])
-def test_block_pointers_are_watched(elements):
-    x, y = torch.arange(float(elements)), torch.empty(elements)
-    launch = functools.partial(block_copy_kernel[(-(-elements // BLOCK),)], x, y, elements, BLOCK)
-    assert found(launch) == ([] if elements == 16 else [OUT_OF_BOUNDS, OUT_OF_BOUNDS])
-    assert torch.equal(x, y)
+@pytest.mark.parametrize("step", [BLOCK, BLOCK // 2])
+def test_tensor_descriptors_are_watched(step):
+    """The third program's block ends beyond both tensors, of 20 elements; by half steps neighbours overlap."""
+    x, y = torch.arange(20.0), torch.empty(20)
+    problems = found(lambda: descriptor_kernel[(3,)](x, y, 20, step, BLOCK))
+    assert problems == ([] if step == BLOCK else [TWO_WRITERS])
+    if step == BLOCK:
+        assert torch.equal(x, y)
 
 
 def test_a_gap_between_rows_is_out_of_bounds():
