@@ -46,7 +46,7 @@ def allowed_error(eager: Tensor, expected: np.ndarray | Tensor, dtype: torch.dty
     finite = want[want.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
     budget = 1.5 * largest_error(eager, expected) + 2 * rounding(dtype) * largest
-    if dtype == torch.float64:  # the reference is rounded as often as what it judges, and may share eager's order of sums
+    if dtype == torch.float64:  # whose reference is rounded as often as what it judges, and may add in eager's order
         budget += 2 * rounding(dtype) * largest
     if terms > 1:
         budget += 2 * rounding(torch.float64 if dtype == torch.float64 else torch.float32) * terms**0.5 * largest
