@@ -1,8 +1,8 @@
 """How a kernel is launched: how many warps, rows and programs, as tables.
 
 Configurations are pure functions of span, element size and the operands; of the device, only how many programs share
-the work. None looks at the number of rows to choose a warp count or a block size: the bits of a row must not depend on
-the batch around it.
+the work and how many tiles are loaded ahead. None looks at the number of rows to choose a warp count or a block size:
+the bits of a row must not depend on the batch around it.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def counted(name: str, shape: Shape, dtype: torch.dtype, direction: str) -> list
     workload, counter = WORKLOADS[name], TrafficCounter()
     case = workload.case_of(shape, lambda own_shape, *_: torch.zeros(own_shape, dtype=dtype))
     with fused_ops.use_backend("triton"), watch(counter):
-        run(workload.ours(), case, direction)  # type: ignore[arg-type]
+        run(workload.ours(), case, direction)
     return counter.launches
 
 
@@ -211,7 +211,7 @@ def test_rows_that_are_shared_without_need_are_caught(
         patched.setattr(backward, "row_backward_config", lambda *sizes: None)
         patched.setattr(forward, "walks_rows", lambda *sizes: False)
         forget_schedules()
-        counted = slices.count(WORKLOADS[name], torch.bfloat16, direction)  # type: ignore[arg-type]
+        counted = slices.count(WORKLOADS[name], torch.bfloat16, direction)
     forget_schedules()
     found = {each.what for each in traffic_findings([1] * len(counted.launches), counted, torch.bfloat16, name)}
     assert {"too many launches", "moves too many bytes (activation)"} <= found
@@ -230,6 +230,6 @@ FEW = [
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("name", FEW)
 def test_row_norms_move_what_they_are_allowed(name: str, direction: str) -> None:
-    counted = slices.count(WORKLOADS[name], torch.bfloat16, direction)  # type: ignore[arg-type]
+    counted = slices.count(WORKLOADS[name], torch.bfloat16, direction)
     resident = [1] * len(counted.launches)  # matters where a row is walked, which takes all warps of a multiprocessor
     assert traffic_findings(resident, counted, torch.bfloat16, name) == []

@@ -16,8 +16,7 @@ MOST_NARROW = 2.0  # accesses, for each wide one
 # From here on a call has to fill the device.
 LARGE_CALL = 4 * 2**20
 LEAST_BYTES_IN_FLIGHT = 32 * 2**10
-# A third of the time that loading takes: about what two programs a multiprocessor, half as large, would win back.
-MOST_IDLE = 0.3
+MOST_IDLE = 0.3  # of a trip of the loop; above it smaller programs, of which several overlap, are worth trying
 MOST_COMPILATIONS = 2
 # Sums some rows of partial sums; next to nothing beside the launch before it.
 SMALL_KERNELS = frozenset({"column_sum_kernel"})

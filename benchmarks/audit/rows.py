@@ -16,7 +16,7 @@ from .calls import unfilled_case
 from .estimate import Estimate, Work, estimate
 from .findings import SMALL_KERNELS, Finding
 from .host import HostTime
-from .slices import Counted
+from .slices import Counted, require_same_kernels
 from .targets import Device
 
 
@@ -81,11 +81,7 @@ def assemble(
 
     Raises RuntimeError where the slice runs other kernels than the call that it stands for.
     """
-    kernels = [launch.kernel for launch in compiled], [launch.kernel for launch in counted.launches]
-    if kernels[0] != kernels[1]:
-        raise RuntimeError(
-            f"a slice of {workload.name} must launch what the full call does, {kernels[0]}, but launches {kernels[1]}"
-        )
+    require_same_kernels(workload.name, counted.launches, compiled)
     full, launches = workload.shape("full"), []
     for index, launch in enumerate(compiled):
         moved, asked = counted.full_moved(index, launch.resident_programs), counted.full_asked(index)

@@ -22,9 +22,10 @@ from fused_ops.kernels.launch import H200, DeviceFacts, assume_device
 
 from ..traffic import Direction
 from ..workloads import Case, Shape, Workload, elements
+from .binary import CompiledLaunch
 from .calls import run
 from .counts import LaunchTraffic, Size, TrafficCounter, size_of
-from .planned import planned
+from .planned import PlannedLaunch, planned
 from .watch import watch
 
 SMALL_CALL = 2**20
@@ -98,6 +99,17 @@ def slice_of(workload: Workload, facts: DeviceFacts = H200) -> Slice:
     return Slice((rows, full[-1]), part, facts.multiprocessors)
 
 
+def require_same_kernels(
+    name: str, of_slice: Sequence[LaunchTraffic], of_call: Sequence[PlannedLaunch | CompiledLaunch]
+) -> None:
+    """RuntimeError where a slice of the workload does not launch what the full call does."""
+    slice_kernels, call_kernels = ([launch.kernel for launch in launches] for launches in (of_slice, of_call))
+    if slice_kernels != call_kernels:
+        raise RuntimeError(
+            f"a slice of {name} must launch what the full call does, {call_kernels}, but launches {slice_kernels}"
+        )
+
+
 def count(workload: Workload, dtype: torch.dtype, direction: Direction, facts: DeviceFacts = H200) -> Counted:
     """Runs a slice of a workload under the counter. RuntimeError where it does not launch what the full call does."""
     part = slice_of(workload, facts)
@@ -107,11 +119,7 @@ def count(workload: Workload, dtype: torch.dtype, direction: Direction, facts: D
         run(workload.ours(), case, direction)
     small = planned(workload, part.shape, dtype, direction, part.facts)
     large = planned(workload, workload.shape("full"), dtype, direction, facts)
-    kernels = [[launch.kernel for launch in launches] for launches in (counter.launches, large)]
-    if kernels[0] != kernels[1]:
-        raise RuntimeError(
-            f"a slice of {workload.name} must launch what the full call does, {kernels[1]}, but launches {kernels[0]}"
-        )
+    require_same_kernels(workload.name, counter.launches, large)
     growth = [
         Growth(
             full.programs / of_slice.programs,

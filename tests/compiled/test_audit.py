@@ -49,4 +49,4 @@ def test_a_regression_names_the_workload_and_both_numbers() -> None:
 def test_python_takes_no_more_than_twice_what_the_chain_takes() -> None:
     """Side by side in one run: norm, add and gelu in one call take about as long as the three."""
     for direction in ("forward", "forward+backward"):
-        assert host_time(WORKLOADS["layer_norm_residual_gelu"], direction).ratio < 2  # type: ignore[arg-type]
+        assert host_time(WORKLOADS["layer_norm_residual_gelu"], direction).ratio < 2
