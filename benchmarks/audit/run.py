@@ -33,7 +33,7 @@ from .targets import DEVICE_OF, DEVICES, TARGETS, Device
 
 DTYPES = ("bfloat16", "float32")
 CORES = os.cpu_count() or 2
-CALLS_A_POOL = 2000  # of the sweep
+GROUPS_A_POOL = 24  # of the sweep
 
 Pair = tuple[str, str]  # type, target
 Key = tuple[str, str, str]  # workload, type, target
@@ -132,18 +132,17 @@ def _work(names: Sequence[str], compiled_pairs: Sequence[Pair], counted_pairs: S
 def _sweep(targets: Sequence[str], every: int) -> tuple[list[sweep.Spill], int]:
     """What spills in the launch tables, and how many calls were compiled."""
     with workers(interpret=False, count=1) as pool:
-        calls = [(target, call) for target in targets for call in pool.submit(sweep.calls, target).result()[::every]]
+        calls = {target: pool.submit(sweep.calls, target).result()[::every] for target in targets}
+    groups = [(group, target) for target in targets for group in sweep.by_kind(calls[target])]
     spills: list[sweep.Spill] = []
-    with tqdm(total=len(calls), unit="call") as bar:
-        for first in range(0, len(calls), CALLS_A_POOL):  # a worker keeps what it compiled: gigabytes of all
+    with tqdm(total=sum(map(len, calls.values())), unit="call") as bar:
+        for first in range(0, len(groups), GROUPS_A_POOL):  # a worker keeps what it compiled: gigabytes of all
             with workers(interpret=False, count=CORES) as pool:
-                done = [
-                    pool.submit(sweep.spills, [call], target) for target, call in calls[first : first + CALLS_A_POOL]
-                ]
+                done = {pool.submit(sweep.spills, *group): group for group in groups[first : first + GROUPS_A_POOL]}
                 for future in as_completed(done):
                     spills += future.result()
-                    bar.update()
-    return list(dict.fromkeys(spills)), len(calls)
+                    bar.update(len(done[future][0]))
+        return list(dict.fromkeys(spills)), int(bar.total)
 
 
 def _submit(pool: Executor, job: Callable[..., Any], names: Sequence[str], pairs: Sequence[Pair]) -> dict[Key, Future]:

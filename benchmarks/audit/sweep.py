@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
@@ -133,23 +134,47 @@ def calls(target_name: str) -> list[Call]:
 def entries_of(call: Call) -> set[Entry]:
     """The entries that a call gets; it is made, and launches nothing."""
     entries: set[Entry] = set()
-
-    def note(launcher: Launcher, *_: Any) -> None:
-        _, *constants = launcher.constants  # without the span
-        tile = tuple(constant for constant in constants if isinstance(constant, int))
-        entries.add((launcher.kernel.__name__, launcher.num_warps, launcher.most_registers, tile))
-
-    with mock.patch.object(Launcher, "__call__", note):
+    with mock.patch.object(Launcher, "__call__", lambda launcher, *_: entries.add(_entry(launcher))):
         call.run()
     return entries
 
 
+def _entry(launcher: Launcher) -> Entry:
+    _, *constants = launcher.constants  # without the span
+    tile = tuple(constant for constant in constants if isinstance(constant, int))
+    return launcher.kernel.__name__, launcher.num_warps, launcher.most_registers, tile
+
+
+def by_kind(some_calls: Iterable[Call]) -> list[list[Call]]:
+    """Neighbouring calls of one type, activation and residual together: among these no entry is compiled twice."""
+    return [list(group) for _, group in itertools.groupby(some_calls, key=_kind)]
+
+
+def _kind(call: Call) -> tuple[Any, ...]:
+    return call.dtype, call.activation, call.residual, call.wide_residual
+
+
+def _once(launch: Callable[..., None]) -> Callable[..., None]:
+    """`launch`, of each entry only the first time."""
+    seen: set[Entry] = set()
+
+    def launch_once(launcher: Launcher, *arguments: Any) -> None:
+        if (entry := _entry(launcher)) not in seen:
+            seen.add(entry)
+            launch(launcher, *arguments)
+
+    return launch_once
+
+
 def spills(some_calls: Sequence[Call], target_name: str) -> list[Spill]:
-    """Those of some calls on one target. What is compiled is not kept: all entries are some gigabytes."""
+    """Those of calls of one kind on one target. What is compiled is not kept: all entries are some gigabytes."""
     target = TARGETS[target_name]
     found = []
-    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope(), compiling_for(target) as launches:
-        triton.knobs.cache.dir = folder
+    with ExitStack() as stack:
+        stack.enter_context(triton.knobs.cache.scope())
+        triton.knobs.cache.dir = stack.enter_context(tempfile.TemporaryDirectory())
+        launches = stack.enter_context(compiling_for(target))
+        stack.enter_context(mock.patch.object(Launcher, "__call__", _once(Launcher.__call__)))
         for call in some_calls:
             launches.clear()
             call.run()
