@@ -1,16 +1,18 @@
-"""torch.autograd for the row family: what is saved, which gradients are asked for, and second derivatives."""
+"""torch.autograd for both families: what is saved, which gradients are asked for, and second derivatives."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from . import backend, fallback
 from .activation import Activation
-from .kernels.row_norm import Gradients, RowNorm, Wanted, row_norm_backward, row_norm_forward
+from .kernels.families import family_of
+from .kernels.problem import Gradients, GroupNorm, Norm, Wanted, slope_takes_two_values
 
 Tensor = torch.Tensor
 Backward = Callable[..., Gradients]
@@ -37,11 +39,11 @@ class Saving(NamedTuple):
     residual: bool
 
 
-def what_to_save(norm: RowNorm, needs: Needs, has_residual: bool) -> Saving:
+def what_to_save(norm: Norm, needs: Needs, has_residual: bool) -> Saving:
     """Keeps only what a gradient that is asked for depends on."""
     added_after = has_residual and not norm.add_first
     needs_slope = norm.activation is not None and any(needs)
-    bits = needs_slope and added_after and norm.slope_takes_two_values
+    bits = needs_slope and added_after and slope_takes_two_values(norm.activation)
     recomputes_z = needs_slope and not bits
     needs_x_hat = needs.x or needs.weight or (needs.residual and norm.add_first)
     return Saving(needs_x_hat or recomputes_z, bits, recomputes_z and added_after)
@@ -62,16 +64,16 @@ class Saved(NamedTuple):
     bits: Tensor | None
 
 
-class RowNormFunction(torch.autograd.Function):
-    """The row family under autograd, straight to the launchers: y, or (y, total) where the residual is added first."""
+class NormFunction(torch.autograd.Function):
+    """A norm under autograd, straight to the launchers: y, or (y, total) where the residual is added first."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: RowNorm
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: Norm
     ) -> Any:
         needs = ctx.needs_input_grad
         statistics, bits, keeps_residual = _what_to_save(norm, Needs(*needs[:4]), residual is not None)
-        out = row_norm_forward(x, residual, weight, bias, norm, save_statistics=statistics, save_bits=bits)
+        out = family_of(norm).forward(x, residual, weight, bias, norm, save_statistics=statistics, save_bits=bits)
         y, total, mean, rstd, mask = out
         normalized = None if not statistics else x if total is None else total
         # In the order of Saved.
@@ -88,11 +90,11 @@ class RowNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
         needs = Needs(*ctx.needs_input_grad[:4])
-        run: Backward = row_norm_backward
+        run: Backward = family_of(ctx.norm).backward
         if dy is not None and backend.traced(dy):  # as a backward may be whose forward was not
             from . import ops
 
-            run = ops.row_norm_backward
+            run = ops.backward
         return *gradients(Saved(*ctx.saved_tensors), dy, dtotal, ctx.norm, ctx.x_dtype, needs, run), None
 
 
@@ -100,7 +102,7 @@ def gradients(
     saved: Saved,
     dy: Tensor | None,
     dtotal: Tensor | None,
-    norm: RowNorm,
+    norm: Norm,
     x_dtype: torch.dtype,
     needs: Needs,
     backward: Backward,
@@ -144,7 +146,7 @@ def _composes(saved: Saved, dy: Tensor, dtotal: Tensor | None) -> bool:
 
 
 def _launched(
-    saved: Saved, dy: Tensor, dtotal: Tensor | None, norm: RowNorm, needs: Needs, backward: Backward
+    saved: Saved, dy: Tensor, dtotal: Tensor | None, norm: Norm, needs: Needs, backward: Backward
 ) -> Gradients:
     """By kernel. Without an activation dresidual is dy; where the residual was added first it is dx, if of one type."""
     if norm.add_first:
@@ -161,21 +163,19 @@ def _launched(
 
 
 @torch.enable_grad()
-def _composed(saved: Saved, dy: Tensor, dtotal: Tensor | None, norm: RowNorm, create_graph: bool) -> Gradients:
+def _composed(saved: Saved, dy: Tensor, dtotal: Tensor | None, norm: Norm, create_graph: bool) -> Gradients:
     """By torch's own differentiable composition, so that with create_graph they can be differentiated again."""
-    span, rows = (norm.span,), (dy.numel() // max(1, norm.span), norm.span)
     # Views of their own, so that a tensor passed in two places gets a gradient for each.
-    x, residual = (None if tensor is None else tensor.reshape(rows) for tensor in (saved.x, saved.residual))
-    weight, bias = (None if tensor is None else tensor.reshape(span) for tensor in (saved.weight, saved.bias))
-    g = dy.reshape(rows)
-    dz = g
+    x, residual = (None if tensor is None else tensor.view_as(tensor) for tensor in (saved.x, saved.residual))
+    weight, bias = (None if tensor is None else tensor.reshape(-1) for tensor in (saved.weight, saved.bias))
+    dz = dy
     if saved.bits is not None:
-        dz = torch.where(_unpack(saved.bits, norm.span), g, g * norm.alpha if norm.alpha else 0.0)
+        dz = torch.where(_unpack(saved.bits, norm, dy.shape), dy, dy * norm.alpha if norm.alpha else 0.0)
     dx = dresidual = dweight = dbias = None
     if x is None:
-        dbias = dz.sum(0) if bias is not None else None
+        dbias = _summed_to_parameter(dz, norm) if bias is not None else None
     else:
-        z = fallback.differentiable_norm(x, weight, bias, norm.eps, norm.subtract_mean)
+        z = _differentiable_norm(x, weight, bias, norm)
         if residual is not None:
             z = z + residual
         if saved.bits is None and norm.activation is not None:
@@ -185,32 +185,54 @@ def _composed(saved: Saved, dy: Tensor, dtotal: Tensor | None, norm: RowNorm, cr
             zip(map(id, inputs), torch.autograd.grad(z, inputs, dz.to(z.dtype), create_graph=create_graph), strict=True)
         )
         dx, dresidual, dweight, dbias = (found.get(id(tensor)) for tensor in (x, residual, weight, bias))
-        dx = None if dx is None else dx.view(dy.shape)
     if dx is not None and dtotal is not None:
         dx = dx + dtotal.to(dx.dtype)
     if saved.bits is not None:
         dresidual = dz
-    return Gradients(dx, None if dresidual is None else dresidual.view(dy.shape), dweight, dbias)
+    return Gradients(dx, dresidual, dweight, dbias)
 
 
-def _unpack(bits: Tensor, span: int) -> Tensor:
-    """The mask [rows, span] as booleans, from its bytes [rows, ceil(span / 8)], lowest bit first."""
+def _differentiable_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> Tensor:
+    if not isinstance(norm, GroupNorm):
+        rows = x.reshape(-1, norm.span) if x.numel() else x.reshape(0, norm.span)
+        return fallback.differentiable_norm(rows, weight, bias, norm.eps, norm.subtract_mean).view(x.shape)
+    grouped = x.reshape(x.shape[0], norm.groups, -1) if x.numel() else x.reshape(0, norm.groups, 1)
+    y = fallback.differentiable_norm(grouped, None, None, norm.eps, True).view(x.shape)
+    weight, bias = (None if t is None else t.to(y.dtype).view(-1, *(1,) * (x.dim() - 2)) for t in (weight, bias))
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _summed_to_parameter(dz: Tensor, norm: Norm) -> Tensor:
+    if isinstance(norm, GroupNorm):
+        return dz.transpose(0, 1).flatten(1).sum(1)
+    return dz.reshape(dz.numel() // max(1, norm.span), norm.span).sum(0)
+
+
+def _unpack(bits: Tensor, norm: Norm, shape: Sequence[int]) -> Tensor:
+    """The mask of a tensor of this shape as booleans, from the bytes of each of its runs, lowest bit first."""
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits.unsqueeze(-1) >> places) & 1).flatten(1)[:, :span].bool()
+    flags = ((bits.unsqueeze(-1) >> places) & 1).flatten(1).bool()
+    if not isinstance(norm, GroupNorm):
+        return flags[:, : norm.span].reshape(shape)
+    samples, channels, *positions = shape
+    if norm.channels_last:
+        return flags[:, :channels].reshape(samples, *positions, channels).movedim(-1, 1)
+    return flags[:, : math.prod(positions)].reshape(shape)
 
 
 # torch.autograd.Function.apply without its look for torch.func's transforms and the wrappers that they leave: no kernel
-# runs for these (functional._kernel).
-_apply = super(torch.autograd.Function, RowNormFunction).apply
+# runs for these (functional.dispatch).
+_apply = super(torch.autograd.Function, NormFunction).apply
 
 
-def row_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: RowNorm
+def run(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: Norm
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y, or (y, total) where the residual is added first; through autograd only where something requires it."""
     if torch.is_grad_enabled():
         for tensor in (x, residual, weight, bias):
             if tensor is not None and tensor.requires_grad:
                 return _apply(x, residual, weight, bias, norm)
-    out = row_norm_forward(x, residual, weight, bias, norm)
+    out = family_of(norm).forward(x, residual, weight, bias, norm)
     return out.y if out.total is None else (out.y, out.total)

@@ -169,6 +169,68 @@ def layer_norm(
     return y if bias is None else y + bias
 
 
+def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    """y in x's layout (channels_last, or any other order of the dims), as torch.empty_like understands it."""
+    if y.stride() == x.stride() or transformed():
+        return y
+    like = torch.empty_like(x, dtype=y.dtype, device="meta")
+    if all(a == b or size == 1 for a, b, size in zip(y.stride(), like.stride(), y.shape, strict=True)):
+        return y
+    return torch.empty_like(x, dtype=y.dtype).copy_(y)
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """torch's group_norm in x's type and layout, whatever the parameters' types are; y is a new tensor.
+
+    With as many groups as channels it is instance norm. torch's own instance_norm is left alone: its third derivatives
+    are wrong, as is its dx where a batch of one meets a channels_last dy, and it is slower.
+    """
+    parameters = [parameter for parameter in (weight, bias) if parameter is not None]
+    takes_float32 = x.dtype in HALF and x.device.type == "cpu"  # of parameters, the one mixture that torch takes
+    if not (takes_float32 and all(parameter.dtype == torch.float32 for parameter in parameters)):
+        dtype = _common_dtype(x, *parameters)
+        if any(tensor.dtype != dtype for tensor in (x, *parameters)):
+            weight, bias = (None if parameter is None else parameter.to(dtype) for parameter in (weight, bias))
+            return group_norm(x.to(dtype), groups, weight, bias, eps).to(x.dtype)
+    # In channels_last torch's CPU kernel takes the variance as E[x^2] - E[x]^2; its CUDA kernel makes the same copy.
+    rows = x.contiguous()
+    if groups == x.shape[1] and x.dtype not in HALF:
+        # Any constant may be taken from a plane. Without its mean torch's group_norm is as exact as its instance_norm;
+        # with a large one it is not. Half precision would round the difference, and is exact enough.
+        rows = rows - rows.detach().mean(tuple(range(2, x.dim())), keepdim=True)
+    return _laid_out_as(x, F.group_norm(rows, groups, weight, bias, eps))
+
+
+def _by_channel(parameter: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter [C] as it broadcasts to x [N, C, *]."""
+    return parameter.to(dtype).view(-1, *(1,) * (x.dim() - 2))
+
+
+def stored_norm(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Normalizes each channel of x by statistics that are given, which get no gradient; y has x's type and layout."""
+    dtype = torch.promote_types(_common_dtype(x, running_mean, running_var, weight, bias), torch.float32)
+    scale = torch.rsqrt(running_var.detach().to(dtype) + eps)
+    scale = scale if weight is None else scale * weight.to(dtype)
+    # The mean is taken off first: folded into a shift, as torch has it, a large one cancels.
+    y = (x.to(dtype) - _by_channel(running_mean.detach(), x, dtype)) * _by_channel(scale, x, dtype)
+    y = y if bias is None else y + _by_channel(bias, x, dtype)
+    return y.to(x.dtype)
+
+
+@torch.no_grad()
+def track_planes(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> None:
+    """Moves running statistics towards those of x's planes, averaged over the batch; the variance is unbiased."""
+    if x.numel() == 0:
+        return
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    var, mean = torch.var_mean(x.detach().to(dtype), tuple(range(2, x.dim())), correction=1)
+    for running, found in ((running_mean, mean), (running_var, var)):
+        wide = torch.promote_types(running.dtype, dtype)
+        running.copy_(running.to(wide).lerp(found.mean(0).to(wide), momentum))
+
+
 def differentiable_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, subtract_mean: bool
 ) -> Tensor:

@@ -13,28 +13,29 @@ from typing import Any
 import torch
 
 from .autograd import Needs, Saved, gradients, what_to_save
-from .kernels.row_norm import Gradients, RowNorm, Wanted, compute_dtype, row_norm_forward
-from .kernels.row_norm import row_norm_backward as launch_backward
+from .kernels.families import GROUP_NORM, ROW_NORM, Family, family_of
+from .kernels.problem import Gradients, GroupNorm, Norm, RowNorm, Wanted
 
 Tensor = torch.Tensor
 
-_NORM = "int span, float eps, bool subtract_mean, bool add_first, str? activation, float alpha, float beta"
-_SCHEMAS = {
-    "row_norm_forward": (
-        f"(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, {_NORM}, bool save_statistics, bool save_bits) -> "
-        "(Tensor y, Tensor total, Tensor mean, Tensor rstd, Tensor bits)"
-    ),
-    "row_norm_backward": (
-        "(Tensor dy, Tensor? dtotal, Tensor? x, Tensor? residual, Tensor? bits, Tensor? weight, Tensor? bias, "
-        f"Tensor? mean, Tensor? rstd, {_NORM}, "
-        "bool wants_dx, bool wants_dresidual, bool wants_dweight, bool wants_dbias) -> "
-        "(Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
-    ),
+_FUSED = "bool add_first, str? activation, float alpha, float beta"
+# A norm's own arguments, as fields of what the launchers take.
+_NORMS: dict[str, tuple[Family, type[RowNorm] | type[GroupNorm], str]] = {
+    "row_norm": (ROW_NORM, RowNorm, f"int span, float eps, bool subtract_mean, {_FUSED}"),
+    "group_norm": (GROUP_NORM, GroupNorm, f"int groups, bool channels_last, float eps, {_FUSED}"),
 }
+_FORWARD = (
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, {norm}, bool save_statistics, bool save_bits) -> "
+    "(Tensor y, Tensor total, Tensor mean, Tensor rstd, Tensor bits)"
+)
+_BACKWARD = (
+    "(Tensor dy, Tensor? dtotal, Tensor? x, Tensor? residual, Tensor? bits, Tensor? weight, Tensor? bias, "
+    "Tensor? mean, Tensor? rstd, {norm}, "
+    "bool wants_dx, bool wants_dresidual, bool wants_dweight, bool wants_dbias) -> "
+    "(Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
+)
 
 _library = torch.library.Library("fused_ops", "DEF")
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema)
 
 
 def _or_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -45,63 +46,53 @@ def _or_none(*tensors: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(tensor if tensor.numel() else None for tensor in tensors)
 
 
-# --- implementations and fakes -------------------------------------------------------------------------------------
+def _define(name: str, family: Family, norm_type: type[RowNorm] | type[GroupNorm], fields: str) -> None:
+    """The forward and the backward op of a norm: schema, implementation, fake and autograd."""
 
+    def forward(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *arguments: Any):  # type: ignore[no-untyped-def]
+        *norm, statistics, bits = arguments
+        out = family.forward(x, residual, weight, bias, norm_type(*norm), save_statistics=statistics, save_bits=bits)
+        return _or_empty(x, *out)
 
-def _forward(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *arguments: Any):  # type: ignore[no-untyped-def]
-    *norm, save_statistics, save_bits = arguments
-    out = row_norm_forward(
-        x, residual, weight, bias, RowNorm(*norm), save_statistics=save_statistics, save_bits=save_bits
-    )
-    return _or_empty(x, *out)
+    def forward_fake(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *arguments: Any):  # type: ignore[no-untyped-def]
+        *norm, statistics, bits = arguments
+        return _or_empty(x, *family.allocate(x, residual, norm_type(*norm), statistics, bits))
 
+    def backward(dy: Tensor, *arguments: Any):  # type: ignore[no-untyped-def]
+        norm, wanted = norm_type(*arguments[8:-4]), Wanted(*arguments[-4:])
+        return _or_empty(dy, *family.backward(dy, *arguments[:8], norm, wanted))
 
-def _forward_fake(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *arguments: Any):  # type: ignore[no-untyped-def]
-    *fields, save_statistics, save_bits = arguments
-    norm = RowNorm(*fields)
-    rows = x.numel() // max(1, norm.span)
-    statistics = x.new_empty((rows,), dtype=compute_dtype(x.dtype))
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(residual, memory_format=torch.contiguous_format) if norm.add_first else x.new_empty(0),  # type: ignore[arg-type]
-        torch.empty_like(statistics) if save_statistics and norm.subtract_mean else x.new_empty(0),
-        statistics if save_statistics else x.new_empty(0),
-        x.new_empty((rows, (norm.span + 7) // 8), dtype=torch.uint8) if save_bits else x.new_empty(0),
-    )
+    def backward_fake(dy: Tensor, *arguments: Any):  # type: ignore[no-untyped-def]
+        _, x, _, _, weight, bias = arguments[:6]
+        norm, wanted = norm_type(*arguments[8:-4]), Wanted(*arguments[-4:])
+        dweight, dbias = (
+            parameter.new_empty((parameter.numel(),)) if want else None
+            for parameter, want in ((weight, wanted.dweight), (bias, wanted.dbias))
+        )
+        return _or_empty(dy, *family.allocate_gradients(dy, x, norm, wanted), dweight, dbias)
 
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _setup_context(ctx, norm_type, inputs, output)
 
-def _backward(dy: Tensor, *arguments: Any):  # type: ignore[no-untyped-def]
-    dtotal, x, residual, bits, weight, bias, mean, rstd = arguments[:8]
-    norm, wanted = RowNorm(*arguments[8:15]), Wanted(*arguments[15:])
-    return _or_empty(dy, *launch_backward(dy, dtotal, x, residual, bits, weight, bias, mean, rstd, norm, wanted))
-
-
-def _backward_fake(dy: Tensor, *arguments: Any):  # type: ignore[no-untyped-def]
-    _, x, _, _, weight, bias = arguments[:6]
-    norm, wanted = RowNorm(*arguments[8:15]), Wanted(*arguments[15:])
-    dresidual_dtype = x.dtype if norm.add_first and x is not None else dy.dtype
-    contiguous = torch.contiguous_format
-    return (
-        torch.empty_like(dy, memory_format=contiguous) if wanted.dx else dy.new_empty(0),
-        torch.empty_like(dy, dtype=dresidual_dtype, memory_format=contiguous) if wanted.dresidual else dy.new_empty(0),
-        weight.new_empty((norm.span,)) if wanted.dweight else dy.new_empty(0),
-        bias.new_empty((norm.span,)) if wanted.dbias else dy.new_empty(0),
+    for op, schema, run, fake in (
+        (f"{name}_forward", _FORWARD, forward, forward_fake),
+        (f"{name}_backward", _BACKWARD, backward, backward_fake),
+    ):
+        _library.define(op + schema.format(norm=fields))
+        _library.impl(op, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fused_ops::{op}", fake, lib=_library)
+    torch.library.register_autograd(
+        f"fused_ops::{name}_forward", _forward_autograd, setup_context=setup_context, lib=_library
     )
 
 
-_library.impl("row_norm_forward", _forward, "CompositeExplicitAutograd")
-_library.impl("row_norm_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fused_ops::row_norm_forward", _forward_fake, lib=_library)
-torch.library.register_fake("fused_ops::row_norm_backward", _backward_fake, lib=_library)
+# --- autograd of the forward ops -----------------------------------------------------------------------------------
 
 
-# --- autograd of the forward op ------------------------------------------------------------------------------------
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, norm_type: type[RowNorm] | type[GroupNorm], inputs: tuple, output: tuple) -> None:
     x, residual, weight, bias, *fields, save_statistics, save_bits = inputs
     _, total, mean, rstd, bits = output
-    norm = RowNorm(*fields)
+    norm = norm_type(*fields)
     ctx.mark_non_differentiable(mean, rstd, bits)
     mean, rstd, bits = _or_none(mean, rstd, bits)
     saving = what_to_save(norm, Needs(*ctx.needs_input_grad[:4]), residual is not None)
@@ -112,38 +103,39 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         normalized, residual = (total, None) if norm.add_first else (x, inputs[1])
         mean = rstd = bits = None
     ctx.save_for_backward(*Saved(normalized, residual, weight, bias, mean, rstd, bits))
-    ctx.norm, ctx.x_dtype = norm, x.dtype
+    ctx.norm, ctx.x_dtype, ctx.inputs = norm, x.dtype, len(inputs)
     ctx.set_materialize_grads(False)
-
-
-def row_norm_backward(dy: Tensor, *arguments: Any) -> Gradients:
-    """The launcher of that name, as an op that a tracer sees."""
-    *tensors, norm, wanted = arguments
-    found = torch.ops.fused_ops.row_norm_backward(dy, *tensors, *norm, *wanted)
-    return Gradients(*(tensor if want else None for tensor, want in zip(found, wanted, strict=True)))
 
 
 def _forward_autograd(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *unused: Tensor | None):  # type: ignore[no-untyped-def]
     needs = Needs(*ctx.needs_input_grad[:4])
     dtotal = dtotal if ctx.norm.add_first else None
-    found = gradients(Saved(*ctx.saved_tensors), dy, dtotal, ctx.norm, ctx.x_dtype, needs, row_norm_backward)
-    return *found, *(None,) * 9
+    found = gradients(Saved(*ctx.saved_tensors), dy, dtotal, ctx.norm, ctx.x_dtype, needs, backward)
+    return *found, *(None,) * (ctx.inputs - len(needs))
 
 
-torch.library.register_autograd(
-    "fused_ops::row_norm_forward", _forward_autograd, setup_context=_setup_context, lib=_library
-)
+for _name, _norm in _NORMS.items():
+    _define(_name, *_norm)
 
 
-def row_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: RowNorm
+def backward(dy: Tensor, *arguments: Any) -> Gradients:
+    """The launcher of the norm among the arguments, as an op that a tracer sees."""
+    *tensors, norm, wanted = arguments
+    op = getattr(torch.ops.fused_ops, f"{family_of(norm).name}_backward")
+    found = op(dy, *tensors, *norm, *wanted)
+    return Gradients(*(tensor if want else None for tensor, want in zip(found, wanted, strict=True)))
+
+
+def run(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: Norm
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`autograd.row_norm`, as an op that a tracer sees."""
+    """`autograd.run`, as an op that a tracer sees."""
     tensors = (x, residual, weight, bias)
     tracked = torch.is_grad_enabled()
     needs = Needs(*(tracked and tensor is not None and tensor.requires_grad for tensor in tensors))
     saving = what_to_save(norm, needs, residual is not None)
-    y, total, *_ = torch.ops.fused_ops.row_norm_forward(*tensors, *norm, saving.statistics, saving.bits)
+    op = getattr(torch.ops.fused_ops, f"{family_of(norm).name}_forward")
+    y, total, *_ = op(*tensors, *norm, saving.statistics, saving.bits)
     return (y, total) if norm.add_first else y
 
 
@@ -153,38 +145,45 @@ def row_norm(
 def sample_inputs(name: str, device: torch.device | str | None = None) -> Iterator[tuple[tuple, dict]]:
     """Yields (args, kwargs) for `torch.library.opcheck` of the op of that name, without namespace or overload.
 
-    They cover every optional argument present and absent, both norms and both places of the residual. On `device`, or a
-    GPU where there is one, or the CPU (for interpreted kernels). Raises ValueError for an unknown name.
+    They cover every optional argument present and absent, every norm, layout and place of the residual. On `device`, or
+    a GPU where there is one, or the CPU (for interpreted kernels). Raises ValueError for an unknown name.
     """
-    if name not in _SCHEMAS:
-        raise ValueError(f"unknown op {name!r}; known are {', '.join(_SCHEMAS)}")
-    return _samples(name, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    known = [f"{norm}_{direction}" for norm in _NORMS for direction in ("forward", "backward")]
+    if name not in known:
+        raise ValueError(f"unknown op {name!r}; known are {', '.join(known)}")
+    family, _, direction = name.rpartition("_")
+    return _samples(family, direction == "forward", device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _samples(name: str, device: torch.device | str) -> Iterator[tuple[tuple, dict]]:
+def _norms(family: str, add_first: bool, activation: str | None) -> list[tuple[Norm, tuple[int, ...], int]]:
+    """Norms of a family, each with the shape of an x and the length of a weight."""
+    if family == "row_norm":
+        return [(RowNorm(20, 1e-5, mean, add_first, activation), (2, 3, 20), 20) for mean in (True, False)]
+    return [(GroupNorm(2, last, 1e-5, add_first, activation), (2, 4, 3, 5), 4) for last in (True, False)]
+
+
+def _samples(family: str, forward: bool, device: torch.device | str) -> Iterator[tuple[tuple, dict]]:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, requires_grad: bool = True) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device).requires_grad_(requires_grad)
 
-    cases = itertools.product((None, "after", "first"), (None, "relu", "gelu"), (True, False), (True, False))
-    for added, activation, subtract_mean, affine in cases:
-        norm = RowNorm(20, 1e-5, subtract_mean, added == "first", activation)
-        requires_grad = name == "row_norm_forward"
-        x, residual = (draw(2, 3, 20, requires_grad=requires_grad) for _ in range(2))
-        weight, bias = (draw(20, requires_grad=requires_grad) if affine else None for _ in range(2))
-        has_residual = added is not None
-        saving = what_to_save(norm, Needs(True, has_residual, affine, affine), has_residual)
-        tensors = (x, residual if has_residual else None, weight, bias)
-        if name == "row_norm_forward":
-            yield (*tensors, *norm, saving.statistics, saving.bits), {}
-            if not affine:  # for inference, where nothing is saved
-                yield (x.detach(), residual.detach() if has_residual else None, None, None, *norm, False, False), {}
-            continue
-        out = row_norm_forward(*tensors, norm, save_statistics=saving.statistics, save_bits=saving.bits)
-        normalized = out.total if norm.add_first else x
-        kept = residual if saving.residual else None
-        dy, dtotal = draw(2, 3, 20, requires_grad=False), draw(2, 3, 20, requires_grad=False)
-        wanted = Wanted(True, added == "after" and activation is not None, affine, affine)
-        saved = (normalized, kept, out.bits, weight, bias, out.mean, out.rstd)
-        yield (dy, dtotal if norm.add_first else None, *saved, *norm, *wanted), {}
+    for added, activation, affine in itertools.product((None, "after", "first"), (None, "relu", "gelu"), (True, False)):
+        for norm, shape, length in _norms(family, added == "first", activation):
+            x, residual = (draw(*shape, requires_grad=forward) for _ in range(2))
+            weight, bias = (draw(length, requires_grad=forward) if affine else None for _ in range(2))
+            has_residual = added is not None
+            saving = what_to_save(norm, Needs(True, has_residual, affine, affine), has_residual)
+            tensors = (x, residual if has_residual else None, weight, bias)
+            if forward:
+                yield (*tensors, *norm, saving.statistics, saving.bits), {}
+                if not affine:  # for inference, where nothing is saved
+                    yield (x.detach(), residual.detach() if has_residual else None, None, None, *norm, False, False), {}
+                continue
+            out = family_of(norm).forward(*tensors, norm, save_statistics=saving.statistics, save_bits=saving.bits)
+            normalized = out.total if norm.add_first else x
+            kept = residual if saving.residual else None
+            dy, dtotal = draw(*shape, requires_grad=False), draw(*shape, requires_grad=False)
+            wanted = Wanted(True, added == "after" and activation is not None, affine, affine)
+            saved = (normalized, kept, out.bits, weight, bias, out.mean, out.rstd)
+            yield (dy, dtotal if norm.add_first else None, *saved, *norm, *wanted), {}

@@ -61,6 +61,91 @@ def row_span(function: str, x: Tensor, normalized_shape: int | Sequence[int]) ->
     return shape, math.prod(shape)
 
 
+def channels(function: str, x: Tensor) -> int:
+    """The number of channels of x, which must have shape (N, C, *)."""
+    floating(function, "input", x)
+    if x.dim() < 2:
+        raise ArgumentError(
+            f"{function}: the input must have shape (N, C, *), at least 2 dims, but has shape {tuple(x.shape)}; "
+            "unsqueeze it first"
+        )
+    return x.shape[1]
+
+
+def num_groups(function: str, groups: Any) -> int:
+    """A number of groups is a positive integer."""
+    if not isinstance(groups, int | torch.SymInt):
+        try:
+            groups = operator.index(groups)
+        except TypeError:
+            raise TypeError(f"{function}: num_groups must be an integer, but is {groups!r}") from None
+    if groups < 1:
+        raise ArgumentError(f"{function}: num_groups must be at least 1, but is {groups}; 1 is all channels together")
+    return groups
+
+
+def groups(function: str, x: Tensor, groups: int) -> int:
+    """x has shape (N, C, *), and its channels fall into groups of one size; a lone value has no deviation."""
+    count = channels(function, x)
+    groups = num_groups(function, groups)
+    if count % groups:
+        raise ArgumentError(
+            f"{function}: num_groups must divide the number of channels, but is {groups} and the input has {count} "
+            f"channels (shape {tuple(x.shape)}); pass a divisor of {count}"
+        )
+    if x.numel() == groups:  # as torch, which lets a group of one value pass in a larger batch
+        raise ArgumentError(
+            f"{function}: a batch of one needs more than one value in a group, but num_groups is {groups} and the "
+            f"input has shape {tuple(x.shape)}; pass fewer groups or a larger input"
+        )
+    return groups
+
+
+def planes(
+    function: str, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, use_input_stats: bool
+) -> int:
+    """The number of channels of x: its planes (n, c) have statistics of their own, or running ones are given."""
+    count = channels(function, x)
+    if use_input_stats:
+        if math.prod(x.shape[2:]) == 1:
+            raise ArgumentError(
+                f"{function}: statistics from the input need more than one spatial element, but the input has shape "
+                f"{tuple(x.shape)}; pass a larger input, or use_input_stats=False and running statistics (of a module, "
+                "track_running_stats=True and eval())"
+            )
+    elif running_mean is None or running_var is None:
+        raise ArgumentError(
+            f"{function}: use_input_stats={use_input_stats} needs running_mean and running_var, but "
+            f"{'running_mean' if running_mean is None else 'running_var'} is None; pass both, or use_input_stats=True"
+        )
+    if (running_mean is None) != (running_var is None):
+        raise ArgumentError(
+            f"{function}: running_mean and running_var go together, but one is None; pass both or neither"
+        )
+    for argument, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+        parameter(function, argument, tensor, (count,), x)
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ArgumentError(f"{function}: {argument} must not require a gradient, but does; detach it")
+    return count
+
+
+def number(function: str, argument: str, value: Any) -> float:
+    """value as a float; TypeError where it is none."""
+    try:
+        return float(value)
+    except TypeError:
+        raise TypeError(f"{function}: {argument} must be a number, but is {value!r}") from None
+
+
+def filters(function: str, weight: Tensor) -> None:
+    """A weight of a convolution or a linear map: its first dim are the filters, each with at least one more."""
+    floating(function, "weight", weight)
+    if weight.dim() < 2:
+        raise ArgumentError(
+            f"{function}: weight must have shape (filters, *), at least 2 dims, but has shape {tuple(weight.shape)}"
+        )
+
+
 def parameter(function: str, argument: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
     """A weight or bias, if given, has the given shape and lies on x's device."""
     if tensor is None:
@@ -74,7 +159,7 @@ def parameter(function: str, argument: str, tensor: Tensor | None, shape: tuple[
         )
 
 
-def residual(function: str, tensor: Tensor | None, x: Tensor, *, may_be_float32: bool = False) -> None:
+def like_input(function: str, tensor: Tensor | None, x: Tensor, *, may_be_float32: bool = False) -> None:
     """A residual, if given, matches x in shape, device and type; where it may be float32, half x takes that too."""
     if tensor is None:
         return
@@ -91,6 +176,23 @@ def residual(function: str, tensor: Tensor | None, x: Tensor, *, may_be_float32:
     if tensor.dtype != x.dtype and not (may_be_float32 and tensor.dtype == torch.float32 and x.dtype in HALF):
         allowed = f"{x.dtype} or torch.float32" if may_be_float32 and x.dtype in HALF else f"{x.dtype}"
         raise ArgumentError(f"{function}: residual must have type {allowed}, but has {tensor.dtype}; cast one of them")
+
+
+def operands(
+    function: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    added_first: bool = False,
+) -> None:
+    """Weight and bias of one shape, if given, and the residual, which must be given where it is added first."""
+    parameter(function, "weight", weight, shape, x)
+    parameter(function, "bias", bias, shape, x)
+    if added_first and residual is None:
+        raise ArgumentError(f"{function}: residual must be a tensor, but is None")
+    like_input(function, residual, x, may_be_float32=added_first)
 
 
 def dropout(function: str, dropout_p: float) -> None:

@@ -15,7 +15,8 @@ Tensor = torch.Tensor
 
 
 @triton.jit
-def _sum_columns(Partial_ptr, Sum_ptr, partial_rows, col, SPAN: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+def sum_columns(Partial_ptr, Sum_ptr, partial_rows, col, SPAN: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """Sums the columns `col` [1, columns] of partial sums [partial_rows, SPAN], in a fixed order; None stays None."""
     if Sum_ptr is not None:
         total = tl.zeros([BLOCK_ROWS, col.shape[1]], Partial_ptr.dtype.element_ty)
         for first in range(0, partial_rows, BLOCK_ROWS):
@@ -33,8 +34,8 @@ def column_sum_kernel(
 ):  # fmt: skip
     """dweight and dbias [SPAN], each or None, from partial sums [partial_rows, SPAN]; a block of columns a program."""
     col = tl.program_id(0).to(tl.int64) * BLOCK_SPAN + tl.arange(0, BLOCK_SPAN)[None, :]
-    _sum_columns(PartialDWeight_ptr, DWeight_ptr, partial_rows, col, SPAN, BLOCK_ROWS)
-    _sum_columns(PartialDBias_ptr, DBias_ptr, partial_rows, col, SPAN, BLOCK_ROWS)
+    sum_columns(PartialDWeight_ptr, DWeight_ptr, partial_rows, col, SPAN, BLOCK_ROWS)
+    sum_columns(PartialDBias_ptr, DBias_ptr, partial_rows, col, SPAN, BLOCK_ROWS)
 
 
 def column_sum(

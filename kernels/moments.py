@@ -7,22 +7,33 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_moments(x, in_span, inv_count, SUBTRACT_MEAN: tl.constexpr):
-    """Moments of each row of a tile in registers: ``(mean, m2, deviation)``.
+def sum_in_groups(values, PLANES: tl.constexpr):
+    """Sums of neighbouring PLANES values of a vector, each in all their places."""
+    if PLANES == 1:
+        return values
+    else:
+        GROUPS: tl.constexpr = values.shape[0] // PLANES
+        sums = tl.sum(tl.reshape(values, [GROUPS, PLANES]), axis=1, keep_dims=True)
+        return tl.reshape(tl.broadcast_to(sums, [GROUPS, PLANES]), [GROUPS * PLANES])
 
-    x and in_span are [rows, span]; x is 0 where in_span is false, inv_count is 1 / (lanes of a row that count). mean
-    and m2 (the sum of squared deviations) are [rows]; without SUBTRACT_MEAN, mean is 0 and deviation is x.
+
+@triton.jit
+def tile_moments(x, in_span, inv_count, SUBTRACT_MEAN: tl.constexpr, PLANES: tl.constexpr = 1):
+    """Moments of each row of a tile in registers, or of each PLANES neighbouring ones: ``(mean, m2, deviation)``.
+
+    x and in_span are [rows, span]; x is 0 where in_span is false, inv_count is 1 / (lanes that count). mean and m2 (the
+    sum of squared deviations) are [rows]; without SUBTRACT_MEAN, mean is 0 and deviation is x.
     """
     if SUBTRACT_MEAN:
         # Scaled before summing, so that values near the type's maximum do not overflow. The rounding of that first mean
         # is then added back: without it the error is twice torch's at a mean of 1e4 and a deviation of 1e-2.
-        rough_mean = tl.sum(x * inv_count, axis=1)
+        rough_mean = sum_in_groups(tl.sum(x * inv_count, axis=1), PLANES)
         rough = tl.where(in_span, x - rough_mean[:, None], 0.0)
-        correction = tl.sum(rough * inv_count, axis=1)
+        correction = sum_in_groups(tl.sum(rough * inv_count, axis=1), PLANES)
         deviation = tl.where(in_span, rough - correction[:, None], 0.0)
-        return rough_mean + correction, tl.sum(deviation * deviation, axis=1), deviation
+        return rough_mean + correction, sum_in_groups(tl.sum(deviation * deviation, axis=1), PLANES), deviation
     else:
-        return tl.zeros([x.shape[0]], x.dtype), tl.sum(x * x, axis=1), x
+        return tl.zeros([x.shape[0]], x.dtype), sum_in_groups(tl.sum(x * x, axis=1), PLANES), x
 
 
 @triton.jit

@@ -51,3 +51,41 @@ def columns(parameter: torch.Tensor | None) -> torch.Tensor | None:
 def vector_length(itemsize: int, *strides: int) -> int:
     """Elements of the widest access, 16 bytes at most, that every one of these row strides keeps aligned."""
     return math.gcd(16 // itemsize, *strides)
+
+
+# --- samples of planes ---------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def sample_stride(shape: Sequence[int], strides: Sequence[int], channels_last: bool) -> int | None:
+    """Distance between the samples of a tensor [samples, channels, *positions], each without gaps, its planes one after
+    the other or, channels_last, its positions; None where the layout is not such samples."""
+    if channels_last:
+        shape, strides = (*shape[:1], *shape[2:], shape[1]), (*strides[:1], *strides[2:], strides[1])
+    return row_stride(shape, strides, math.prod(shape[1:]))
+
+
+@functools.lru_cache(maxsize=4096)
+def lies_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the channels of a position are neighbours; so are those of a plane of one element."""
+    if math.prod(shape[2:]) == 1:
+        return True
+    return sample_stride(shape, strides, False) is None and sample_stride(shape, strides, True) is not None
+
+
+def sample_view(tensor: torch.Tensor, channels_last: bool) -> tuple[torch.Tensor, int]:
+    """`tensor` in one of the two layouts of `sample_stride`, with its stride; copied only where it has the other."""
+    stride = sample_stride(tuple(tensor.shape), tensor.stride(), channels_last)
+    if stride is None:
+        tensor = tensor.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else tensor.contiguous()
+        return tensor, math.prod(tensor.shape[1:])
+    return tensor, stride
+
+
+def empty_samples(like: torch.Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An uninitialized tensor of the same shape without any gaps in one of the two layouts."""
+    dtype = dtype or like.dtype
+    if not channels_last:
+        return torch.empty(like.shape, dtype=dtype, device=like.device)
+    samples, channels, *positions = like.shape
+    return torch.empty((samples, *positions, channels), dtype=dtype, device=like.device).movedim(-1, 1)

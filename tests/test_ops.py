@@ -21,7 +21,7 @@ from tests.row_norm_cases import DEVICE, FUNCTIONS, OPERANDS, Case, make_case, n
 pytest.importorskip("triton", reason="Triton is not installed, so there are no ops")
 
 from fused_ops import ops
-from fused_ops.kernels.row_norm import RowNorm
+from fused_ops.kernels.problem import RowNorm
 
 Tensor = torch.Tensor
 

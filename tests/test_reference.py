@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from fractions import Fraction
-from math import isqrt, prod
-from types import SimpleNamespace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,77 +12,25 @@ import torch
 import torch.nn.functional as F
 
 from fused_ops import reference
-
-Arrays = dict[str, np.ndarray]
-EPS = float(np.finfo(np.float64).eps)
-INF, NAN = float("inf"), float("nan")
-
-TORCH_ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "selu": F.selu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "mish": F.mish,
-    "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid,
-    "softplus": F.softplus,
-}
-# Where a slope jumps or a piece begins; smooth activations have none.
-KINKS = {
-    "relu": [0.0],
-    "relu6": [0.0, 6.0],
-    "leaky_relu": [0.0],
-    "elu": [0.0],
-    "selu": [0.0],
-    "hardswish": [-3.0, 3.0],
-    "hardsigmoid": [-3.0, 3.0],
-}
-ACTIVATIONS = [SimpleNamespace(name=name, parameters={}) for name in TORCH_ACTIVATIONS] + [
-    SimpleNamespace(name="leaky_relu", parameters={"negative_slope": 0.3}),
-    SimpleNamespace(name="elu", parameters={"alpha": 1.7}),
-    SimpleNamespace(name="softplus", parameters={"beta": 2.0, "threshold": 3.0}),
-]
-
-
-def label(activation: Any) -> str:
-    if activation is None:
-        return "identity"
-    return "-".join([activation.name, *map(str, activation.parameters.values())])
-
-
-def kinks(activation: Any) -> list[float]:
-    if activation is None:
-        return []
-    if activation.name == "softplus" and activation.parameters:
-        return [activation.parameters["threshold"] / activation.parameters["beta"]]
-    return KINKS.get(activation.name, [])
-
-
-def torch_activation(activation: Any, x: torch.Tensor) -> torch.Tensor:
-    return x if activation is None else TORCH_ACTIVATIONS[activation.name](x, **activation.parameters)
-
-
-def assert_within(tolerance: Any, expected: torch.Tensor, actual: np.ndarray) -> None:
-    """|actual - expected| <= tolerance elementwise; NaN and Inf in the same places."""
-    e = expected.detach().numpy()
-    assert actual.dtype == np.float64
-    assert actual.shape == e.shape
-    finite = np.isfinite(e)
-    np.testing.assert_array_equal(actual[~finite], e[~finite])
-    excess = np.abs(actual[finite] - e[finite]) - np.broadcast_to(tolerance, e.shape)[finite]
-    assert (excess <= 0.0).all(), f"{excess.max():.3g} beyond the tolerance"
-
-
-SILU = SimpleNamespace(name="silu", parameters={})
-every_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=label)
-every_activation_and_none = pytest.mark.parametrize("activation", [None, *ACTIVATIONS], ids=label)
-
+from tests.reference_cases import (
+    EPS,
+    HARD_SPANS,
+    INF,
+    NAN,
+    SILU,
+    STEP,
+    TORCH_ACTIVATIONS,
+    Arrays,
+    assert_matches_differences,
+    assert_within,
+    every_activation,
+    every_activation_and_none,
+    exactly_standardized,
+    float64_activation,
+    kinks,
+    largest,
+    torch_activation,
+)
 
 # ---- activations ----
 
@@ -137,8 +82,6 @@ def test_gelu_keeps_the_digits_of_its_tail() -> None:
 
 # ---- norms against finite differences ----
 
-# Balances the truncation error of the extrapolated difference, STEP^4, with its rounding, EPS / STEP.
-STEP = EPS**0.2
 AFFINE = {"bare": (), "weight": ("weight",), "affine": ("weight", "bias")}
 CASES = [
     pytest.param(function, affine, residual, id=f"{function}-{affine}{'-residual' * residual}")
@@ -166,18 +109,16 @@ def call(function: str, arrays: Arrays, *gradients: Any, backward: bool = False,
     return getattr(reference, function + "_backward" * backward)(*gradients, *x, **arguments, **options)
 
 
-def loss(function: str, arrays: Arrays, gradients: tuple[np.ndarray, ...], activation: Any) -> float:
-    outputs = call(function, arrays, activation=activation)
-    outputs = outputs if function.startswith("add_") else (outputs,)
-    return sum(float((d * output).sum()) for d, output in zip(gradients, outputs, strict=True))
+def outputs_of(function: str, arrays: Arrays, **options: Any) -> tuple[np.ndarray, ...]:
+    outputs = call(function, arrays, **options)
+    return outputs if function.startswith("add_") else (outputs,)
 
 
 def drawn_off_kinks(function: str, affine: str, residual: bool, activation: Any) -> Arrays:
     """The first draw that reaches every piece of the activation, with no kink where a step could cross it."""
     for seed in range(1000):
         arrays = draw(seed, (3, 5), 1, affine, residual)
-        z = call(function, arrays)
-        z = z[0] if function.startswith("add_") else z
+        z = outputs_of(function, arrays)[0]
         total = arrays["x"] + arrays["residual"] if function.startswith("add_") else arrays["x"]
         spread = total.std(-1) if "layer" in function else np.sqrt((total**2).mean(-1))
         # |dz / dx| <= 2 |weight| / spread, twice that for what a finite step adds; |dz / dweight| <= sqrt(5).
@@ -197,34 +138,7 @@ def test_backward_matches_finite_differences(function: str, affine: str, residua
     rng = np.random.default_rng(7)
     gradients = tuple(rng.normal(size=(3, 5)) for _ in range(1 + function.startswith("add_")))
     actual = call(function, arrays, *gradients, backward=True, activation=activation)
-    assert set(actual) == {f"d{name}" for name in arrays}
-
-    # Each of the 2 x 15 products of a loss is known to some 20 roundings of up to max |d| max |output|.
-    outputs = np.abs(np.asarray(call(function, arrays, activation=activation))).max()
-    noise = 30 * 20 * EPS * max(np.abs(d).max() for d in gradients) * max(1.0, outputs)
-    for name, array in arrays.items():
-        for index in np.ndindex(array.shape):
-            coarse, fine = (
-                difference(lambda a: loss(function, a, gradients, activation), arrays, name, index, step)
-                for step in (STEP, STEP / 2)
-            )
-            # The error of `fine` is a third of coarse - fine up to STEP^4: what is left is below that third.
-            tolerance = abs(coarse - fine) / 3 + 4 * noise / STEP
-            assert tolerance < 1e-4 * max(1.0, abs(fine)), "too coarse to find a wrong formula"
-            assert abs(actual[f"d{name}"][index] - (fine + (fine - coarse) / 3)) <= tolerance, (name, index)
-
-
-def difference(
-    of: Callable[[Arrays], float],
-    arrays: Arrays,
-    name: str,
-    index: Any,
-    step: float,
-) -> float:
-    up, down = arrays[name].copy(), arrays[name].copy()
-    up[index] += step
-    down[index] -= step
-    return (of({**arrays, name: up}) - of({**arrays, name: down})) / (up[index] - down[index])
+    assert_matches_differences(lambda a: outputs_of(function, a, activation=activation), arrays, gradients, actual)
 
 
 # ---- norms against torch ----
@@ -239,10 +153,7 @@ def torch_outputs(function: str, leaves: dict[str, torch.Tensor], shape: Any, ep
     else:
         y = F.layer_norm(total, shape, leaves.get("weight"), leaves.get("bias"), eps)
     z = y if added or residual is None else y + residual
-    if activation is not None and activation.name == "hardsigmoid":
-        y = F.relu6(z + 3) / 6  # unlike F.hardsigmoid it has its slope of 1 / 6 in float64
-    else:
-        y = torch_activation(activation, z)
+    y = float64_activation(activation, z)
     return (y, total) if added else (y,)
 
 
@@ -262,12 +173,8 @@ def assert_matches_torch(function: str, arrays: Arrays, dims: int, activation: A
     d_outputs = [rng.normal(size=arrays["x"].shape) for _ in expected]
     expected_gradients = torch.autograd.grad(expected, list(leaves.values()), list(map(torch.tensor, d_outputs)))
     options = {"normalized_shape": shape, "eps": eps, "activation": activation}
-    outputs = call(function, arrays, **options)
+    outputs = outputs_of(function, arrays, **options)
     gradients = call(function, arrays, *d_outputs, backward=True, **options)
-
-    def largest(*values: Any) -> float:
-        finite = (value[np.isfinite(value)] for value in map(np.asarray, values))
-        return max(1.0, *(np.abs(value).max(initial=0.0) for value in finite))
 
     total = expected[-1].detach().numpy() if function.startswith("add_") else arrays["x"]
     rows_of_total = total.reshape(rows, span)[np.isfinite(total.reshape(rows, span)).all(1)]
@@ -276,7 +183,7 @@ def assert_matches_torch(function: str, arrays: Arrays, dims: int, activation: A
     uncertainty = largest(rows_of_total / np.sqrt(spread**2 + eps)[:, None])
     added = largest(arrays.get("residual", 0.0), arrays.get("bias", 0.0))
     z_error = 2 * (span + rows + 20) * EPS * (uncertainty * np.sqrt(span) * weight + added)
-    for e, y in zip(expected, outputs if function.startswith("add_") else (outputs,), strict=True):
+    for e, y in zip(expected, outputs, strict=True):
         assert_within(2 * z_error, e, y)
     assert set(gradients) == {f"d{name}" for name in arrays}
     gradient_error = 8 * z_error * largest(*d_outputs) * weight * span * max(rstd, rows)
@@ -312,22 +219,11 @@ def test_matches_torch_in_any_shape(function: str, shape: tuple[int, ...], dims:
     assert_matches_torch(function, draw(5, shape, dims, affine, residual=True), dims, SILU)
 
 
-HARD_ROWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "large mean": lambda row: 1e4 + 1e-2 * row,
-    "constant": lambda row: np.full_like(row, 3.7),
-    "zero": np.zeros_like,
-    "huge": lambda row: 3e38 * row,
-    "nan": lambda row: np.where(np.arange(row.size) == 2, NAN, row),
-    "inf": lambda row: np.where(np.arange(row.size) == 2, INF, row),
-    "both infs": lambda row: np.where(np.arange(row.size) < 2, [INF, -INF] * (row.size // 2), row),
-}
-
-
 @every_function
-@pytest.mark.parametrize("kind", HARD_ROWS)
+@pytest.mark.parametrize("kind", HARD_SPANS)
 def test_matches_torch_on_a_hard_row(function: str, kind: str) -> None:
     arrays = draw(5, (4, 8), 1, "weight", residual=function.startswith("add_"))
-    arrays["x"][1] = HARD_ROWS[kind](arrays["x"][1])
+    arrays["x"][1] = HARD_SPANS[kind](arrays["x"][1])
     if "residual" in arrays:
         arrays["residual"][1] = 0.0
     with warnings.catch_warnings():
@@ -339,11 +235,7 @@ def test_large_mean_against_exact_arithmetic() -> None:
     """x_hat is good to the roundings of a mean of span terms, however large the mean."""
     span = 24
     x = 1e8 + 1e-2 * np.random.default_rng(2).normal(size=span)
-    exact = [Fraction(value) for value in x]
-    deviation = [value - sum(exact) / span for value in exact]
-    variance = sum(value**2 for value in deviation) / span
-    root = Fraction(isqrt(int(variance * 10**60)), 10**30)  # good to 1e-28 of a spread of 1e-2
-    expected = np.array([float(value / root) for value in deviation])
+    expected = exactly_standardized(x)
     atol = (span + 20) * EPS * np.sqrt(span)  # no element of x_hat is above sqrt(span)
     np.testing.assert_allclose(reference.layer_norm(x, span, eps=0.0), expected, rtol=0, atol=atol)
 

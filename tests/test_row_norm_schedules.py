@@ -32,7 +32,8 @@ import fused_ops.kernels.row_norm.backward as backward_module
 import fused_ops.kernels.row_norm.forward as forward_module
 from benchmarks.audit.watch import watch
 from fused_ops.kernels import launch
-from fused_ops.kernels.row_norm import RowNorm, row_norm_forward
+from fused_ops.kernels.problem import RowNorm, slope_takes_two_values
+from fused_ops.kernels.row_norm import row_norm_forward
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "memory_checked")
 
@@ -134,7 +135,7 @@ def everything_forward(case: Case, rows: slice = slice(None)) -> dict[str, Tenso
         case.bias,
         norm,
         save_statistics=True,
-        save_bits=norm.slope_takes_two_values,
+        save_bits=slope_takes_two_values(norm.activation),
     )
     return out._asdict()
 

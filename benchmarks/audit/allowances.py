@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fused_ops.kernels.launch import DeviceFacts
-from fused_ops.kernels.row_norm import compute_dtype
+from fused_ops.kernels.problem import compute_dtype
 
 from ..traffic import Direction, backward_passes, forward_passes, keeps_mask
 from ..workloads import Case, Workload

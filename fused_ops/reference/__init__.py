@@ -1,12 +1,20 @@
 """The specification: every function on NumPy arrays in float64, forward and backward, with NumPy alone.
 
 It shares no code with what it judges, and is itself judged by finite differences and by torch
-(tests/test_reference.py).
+(tests/test_reference*.py).
 """
 
 from .activations import ACTIVATIONS as ACTIVATIONS
 from .activations import activation_slope as activation_slope
 from .activations import activation_value as activation_value
+from .group_norms import add_group_norm as add_group_norm
+from .group_norms import add_group_norm_backward as add_group_norm_backward
+from .group_norms import group_norm as group_norm
+from .group_norms import group_norm_backward as group_norm_backward
+from .instance_norms import add_instance_norm as add_instance_norm
+from .instance_norms import add_instance_norm_backward as add_instance_norm_backward
+from .instance_norms import instance_norm as instance_norm
+from .instance_norms import instance_norm_backward as instance_norm_backward
 from .row_norms import add_layer_norm as add_layer_norm
 from .row_norms import add_layer_norm_backward as add_layer_norm_backward
 from .row_norms import add_rms_norm as add_rms_norm
@@ -16,3 +24,5 @@ from .row_norms import layer_norm_backward as layer_norm_backward
 from .row_norms import rms_norm as rms_norm
 from .row_norms import rms_norm_backward as rms_norm_backward
 from .row_norms import rms_norm_eps as rms_norm_eps
+from .weight_standardization import weight_standardize as weight_standardize
+from .weight_standardization import weight_standardize_backward as weight_standardize_backward

@@ -15,10 +15,9 @@ from numpy.typing import ArrayLike
 
 from .activations import ActivationLike
 from .arrays import Array, float64, propagate_non_finite
-from .epilogue import epilogue, epilogue_backward
+from .norm_call import Gradients, NormCall, total_of
 from .normalize import normalize, normalize_backward
 
-Gradients = dict[str, Array]
 NormalizedShape = int | Sequence[int]
 
 
@@ -31,15 +30,8 @@ def rms_norm_eps(*dtypes: np.dtype) -> float:
     return float(np.finfo(np.result_type(np.float32, *dtypes)).eps)
 
 
-def _checked(function: str, argument: str, values: ArrayLike, shape: tuple[int, ...]) -> Array:
-    array = float64(values)
-    if array.shape != shape:
-        raise ValueError(f"{function}: {argument} must have shape {shape}, but has shape {array.shape}")
-    return array
-
-
-class _RowNorm:
-    """One call of a row norm: its arguments, checked and in float64, and what forward and backward share."""
+class _RowNorm(NormCall):
+    """One call of a row norm."""
 
     subtract_mean: bool
 
@@ -64,21 +56,12 @@ class _RowNorm:
                 f"{function}: normalized_shape must be the trailing dimensions of x, one at least, "
                 f"but is {shape} while x has shape {x.shape}"
             )
-        self.function, self.activation = function, activation
-        self.weight = None if weight is None else _checked(function, "weight", weight, shape)
-        self.bias = None if bias is None else _checked(function, "bias", bias, shape)
-        self.residual = None if residual is None else _checked(function, "residual", residual, x.shape)
+        super().__init__(function, x, shape, 0, weight, bias, residual, activation)
         self.axes = tuple(range(x.ndim - len(shape), x.ndim))
         self.x_hat, self.rstd = normalize(x, self.axes, eps, self.subtract_mean)
 
-    def forward(self) -> Array:
-        return epilogue(self.x_hat, self.weight, self.bias, self.residual, self.activation)
-
-    def backward(self, dy: ArrayLike) -> Gradients:
-        dy = _checked(self.function, "dy", dy, self.x_hat.shape)
-        dx_hat, gradients = epilogue_backward(dy, self.x_hat, self.weight, self.bias, self.residual, self.activation)
-        dx = normalize_backward(dx_hat, self.x_hat, self.rstd, self.axes, self.subtract_mean)
-        return {"dx": dx, **gradients}
+    def dx(self, dx_hat: Array) -> Array:
+        return normalize_backward(dx_hat, self.x_hat, self.rstd, self.axes, self.subtract_mean)
 
 
 class _LayerNorm(_RowNorm):
@@ -87,32 +70,6 @@ class _LayerNorm(_RowNorm):
 
 class _RMSNorm(_RowNorm):
     subtract_mean = False
-
-
-def _total(function: str, x: ArrayLike, residual: ArrayLike, dropout_p: float, training: bool) -> Array:
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{function}: dropout_p must lie between 0 and 1, but is {dropout_p}")
-    if dropout_p and training:
-        raise NotImplementedError(
-            f"{function}: dropout_p={dropout_p} while training is not implemented yet; pass dropout_p=0.0"
-        )
-    x = float64(x)
-    return _checked(function, "residual", residual, x.shape) + x
-
-
-def _add_backward(norm: _RowNorm, dy: ArrayLike | None, dtotal: ArrayLike | None) -> Gradients:
-    """total = residual + x feeds both outputs, so dx = dresidual = dtotal + the norm's own dx."""
-    # Not the same as a dy of zeros: without y, a NaN in total does not reach dx (nor does it in torch).
-    if dy is None:
-        given = (("dweight", norm.weight), ("dbias", norm.bias))
-        gradients = {name: np.zeros_like(argument) for name, argument in given if argument is not None}
-        dx = np.zeros_like(norm.x_hat)
-    else:
-        gradients = norm.backward(dy)
-        dx = gradients.pop("dx")
-    if dtotal is not None:
-        dx = dx + _checked(norm.function, "dtotal", dtotal, dx.shape)
-    return {"dx": dx, "dresidual": dx.copy(), **gradients}
 
 
 @propagate_non_finite
@@ -210,7 +167,7 @@ def add_layer_norm(
 
     Raises NotImplementedError for dropout while training.
     """
-    total = _total("add_layer_norm", x, residual, dropout_p, training)
+    total = total_of("add_layer_norm", x, residual, dropout_p, training)
     norm = _LayerNorm("add_layer_norm", total, normalized_shape, weight, bias, eps, None, activation)
     return norm.forward(), total
 
@@ -234,9 +191,9 @@ def add_layer_norm_backward(
 
     None for dy or dtotal says that no gradient arrived there.
     """
-    total = _total("add_layer_norm", x, residual, dropout_p, training)
+    total = total_of("add_layer_norm", x, residual, dropout_p, training)
     norm = _LayerNorm("add_layer_norm", total, normalized_shape, weight, bias, eps, None, activation)
-    return _add_backward(norm, dy, dtotal)
+    return norm.add_backward(dy, dtotal)
 
 
 @propagate_non_finite
@@ -257,7 +214,7 @@ def add_rms_norm(
     Raises NotImplementedError for dropout while training.
     """
     eps = rms_norm_eps(np.asarray(x).dtype, np.asarray(residual).dtype) if eps is None else eps
-    total = _total("add_rms_norm", x, residual, dropout_p, training)
+    total = total_of("add_rms_norm", x, residual, dropout_p, training)
     norm = _RMSNorm("add_rms_norm", total, normalized_shape, weight, None, eps, None, activation)
     return norm.forward(), total
 
@@ -281,6 +238,6 @@ def add_rms_norm_backward(
     None for dy or dtotal says that no gradient arrived there.
     """
     eps = rms_norm_eps(np.asarray(x).dtype, np.asarray(residual).dtype) if eps is None else eps
-    total = _total("add_rms_norm", x, residual, dropout_p, training)
+    total = total_of("add_rms_norm", x, residual, dropout_p, training)
     norm = _RMSNorm("add_rms_norm", total, normalized_shape, weight, None, eps, None, activation)
-    return _add_backward(norm, dy, dtotal)
+    return norm.add_backward(dy, dtotal)

@@ -2,8 +2,3 @@
 
 from .backward import row_norm_backward as row_norm_backward
 from .forward import row_norm_forward as row_norm_forward
-from .problem import Forward as Forward
-from .problem import Gradients as Gradients
-from .problem import RowNorm as RowNorm
-from .problem import Wanted as Wanted
-from .problem import compute_dtype as compute_dtype

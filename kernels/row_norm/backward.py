@@ -22,9 +22,9 @@ from ..launch import (
     row_backward_config,
 )
 from ..launcher import Launcher, Tensors
+from ..problem import Gradients, RowNorm, Tensor, Wanted, compute_dtype, parameter_zeros
 from ..views import columns, row_view, vector_length
 from .backward_kernels import row_gradient_apply_kernel, row_gradient_sums_kernel, row_norm_backward_kernel
-from .problem import Gradients, RowNorm, Tensor, Wanted, compute_dtype
 
 Strides = list[int]
 Partials = tuple[Tensor | None, Tensor | None]
@@ -50,21 +50,16 @@ def row_norm_backward(
     norm.add_first, dx and dresidual are the same values: ask for both only where their types differ.
     """
     span, _, subtract_mean, add_first, activation, alpha, beta = norm
-    wants_dx, wants_dresidual, wants_dweight, wants_dbias = wanted
-    if not (wants_dx or (add_first and wants_dresidual)):
+    if not (wanted.dx or (add_first and wanted.dresidual)):
         dtotal = None
     if activation is None or bits is not None:  # z is not computed again
         residual = bias_read = None
     else:
         bias_read = columns(bias)
-    dx = torch.empty_like(dy, memory_format=torch.contiguous_format) if wants_dx else None
-    dresidual = None
-    if wants_dresidual:
-        dtype = x.dtype if add_first and x is not None else dy.dtype
-        dresidual = torch.empty_like(dy, dtype=dtype, memory_format=torch.contiguous_format)
+    dx, dresidual = allocate_gradients(dy, x, norm, wanted)
     rows = dy.numel() // span if span else 0
     if rows == 0:
-        return Gradients(dx, dresidual, *_zeros(weight, bias, wanted))
+        return Gradients(dx, dresidual, *parameter_zeros(weight, bias, wanted))
 
     strides = [0, 0, 0, 0]
     activations = [dy, dtotal, x, residual]
@@ -78,17 +73,19 @@ def row_norm_backward(
     facts = device_facts(dy.device)
     schedule = _schedule(facts.shared_bytes, span, vec, subtract_mean, add_first, activation, wanted, *dtypes)
     partials = schedule(rows, given, (dx, dresidual), [stride // vec for stride in strides], (alpha, beta), facts)
-    if not (wants_dweight or wants_dbias):
+    if not (wanted.dweight or wanted.dbias):
         return Gradients(dx, dresidual, None, None)
     sums = column_sum(*partials, weight if weight is None else weight.dtype, bias if bias is None else bias.dtype)
     return Gradients(dx, dresidual, *sums)
 
 
-def _zeros(weight: Tensor | None, bias: Tensor | None, wanted: Wanted) -> Partials:
-    """The parameter gradients of a call without rows."""
-    dweight = weight.new_zeros(weight.numel()) if weight is not None and wanted.dweight else None
-    dbias = bias.new_zeros(bias.numel()) if bias is not None and wanted.dbias else None
-    return dweight, dbias
+def allocate_gradients(dy: Tensor, x: Tensor | None, norm: RowNorm, wanted: Wanted) -> Partials:
+    """(dx, dresidual), each where wanted, nothing in them yet; x is what was normalized."""
+    dx = torch.empty_like(dy, memory_format=torch.contiguous_format) if wanted.dx else None
+    if not wanted.dresidual:
+        return dx, None
+    dtype = x.dtype if norm.add_first and x is not None else dy.dtype
+    return dx, torch.empty_like(dy, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 # --- schedules, one for each kind of call --------------------------------------------------------------------------

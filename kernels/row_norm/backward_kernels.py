@@ -10,9 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..epilogue import load_bits, pre_activation_gradient
+from ..epilogue import load_bits
 from ..moments import input_gradient
-from .forward_kernels import load_columns, load_tile, scalar, tiles_of_chunk
+from ..tiles import load_gradients, scalar, store_gradients
+from .forward_kernels import load_columns, tiles_of_chunk
 
 
 @triton.jit
@@ -23,46 +24,21 @@ def load_statistics(ptr, row, in_rows, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def load_gradients(
+def load_row_gradients(
     DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Mean_ptr, Rstd_ptr, weight, bias, row, in_rows, first, col, mask,
     dy_stride, x_stride, residual_stride, alpha, beta,
     SPAN: tl.constexpr, VEC: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """(x_hat, rstd, dz) of one tile, dz = dL/d(pre-activation); x_hat and rstd are None where no caller needs x."""
-    dy = load_tile(DY_ptr, row * dy_stride * VEC, col, mask, COMPUTE)
-    x_hat = load_tile(X_ptr, row * x_stride * VEC, col, mask, COMPUTE)
-    residual = load_tile(Residual_ptr, row * residual_stride * VEC, col, mask, COMPUTE)
+    """(x_hat, rstd, dz) of one tile; x_hat and rstd are None where no caller needs x."""
     passes = load_bits(Bits_ptr, row, first // 8, in_rows, (SPAN + 7) // 8, col.shape[1])
     mean = load_statistics(Mean_ptr, row, in_rows, COMPUTE)
     rstd = load_statistics(Rstd_ptr, row, in_rows, COMPUTE)
-    if x_hat is not None:
-        if mean is not None:
-            x_hat = tl.where(mask, x_hat - mean, 0.0)
-        x_hat = x_hat * rstd
-    dz = pre_activation_gradient(
-        dy, x_hat, weight, bias, residual, passes, SLOPE, PASSES, scalar(alpha, COMPUTE), scalar(beta, COMPUTE)
-    )
+    x_hat, dz = load_gradients(
+        DY_ptr, X_ptr, Residual_ptr, passes, mean, rstd, weight, bias,
+        row * dy_stride * VEC, row * x_stride * VEC, row * residual_stride * VEC, col, mask, alpha, beta,
+        SLOPE, PASSES, COMPUTE,
+    )  # fmt: skip
     return x_hat, rstd, dz
-
-
-@triton.jit
-def store_gradients(
-    DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, row, col, mask, dtotal_stride,
-    SPAN: tl.constexpr, VEC: tl.constexpr, ADD_FIRST: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """dx and dresidual of one tile. Where the residual was added first, both are the gradient of the total."""
-    if ADD_FIRST:
-        dtotal = load_tile(DTotal_ptr, row * dtotal_stride * VEC, col, mask, COMPUTE)
-        if dtotal is not None:
-            dx = dx + dtotal
-        dresidual = dx
-    else:
-        dresidual = dz
-    offsets = (row * SPAN)[:, None] + col
-    if DX_ptr is not None:
-        tl.store(DX_ptr + offsets, dx.to(DX_ptr.dtype.element_ty), mask=mask)
-    if DResidual_ptr is not None:
-        tl.store(DResidual_ptr + offsets, dresidual.to(DResidual_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -95,7 +71,7 @@ def row_norm_backward_kernel(
         row = scalar(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         in_rows = row < rows
         mask = in_rows[:, None] & in_span
-        x_hat, rstd, dz = load_gradients(
+        x_hat, rstd, dz = load_row_gradients(
             DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Mean_ptr, Rstd_ptr, weight, bias, row, in_rows, 0, col, mask,
             dy_stride, x_stride, residual_stride, alpha, beta, SPAN, VEC, SLOPE, PASSES, COMPUTE,
         )  # fmt: skip
@@ -110,8 +86,9 @@ def row_norm_backward_kernel(
             mean_g = tl.sum(g, axis=1)[:, None] * (1.0 / SPAN) if SUBTRACT_MEAN else None
             dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
         store_gradients(
-            DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, row, col, mask, dtotal_stride, SPAN, VEC, ADD_FIRST, COMPUTE
-        )
+            DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, row * SPAN, row * dtotal_stride * VEC, col, mask,
+            ADD_FIRST, COMPUTE,
+        )  # fmt: skip
 
     store_column_sums(PartialDWeight_ptr, dweight, tl.program_id(0), col, in_span, SPAN)
     store_column_sums(PartialDBias_ptr, dbias, tl.program_id(0), col, in_span, SPAN)
@@ -136,7 +113,7 @@ def row_gradient_sums_kernel(
         in_span = col < SPAN
         weight = load_columns(Weight_ptr, col, in_span, COMPUTE)
         bias = load_columns(Bias_ptr, col, in_span, COMPUTE)
-        x_hat, _, dz = load_gradients(
+        x_hat, _, dz = load_row_gradients(
             DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Mean_ptr, Rstd_ptr, weight, bias, row, row >= 0, first, col, in_span,
             dy_stride, x_stride, residual_stride, alpha, beta, SPAN, VEC, SLOPE, PASSES, COMPUTE,
         )  # fmt: skip
@@ -181,7 +158,7 @@ def row_gradient_apply_kernel(
 
     for index in tl.range(stripe, rows, stripes, num_stages=STAGES):
         row = scalar(index, tl.int64) + tl.arange(0, 1)
-        x_hat, rstd, dz = load_gradients(
+        x_hat, rstd, dz = load_row_gradients(
             DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Mean_ptr, Rstd_ptr, weight, bias, row, row >= 0, first, col, in_span,
             dy_stride, x_stride, residual_stride, alpha, beta, SPAN, VEC, SLOPE, PASSES, COMPUTE,
         )  # fmt: skip
@@ -196,8 +173,9 @@ def row_gradient_apply_kernel(
             mean_g_x_hat = load_row_mean(GXHatSums_ptr, row, SPAN, CHUNKS, CHUNK_SLOTS)
             dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
         store_gradients(
-            DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, row, col, in_span, dtotal_stride, SPAN, VEC, ADD_FIRST, COMPUTE
-        )
+            DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, row * SPAN, row * dtotal_stride * VEC, col, in_span,
+            ADD_FIRST, COMPUTE,
+        )  # fmt: skip
 
     store_column_sums(PartialDWeight_ptr, dweight, stripe, col, in_span, SPAN)
     store_column_sums(PartialDBias_ptr, dbias, stripe, col, in_span, SPAN)

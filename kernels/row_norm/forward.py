@@ -11,9 +11,9 @@ import torch
 from ..activations import ACTIVATIONS
 from ..launch import cdiv, chunk_config, device_facts, row_forward_config, walk_stages, walks_rows
 from ..launcher import Launcher, Tensors
+from ..problem import Forward, RowNorm, Tensor, compute_dtype
 from ..views import columns, row_view, vector_length
 from .forward_kernels import row_apply_kernel, row_moments_kernel, row_norm_forward_kernel, row_walk_forward_kernel
-from .problem import Forward, RowNorm, Tensor, compute_dtype
 
 Strides = tuple[int, int]
 Floats = tuple[float, float, float]
@@ -37,7 +37,7 @@ def row_norm_forward(
     """
     span, eps, subtract_mean, add_first, activation, alpha, beta = norm
     rows = x.numel() // span if span else 0
-    out = _allocate(x, residual, rows, norm, save_statistics, save_bits)
+    out = allocate(x, residual, norm, save_statistics, save_bits)
     if rows == 0:
         return out
     x, x_stride = row_view(x, span)
@@ -50,19 +50,20 @@ def row_norm_forward(
     return out
 
 
-def _allocate(
-    x: Tensor, residual: Tensor | None, rows: int, norm: RowNorm, save_statistics: bool, save_bits: bool
-) -> Forward:
+def allocate(x: Tensor, residual: Tensor | None, norm: RowNorm, save_statistics: bool, save_bits: bool) -> Forward:
+    """What `row_norm_forward` returns, nothing in it yet."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = mean = rstd = bits = None
     if norm.add_first:
         total = torch.empty_like(residual, memory_format=torch.contiguous_format)  # type: ignore[arg-type]
-    if save_statistics:
-        rstd = torch.empty(rows, dtype=compute_dtype(x.dtype), device=x.device)
-        if norm.subtract_mean:
-            mean = torch.empty_like(rstd)
-    if save_bits:
-        bits = torch.empty((rows, cdiv(norm.span, 8)), dtype=torch.uint8, device=x.device)
+    if save_statistics or save_bits:
+        rows = x.numel() // max(1, norm.span)
+        if save_statistics:
+            rstd = torch.empty(rows, dtype=compute_dtype(x.dtype), device=x.device)
+            if norm.subtract_mean:
+                mean = torch.empty_like(rstd)
+        if save_bits:
+            bits = torch.empty((rows, cdiv(norm.span, 8)), dtype=torch.uint8, device=x.device)
     return Forward(y, total, mean, rstd, bits)
 
 

@@ -12,12 +12,7 @@ import triton.language as tl
 
 from ..epilogue import activate, pre_activation, store_bits
 from ..moments import merge_chunks, merge_moments, reciprocal_deviation, tile_moments
-
-
-@triton.jit
-def scalar(value, dtype: tl.constexpr):
-    """A run-time number (a float arrives as float64, a loop counter as int32) in the type that is computed in."""
-    return tl.full((), value, dtype)
+from ..tiles import load_added_residual, load_input, scalar, store_total
 
 
 @triton.jit
@@ -25,36 +20,6 @@ def load_columns(ptr, col, in_span, COMPUTE: tl.constexpr):
     """One value a column (a weight or a bias) as [1, columns], or None."""
     if ptr is not None:
         return tl.load(ptr + col, mask=in_span, other=0.0).to(COMPUTE)
-
-
-@triton.jit
-def load_tile(ptr, base, col, mask, COMPUTE: tl.constexpr):
-    """A tile of activations, its rows starting at `base`; None stays None. Cast before anything else looks at it."""
-    if ptr is not None:
-        return tl.load(ptr + base[:, None] + col, mask=mask, other=0.0).to(COMPUTE)
-
-
-@triton.jit
-def load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, mask, COMPUTE: tl.constexpr):
-    """What is normalized: x, or, where there is a total, x + residual as it is rounded there."""
-    x = load_tile(X_ptr, x_base, col, mask, COMPUTE)
-    if Total_ptr is not None:
-        total = x + load_tile(Residual_ptr, residual_base, col, mask, COMPUTE)
-        x = total.to(Total_ptr.dtype.element_ty).to(COMPUTE)
-    return x
-
-
-@triton.jit
-def store_total(Total_ptr, total, base, col, mask):
-    if Total_ptr is not None:
-        tl.store(Total_ptr + base[:, None] + col, total.to(Total_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_added_residual(Residual_ptr, Total_ptr, base, col, mask, COMPUTE: tl.constexpr):
-    """The residual that is added after the norm, or None: there is none, or it is in the total already."""
-    if Total_ptr is None:
-        return load_tile(Residual_ptr, base, col, mask, COMPUTE)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The functions: torch.nn.functional's norms, with the residual add and the activation beside them in one call."""
+"""Layer and RMS normalization: the statistics of a row, one contiguous span."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from . import backend, fallback, validation
-from .activation import Activation, ActivationLike, resolve
-
-if backend.HAS_TRITON:
-    from . import autograd, ops
-    from .kernels.row_norm import RowNorm
+from .. import validation
+from ..activation import ActivationLike, resolve
+from .dispatch import _add_row_norm, _rms_eps, _row_norm
 
 Tensor = torch.Tensor
 NormalizedShape = int | Sequence[int]
@@ -56,7 +53,7 @@ def layer_norm(
     """
     function = "layer_norm"
     shape, span = validation.row_span(function, input, normalized_shape)
-    _check_operands(function, input, shape, weight, bias, residual)
+    validation.operands(function, input, shape, weight, bias, residual)
     return _row_norm(input, residual, weight, bias, shape, span, float(eps), True, resolve(activation))
 
 
@@ -84,7 +81,7 @@ def rms_norm(
     """
     function = "rms_norm"
     shape, span = validation.row_span(function, input, normalized_shape)
-    _check_operands(function, input, shape, weight, None, residual)
+    validation.operands(function, input, shape, weight, None, residual)
     return _row_norm(input, residual, weight, None, shape, span, _rms_eps(eps, input), False, resolve(activation))
 
 
@@ -118,7 +115,7 @@ def add_layer_norm(
     """
     function = "add_layer_norm"
     shape, span = validation.row_span(function, input, normalized_shape)
-    _check_operands(function, input, shape, weight, bias, residual, added_first=True)
+    validation.operands(function, input, shape, weight, bias, residual, added_first=True)
     validation.dropout(function, dropout_p)
     return _add_row_norm(input, residual, weight, bias, shape, span, float(eps), True, resolve(activation))
 
@@ -141,100 +138,6 @@ def add_rms_norm(
     """
     function = "add_rms_norm"
     shape, span = validation.row_span(function, input, normalized_shape)
-    _check_operands(function, input, shape, weight, None, residual, added_first=True)
+    validation.operands(function, input, shape, weight, None, residual, added_first=True)
     validation.dropout(function, dropout_p)
     return _add_row_norm(input, residual, weight, None, shape, span, _rms_eps(eps, input), False, resolve(activation))
-
-
-# --- how a call runs -----------------------------------------------------------------------------------------------
-
-
-def _check_operands(
-    function: str,
-    x: Tensor,
-    shape: tuple[int, ...],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    added_first: bool = False,
-) -> None:
-    validation.parameter(function, "weight", weight, shape, x)
-    validation.parameter(function, "bias", bias, shape, x)
-    if added_first and residual is None:
-        raise validation.ArgumentError(f"{function}: residual must be a tensor, but is None")
-    validation.residual(function, residual, x, may_be_float32=added_first)
-
-
-def _rms_eps(eps: float | None, x: Tensor) -> float:
-    return fallback.DEFAULT_RMS_EPS[x.dtype] if eps is None else float(eps)
-
-
-def _autocasts(x: Tensor) -> bool:
-    """Whether torch's autocast would run this norm in float32: on a GPU it does, on a CPU it leaves norms alone."""
-    return x.is_cuda and x.dtype in validation.HALF and torch.is_autocast_enabled("cuda")
-
-
-# What a tracer puts in a tensor's place.
-_TRACEABLE = fallback.PLAIN | {torch._subclasses.FakeTensor, torch._subclasses.functional_tensor.FunctionalTensor}
-
-
-def _kernel(x: Tensor, *others: Tensor | None):  # type: ignore[no-untyped-def]
-    """What runs the kernels for this call: eagerly, as an op, or None for the torch composition."""
-    if not backend.chooses_triton(x):
-        return None
-    # A transform, traced or not, cannot look into an op or a Function, nor a kernel into what has left a transform.
-    if fallback.transformed() or fallback.left_a_transform(x, *others):
-        return None
-    kinds = {type(x), *map(type, others)}
-    if not kinds <= fallback.PLAIN and not kinds <= _TRACEABLE:
-        return None  # a tensor subclass of somebody's own knows torch's functions, not ours
-    return ops.row_norm if backend.traced(x) else autograd.row_norm
-
-
-def _row_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shape: tuple[int, ...],
-    span: int,
-    eps: float,
-    subtract_mean: bool,
-    activation: Activation | None,
-) -> Tensor:
-    if _autocasts(x):
-        x, residual = x.float(), None if residual is None else residual.float()
-    run = _kernel(x, residual, weight, bias)
-    if run is not None:
-        return run(x, residual, weight, bias, _kernel_norm(span, eps, subtract_mean, False, activation))
-    y = fallback.layer_norm(x, shape, weight, bias, eps, subtract_mean)
-    return y if residual is None and activation is None else fallback.finish(y, residual, activation)
-
-
-def _add_row_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shape: tuple[int, ...],
-    span: int,
-    eps: float,
-    subtract_mean: bool,
-    activation: Activation | None,
-) -> tuple[Tensor, Tensor]:
-    if _autocasts(x):
-        # torch adds in the tensors' own type and normalizes in float32, so y and total are of two types.
-        total = residual + x
-        return _row_norm(total.float(), None, weight, bias, shape, span, eps, subtract_mean, activation), total
-    run = _kernel(x, residual, weight, bias)
-    if run is not None:
-        return run(x, residual, weight, bias, _kernel_norm(span, eps, subtract_mean, True, activation))
-    total = residual + x
-    y = fallback.layer_norm(total, shape, weight, bias, eps, subtract_mean)
-    return fallback.finish(y.to(x.dtype), None, activation), total
-
-
-def _kernel_norm(span: int, eps: float, subtract_mean: bool, add_first: bool, activation: Activation | None) -> RowNorm:
-    if activation is None:
-        return RowNorm(span, eps, subtract_mean, add_first)
-    return RowNorm(span, eps, subtract_mean, add_first, activation.name, *activation.scalars)

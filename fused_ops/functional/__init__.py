@@ -1,0 +1,11 @@
+"""The functions: torch.nn.functional's norms, with the residual add and the activation beside them in one call."""
+
+from .channel_norms import add_group_norm as add_group_norm
+from .channel_norms import add_instance_norm as add_instance_norm
+from .channel_norms import group_norm as group_norm
+from .channel_norms import instance_norm as instance_norm
+from .row_norms import add_layer_norm as add_layer_norm
+from .row_norms import add_rms_norm as add_rms_norm
+from .row_norms import layer_norm as layer_norm
+from .row_norms import rms_norm as rms_norm
+from .weight_standardization import weight_standardize as weight_standardize

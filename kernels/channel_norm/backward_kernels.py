@@ -1,0 +1,211 @@
+"""Channel family, backward: dx, dresidual, and sums over planes of dz and of dz * x_hat, from which all else follows:
+dbias and dweight by summing over samples, the two means of the dx formula by summing over a group with its weights.
+
+`channel_norm_backward_kernel` holds whole groups and reads them once. Elsewhere `channel_gradient_sums_kernel` reduces
+each piece of the planes, `combine_gradients_kernel` merges, `channel_gradient_apply_kernel` finishes the pieces.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..column_sum import sum_columns
+from ..epilogue import load_bits
+from ..moments import input_gradient, sum_in_groups
+from ..tiles import load_gradients, scalar, store_gradients
+from .forward_kernels import partials_of_group
+from .planes import load_of_channels, load_plane_bits, piece_of_planes, places, plane_length, steps_of
+
+
+@triton.jit
+def store_sums(ptr, values, place, mask):
+    if ptr is not None:
+        tl.store(ptr + place, values, mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["groups_in_all", "dy_stride", "dtotal_stride", "x_stride", "residual_stride", "plane_units"]
+)
+def channel_norm_backward_kernel(
+    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
+    DX_ptr, DResidual_ptr, PartialDWeight_ptr, PartialDBias_ptr,
+    groups_in_all: tl.int64, dy_stride: tl.int64, dtotal_stride: tl.int64, x_stride: tl.int64,
+    residual_stride: tl.int64, plane_units: tl.int64, alpha: tl.float64, beta: tl.float64,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, ADD_FIRST: tl.constexpr,
+    NEEDS_DX: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, BLOCK_PLANES: tl.constexpr, BLOCK_PLANE: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_GROUPS whole groups a program, as in the forward; partial sums [samples, CHANNELS]."""
+    COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
+    GROUP_CHANNELS: tl.constexpr = CHANNELS // GROUPS
+    plane = plane_length(plane_units, PLANE, VEC, False)
+    index = tl.arange(0, BLOCK_GROUPS * BLOCK_PLANES)
+    group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + index // BLOCK_PLANES
+    in_planes = (group < groups_in_all) & (index % BLOCK_PLANES < GROUP_CHANNELS)
+    sample = group // GROUPS
+    channel = group % GROUPS * GROUP_CHANNELS + index % BLOCK_PLANES
+    plane_index = sample * CHANNELS + channel
+    col = tl.arange(0, BLOCK_PLANE)[None, :]
+    mask = in_planes[:, None] & (col < plane)
+
+    base = channel * plane
+    mean = load_of_channels(Mean_ptr, group, in_planes, COMPUTE)
+    rstd = load_of_channels(Rstd_ptr, group, in_planes, COMPUTE)
+    weight = load_of_channels(Weight_ptr, channel, in_planes, COMPUTE)
+    bias = load_of_channels(Bias_ptr, channel, in_planes, COMPUTE)
+    passes = load_bits(Bits_ptr, plane_index, 0, in_planes, (plane + 7) // 8, BLOCK_PLANE)
+    x_hat, dz = load_gradients(
+        DY_ptr, X_ptr, Residual_ptr, passes, mean, rstd, weight, bias, sample * dy_stride * VEC + base,
+        sample * x_stride * VEC + base, sample * residual_stride * VEC + base, col, mask, alpha, beta,
+        SLOPE, PASSES, COMPUTE,
+    )  # fmt: skip
+    sum_dz = tl.sum(dz, axis=1)
+    store_sums(PartialDBias_ptr, sum_dz, plane_index, in_planes)
+    dx = None
+    if x_hat is not None:
+        sum_dz_x_hat = tl.sum(dz * x_hat, axis=1)
+        store_sums(PartialDWeight_ptr, sum_dz_x_hat, plane_index, in_planes)
+        if NEEDS_DX:
+            g = dz
+            if weight is not None:
+                g = dz * weight
+                sum_dz = sum_dz * tl.reshape(weight, sum_dz.shape)
+                sum_dz_x_hat = sum_dz_x_hat * tl.reshape(weight, sum_dz.shape)
+            inv_count = 1.0 / scalar(plane * GROUP_CHANNELS, COMPUTE)
+            mean_g = sum_in_groups(sum_dz, BLOCK_PLANES)[:, None] * inv_count
+            mean_g_x_hat = sum_in_groups(sum_dz_x_hat, BLOCK_PLANES)[:, None] * inv_count
+            dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
+    store_gradients(
+        DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, plane_index * plane, sample * dtotal_stride * VEC + base, col, mask,
+        ADD_FIRST, COMPUTE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["dy_stride", "x_stride", "residual_stride", "plane_units", "pieces"])
+def channel_gradient_sums_kernel(
+    DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
+    DResidual_ptr, DZSums_ptr, DZXHatSums_ptr,
+    dy_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int64,
+    alpha: tl.float64, beta: tl.float64,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    SLOPE: tl.constexpr, PASSES: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """One piece of a block of planes a program: its sums of dz and of dz * x_hat, each [samples, pieces, CHANNELS].
+    Where dresidual is wanted, it is dz, and stored here for `channel_gradient_apply_kernel` to read."""
+    COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
+    plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
+    sample, first_channel, piece = piece_of_planes(tl.program_id(0), pieces, CHANNELS, BLOCK_CHANNELS)
+    channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
+    in_channels = channel < CHANNELS
+    group = sample * GROUPS + channel // (CHANNELS // GROUPS)
+    mean = load_of_channels(Mean_ptr, group, in_channels, COMPUTE)
+    rstd = load_of_channels(Rstd_ptr, group, in_channels, COMPUTE)
+    weight = load_of_channels(Weight_ptr, channel, in_channels, COMPUTE)
+    bias = load_of_channels(Bias_ptr, channel, in_channels, COMPUTE)
+    sums_dz = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
+    sums_dz_x_hat = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
+    for step in tl.range(steps_of(piece, plane, BLOCK_PLANE, STEPS)):
+        first = (piece * STEPS + step) * BLOCK_PLANE
+        position = first + tl.arange(0, BLOCK_PLANE)[None, :]
+        mask = in_channels[:, None] & (position < plane)
+        base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)
+        passes = load_plane_bits(
+            Bits_ptr, sample, first_channel, first, plane, CHANNELS, CHANNELS_LAST, BLOCK_CHANNELS, BLOCK_PLANE
+        )
+        x_hat, dz = load_gradients(
+            DY_ptr, X_ptr, Residual_ptr, passes, mean, rstd, weight, bias, sample * dy_stride * VEC + base,
+            sample * x_stride * VEC + base, sample * residual_stride * VEC + base, col, mask, alpha, beta,
+            SLOPE, PASSES, COMPUTE,
+        )  # fmt: skip
+        sums_dz += dz
+        if DZXHatSums_ptr is not None:
+            sums_dz_x_hat += dz * x_hat
+        if DResidual_ptr is not None:
+            offsets = sample * CHANNELS * plane + base[:, None] + col
+            tl.store(DResidual_ptr + offsets, dz.to(DResidual_ptr.dtype.element_ty), mask=mask)
+    partial = (sample * pieces + piece) * CHANNELS + channel
+    store_sums(DZSums_ptr, tl.sum(sums_dz, axis=1), partial, in_channels)
+    store_sums(DZXHatSums_ptr, tl.sum(sums_dz_x_hat, axis=1), partial, in_channels)
+
+
+@triton.jit(do_not_specialize=["group_programs", "partial_rows", "plane_units", "pieces"])
+def combine_gradients_kernel(
+    Weight_ptr, DZSums_ptr, DZXHatSums_ptr, MeanG_ptr, MeanGXHat_ptr, DWeight_ptr, DBias_ptr,
+    group_programs: tl.int64, partial_rows: tl.int32, plane_units: tl.int64, pieces: tl.int64,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The first group_programs programs: the means of g = dz * weight and of g * x_hat over one group of one sample,
+    each [samples * GROUPS]. The others: dweight and dbias of a block of channels."""
+    COMPUTE: tl.constexpr = DZSums_ptr.dtype.element_ty if DZSums_ptr is not None else DZXHatSums_ptr.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    if program < group_programs:
+        if MeanG_ptr is not None:
+            plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
+            sum_g = tl.zeros([BLOCK], COMPUTE)
+            sum_g_x_hat = tl.zeros([BLOCK], COMPUTE)
+            for first in tl.range(0, pieces * (CHANNELS // GROUPS), BLOCK):
+                index = scalar(first, tl.int64) + tl.arange(0, BLOCK)
+                place, piece = partials_of_group(index, pieces, CHANNELS, GROUPS)
+                dz = tl.load(DZSums_ptr + place, mask=piece < pieces, other=0.0)
+                dz_x_hat = tl.load(DZXHatSums_ptr + place, mask=piece < pieces, other=0.0)
+                if Weight_ptr is not None:
+                    weight = tl.load(Weight_ptr + place % CHANNELS, mask=piece < pieces, other=0.0).to(COMPUTE)
+                    dz, dz_x_hat = dz * weight, dz_x_hat * weight
+                sum_g += dz
+                sum_g_x_hat += dz_x_hat
+            inv_count = 1.0 / scalar(plane * (CHANNELS // GROUPS), COMPUTE)
+            group = program + tl.arange(0, 1)
+            tl.store(MeanG_ptr + group, tl.sum(sum_g, axis=0, keep_dims=True) * inv_count)
+            tl.store(MeanGXHat_ptr + group, tl.sum(sum_g_x_hat, axis=0, keep_dims=True) * inv_count)
+    else:
+        col = (program - group_programs) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
+        sum_columns(DZXHatSums_ptr, DWeight_ptr, partial_rows, col, CHANNELS, BLOCK_ROWS)
+        sum_columns(DZSums_ptr, DBias_ptr, partial_rows, col, CHANNELS, BLOCK_ROWS)
+
+
+@triton.jit(do_not_specialize=["dy_stride", "dtotal_stride", "x_stride", "residual_stride", "plane_units", "pieces"])
+def channel_gradient_apply_kernel(
+    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
+    MeanG_ptr, MeanGXHat_ptr, DX_ptr, DResidual_ptr,
+    dy_stride: tl.int64, dtotal_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64,
+    plane_units: tl.int64, pieces: tl.int64, alpha: tl.float64, beta: tl.float64,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ADD_FIRST: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """One piece of a block of planes a program: dx, from the means over its groups. The last pieces go first."""
+    COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
+    plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    sample, first_channel, piece = piece_of_planes(program, pieces, CHANNELS, BLOCK_CHANNELS)
+    channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
+    in_channels = channel < CHANNELS
+    group = sample * GROUPS + channel // (CHANNELS // GROUPS)
+    mean = load_of_channels(Mean_ptr, group, in_channels, COMPUTE)
+    rstd = load_of_channels(Rstd_ptr, group, in_channels, COMPUTE)
+    mean_g = load_of_channels(MeanG_ptr, group, in_channels, COMPUTE)
+    mean_g_x_hat = load_of_channels(MeanGXHat_ptr, group, in_channels, COMPUTE)
+    weight = load_of_channels(Weight_ptr, channel, in_channels, COMPUTE)
+    bias = load_of_channels(Bias_ptr, channel, in_channels, COMPUTE)
+    for step in tl.range(steps_of(piece, plane, BLOCK_PLANE, STEPS)):
+        first = (piece * STEPS + step) * BLOCK_PLANE
+        position = first + tl.arange(0, BLOCK_PLANE)[None, :]
+        mask = in_channels[:, None] & (position < plane)
+        base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)
+        passes = load_plane_bits(
+            Bits_ptr, sample, first_channel, first, plane, CHANNELS, CHANNELS_LAST, BLOCK_CHANNELS, BLOCK_PLANE
+        )
+        x_hat, dz = load_gradients(
+            DY_ptr, X_ptr, Residual_ptr, passes, mean, rstd, weight, bias, sample * dy_stride * VEC + base,
+            sample * x_stride * VEC + base, sample * residual_stride * VEC + base, col, mask, alpha, beta,
+            SLOPE, PASSES, COMPUTE,
+        )  # fmt: skip
+        g = dz * weight if weight is not None else dz
+        dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
+        store_gradients(
+            DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, sample * CHANNELS * plane + base,
+            sample * dtotal_stride * VEC + base, col, mask, ADD_FIRST, COMPUTE,
+        )  # fmt: skip

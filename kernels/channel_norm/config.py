@@ -1,0 +1,114 @@
+"""How the channel family is launched: tables of tiles. None looks at the number of samples: the bits of a sample must
+not depend on the batch around it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import triton
+
+from ..launch import THREADS_PER_WARP, cdiv
+
+# Planes below this many elements compile for their length; longer ones take it at run time, and compile once for each
+# power of two up to a tile. A run-time length costs a mask and an addition a tile, which short planes would notice.
+SHORT_PLANE = 1024
+
+
+PlaneKind = tuple[int | None, int]
+
+
+def plane_kind(plane: int) -> PlaneKind:
+    """What a compiled kernel knows of a plane: its length, if short; else the power of two above it, up to 32 K."""
+    return (plane, 0) if plane < SHORT_PLANE else (None, min(plane - 1, 2**15 - 1).bit_length())
+
+
+def longest_of(kind: PlaneKind) -> int:
+    """The longest plane of a kind, by which its tile is chosen."""
+    length, bits = kind
+    return 2**bits if length is None else length
+
+
+def plane_units(plane: int, vec: int, channels_last: bool) -> int:
+    """A plane's length as kernels take it (`planes.plane_length`)."""
+    return plane if channels_last else plane // vec
+
+
+@dataclass(frozen=True)
+class GroupTile:
+    """Whole groups in registers: block_groups, each padded to block_planes planes of block_plane elements."""
+
+    block_groups: int
+    block_planes: int
+    block_plane: int
+    num_warps: int
+    most_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class PieceTile:
+    """A piece of planes: steps tiles of block_channels x block_plane elements, one after the other."""
+
+    block_channels: int
+    block_plane: int
+    steps: int
+    num_warps: int
+    most_registers: int | None = None
+
+    @property
+    def piece(self) -> int:
+        """Positions of a piece."""
+        return self.block_plane * self.steps
+
+
+def _padded(length: int) -> int:
+    return max(8, triton.next_power_of_2(length))  # 8: the bits of a mask fill whole bytes
+
+
+def _group_tile(group_channels: int, plane: int, elements_per_thread: int, longest: int) -> GroupTile | None:
+    """A tile of at least 128 threads, or None where a group has more than `longest` elements."""
+    block_planes, block_plane = triton.next_power_of_2(group_channels), _padded(plane)
+    padded = block_planes * block_plane
+    if padded > longest:
+        return None
+    block_groups = max(1, 128 * elements_per_thread // padded)
+    num_warps = block_groups * padded // (elements_per_thread * THREADS_PER_WARP)
+    return GroupTile(block_groups, block_planes, block_plane, num_warps)
+
+
+@functools.cache
+def group_forward_tile(group_channels: int, plane: int, itemsize: int, waiting: int) -> GroupTile | None:
+    """Tile of the forward that reads a group once, or None where it has to be cut into pieces. waiting: the tensors of
+    x's size that are in registers at once, x and a residual."""
+    longest = {2: 16384, 4: 16384 if waiting == 1 else 8192, 8: 2048}[itemsize]
+    return _group_tile(group_channels, plane, {2: 32, 4: 16, 8: 4}[itemsize], longest)
+
+
+@functools.cache
+def group_backward_tile(group_channels: int, plane: int, itemsize: int) -> GroupTile | None:
+    """Tile of the backward that reads a group once, or None where it has to be cut into pieces."""
+    return _group_tile(group_channels, plane, {2: 16, 4: 16, 8: 4}[itemsize], {2: 8192, 4: 8192, 8: 1024}[itemsize])
+
+
+@functools.cache
+def piece_tile(channels: int, plane: int, itemsize: int, channels_last: bool) -> PieceTile:
+    """Tile of the passes over pieces: 16 KB of a tensor a piece at least, in tiles of 8 KB."""
+    tile = 2048 if itemsize == 8 else 8192 // itemsize
+    elements_per_thread = 32 // itemsize
+    if channels_last:
+        block_channels = _block_of_channels(channels, itemsize)
+        block_plane = max(8, tile // block_channels)
+    else:
+        block_plane = min(_padded(plane), tile)
+        block_channels = min(tile // block_plane, triton.next_power_of_2(channels))
+    steps = min(4, cdiv(plane, block_plane))
+    threads = block_channels * block_plane // elements_per_thread
+    return PieceTile(block_channels, block_plane, steps, max(1, min(16, threads // THREADS_PER_WARP)))
+
+
+def _block_of_channels(channels: int, itemsize: int) -> int:
+    """Channels side by side in a tile: 128 bytes and more, without a remainder where there is such a power of two."""
+    divisor = channels & -channels
+    if divisor * itemsize >= 128:
+        return min(divisor, 512 // itemsize)
+    return min(_padded(channels), 512 // itemsize)

@@ -1,0 +1,194 @@
+"""Channel family, forward: statistics over groups of planes, then affine, residual and activation.
+
+`channel_norm_forward_kernel` holds whole groups in registers and reads them once. Elsewhere the planes are cut into
+pieces that programs share: `channel_moments_kernel` reduces each, `combine_moments_kernel` merges those of a group,
+`channel_apply_kernel` finishes the pieces. The same pieces whatever the number of samples, so that the bits of a
+sample do not depend on the batch around it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..epilogue import activate, pre_activation, store_bits
+from ..moments import merge_moments, reciprocal_deviation, tile_moments
+from ..tiles import load_added_residual, load_input, load_tile, scalar, store_total
+from .planes import load_of_channels, piece_of_planes, places, plane_length, steps_of, store_plane_bits
+
+
+@triton.jit(do_not_specialize=["groups_in_all", "x_stride", "residual_stride", "plane_units"])
+def channel_norm_forward_kernel(
+    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Total_ptr, Bits_ptr, Mean_ptr, Rstd_ptr,
+    groups_in_all: tl.int64, x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64,
+    eps: tl.float64, alpha: tl.float64, beta: tl.float64,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, ACTIVATION: tl.constexpr,
+    PASSES: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_PLANES: tl.constexpr, BLOCK_PLANE: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_GROUPS whole groups a program, each padded to BLOCK_PLANES planes. Strides and plane_units are in units of
+    VEC elements; PLANE is None where a plane's length is known at run time alone."""
+    COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
+    GROUP_CHANNELS: tl.constexpr = CHANNELS // GROUPS
+    plane = plane_length(plane_units, PLANE, VEC, False)
+    index = tl.arange(0, BLOCK_GROUPS * BLOCK_PLANES)
+    group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + index // BLOCK_PLANES
+    in_planes = (group < groups_in_all) & (index % BLOCK_PLANES < GROUP_CHANNELS)
+    sample = group // GROUPS
+    channel = group % GROUPS * GROUP_CHANNELS + index % BLOCK_PLANES
+    col = tl.arange(0, BLOCK_PLANE)[None, :]
+    mask = in_planes[:, None] & (col < plane)
+
+    base = channel * plane
+    x_base, residual_base = sample * x_stride * VEC + base, sample * residual_stride * VEC + base
+    y_base = sample * CHANNELS * plane + base
+    x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, mask, COMPUTE)
+    store_total(Total_ptr, x, y_base, col, mask)
+    # Everything that will be needed is asked for before the reduction waits for x.
+    weight = load_of_channels(Weight_ptr, channel, in_planes, COMPUTE)
+    bias = load_of_channels(Bias_ptr, channel, in_planes, COMPUTE)
+    residual = load_added_residual(Residual_ptr, Total_ptr, residual_base, col, mask, COMPUTE)
+
+    count = scalar(plane * GROUP_CHANNELS, COMPUTE)
+    mean, m2, deviation = tile_moments(x, mask, 1.0 / count, True, BLOCK_PLANES)
+    rstd = reciprocal_deviation(m2, count, scalar(eps, COMPUTE))
+    z = pre_activation(deviation * rstd[:, None], weight, bias, residual)
+    y = activate(z, ACTIVATION, scalar(alpha, COMPUTE), scalar(beta, COMPUTE))
+
+    tl.store(Y_ptr + y_base[:, None] + col, y.to(Y_ptr.dtype.element_ty), mask=mask)
+    first = in_planes & (index % BLOCK_PLANES == 0)
+    if Mean_ptr is not None:
+        tl.store(Mean_ptr + group, mean, mask=first)
+        tl.store(Rstd_ptr + group, rstd, mask=first)
+    if Bits_ptr is not None:
+        store_bits(Bits_ptr, PASSES(z), sample * CHANNELS + channel, 0, in_planes, (plane + 7) // 8)
+
+
+@triton.jit(do_not_specialize=["x_stride", "residual_stride", "plane_units", "pieces"])
+def channel_moments_kernel(
+    X_ptr, Residual_ptr, Total_ptr, Means_ptr, M2s_ptr,
+    x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int64,
+    CHANNELS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """One piece of a block of planes a program: its moments into Means_ptr and M2s_ptr, both [samples, pieces,
+    CHANNELS]. Stores the total as it goes."""
+    COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
+    plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
+    sample, first_channel, piece = piece_of_planes(tl.program_id(0), pieces, CHANNELS, BLOCK_CHANNELS)
+    channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
+    x_base, residual_base = sample * x_stride * VEC, sample * residual_stride * VEC
+
+    count = tl.zeros([BLOCK_CHANNELS], COMPUTE)
+    mean = tl.zeros([BLOCK_CHANNELS], COMPUTE)
+    m2 = tl.zeros([BLOCK_CHANNELS], COMPUTE)
+    for step in tl.range(steps_of(piece, plane, BLOCK_PLANE, STEPS)):
+        first = (piece * STEPS + step) * BLOCK_PLANE
+        position = first + tl.arange(0, BLOCK_PLANE)[None, :]
+        mask = (channel < CHANNELS)[:, None] & (position < plane)
+        base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)
+        x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base + base, residual_base + base, col, mask, COMPUTE)
+        store_total(Total_ptr, x, sample * CHANNELS * plane + base, col, mask)
+        tile_count = tl.minimum(plane - first, BLOCK_PLANE).to(COMPUTE)
+        tile_mean, tile_m2, _ = tile_moments(x, mask, 1.0 / tile_count, True)
+        count, mean, m2 = merge_moments(count, mean, m2, tile_count, tile_mean, tile_m2)
+    partial = (sample * pieces + piece) * CHANNELS + channel
+    tl.store(Means_ptr + partial, mean, mask=channel < CHANNELS)
+    tl.store(M2s_ptr + partial, m2, mask=channel < CHANNELS)
+
+
+@triton.jit
+def partials_of_group(index, pieces, CHANNELS: tl.constexpr, GROUPS: tl.constexpr):
+    """(place, piece) of the index-th partial result of this program's group, which has as many as pieces of its
+    channels: behind the last of them the piece is none of them."""
+    GROUP_CHANNELS: tl.constexpr = CHANNELS // GROUPS
+    program = tl.program_id(0).to(tl.int64)
+    piece = index // GROUP_CHANNELS
+    channel = program % GROUPS * GROUP_CHANNELS + index % GROUP_CHANNELS
+    return (program // GROUPS * pieces + piece) * CHANNELS + channel, piece
+
+
+@triton.jit
+def partial_moments(
+    Means_ptr, M2s_ptr, first, pieces, plane, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PIECE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(count, mean, m2) of BLOCK pieces of this program's group; the count is 0 behind the last, and m2 None without
+    its pointer."""
+    place, piece = partials_of_group(scalar(first, tl.int64) + tl.arange(0, BLOCK), pieces, CHANNELS, GROUPS)
+    count = tl.where(piece < pieces, tl.minimum(plane - piece * PIECE, PIECE), 0).to(Means_ptr.dtype.element_ty)
+    mean = tl.load(Means_ptr + place, mask=piece < pieces, other=0.0)
+    m2 = None
+    if M2s_ptr is not None:
+        m2 = tl.load(M2s_ptr + place, mask=piece < pieces, other=0.0)
+    return count, mean, m2
+
+
+@triton.jit(do_not_specialize=["plane_units", "pieces"])
+def combine_moments_kernel(
+    Means_ptr, M2s_ptr, Mean_ptr, Rstd_ptr, plane_units: tl.int64, pieces: tl.int64, eps: tl.float64,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    PIECE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One group of one sample a program: mean and rstd [samples * GROUPS] from the moments of its channels' pieces.
+
+    Means are taken as differences from the first: at a large mean these are small, so that their sum rounds less.
+    """
+    COMPUTE: tl.constexpr = Means_ptr.dtype.element_ty
+    plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
+    partials = pieces * (CHANNELS // GROUPS)
+    inv_count = 1.0 / scalar(plane * (CHANNELS // GROUPS), COMPUTE)
+    origin_place, _ = partials_of_group(tl.zeros([1], tl.int64), pieces, CHANNELS, GROUPS)
+    origin = tl.load(Means_ptr + origin_place)
+
+    shifts = tl.zeros([BLOCK], COMPUTE)
+    for first in tl.range(0, partials, BLOCK):
+        count, mean, _ = partial_moments(Means_ptr, None, first, pieces, plane, CHANNELS, GROUPS, PIECE, BLOCK)
+        shifts += tl.where(count > 0, (mean - origin) * (count * inv_count), 0.0)
+    shift = tl.sum(shifts, axis=0, keep_dims=True)
+
+    m2s = tl.zeros([BLOCK], COMPUTE)
+    for first in tl.range(0, partials, BLOCK):
+        count, mean, m2 = partial_moments(Means_ptr, M2s_ptr, first, pieces, plane, CHANNELS, GROUPS, PIECE, BLOCK)
+        deviation = mean - origin - shift
+        m2s += m2 + tl.where(count > 0, count * (deviation * deviation), 0.0)
+    variance = tl.sum(m2s, axis=0, keep_dims=True) * inv_count
+    group = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    tl.store(Mean_ptr + group, origin + shift)
+    tl.store(Rstd_ptr + group, reciprocal_deviation(variance, 1.0, scalar(eps, COMPUTE)))
+
+
+@triton.jit(do_not_specialize=["x_stride", "residual_stride", "plane_units", "pieces"])
+def channel_apply_kernel(
+    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Bits_ptr, Mean_ptr, Rstd_ptr,
+    x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int64,
+    alpha: tl.float64, beta: tl.float64,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ACTIVATION: tl.constexpr, PASSES: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """One piece of a block of planes a program, normalized and finished. The last pieces go first: they are what
+    `channel_moments_kernel` left in the cache."""
+    COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
+    plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    sample, first_channel, piece = piece_of_planes(program, pieces, CHANNELS, BLOCK_CHANNELS)
+    channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
+    in_channels = channel < CHANNELS
+    group = sample * GROUPS + channel // (CHANNELS // GROUPS)
+    mean = load_of_channels(Mean_ptr, group, in_channels, COMPUTE)
+    rstd = load_of_channels(Rstd_ptr, group, in_channels, COMPUTE)
+    weight = load_of_channels(Weight_ptr, channel, in_channels, COMPUTE)
+    bias = load_of_channels(Bias_ptr, channel, in_channels, COMPUTE)
+    for step in tl.range(steps_of(piece, plane, BLOCK_PLANE, STEPS)):
+        first = (piece * STEPS + step) * BLOCK_PLANE
+        position = first + tl.arange(0, BLOCK_PLANE)[None, :]
+        mask = in_channels[:, None] & (position < plane)
+        base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)
+        x = load_tile(X_ptr, sample * x_stride * VEC + base, col, mask, COMPUTE)
+        residual = load_tile(Residual_ptr, sample * residual_stride * VEC + base, col, mask, COMPUTE)
+        z = pre_activation((x - mean) * rstd, weight, bias, residual)
+        y = activate(z, ACTIVATION, scalar(alpha, COMPUTE), scalar(beta, COMPUTE))
+        y_base = sample * CHANNELS * plane + base
+        tl.store(Y_ptr + y_base[:, None] + col, y.to(Y_ptr.dtype.element_ty), mask=mask)
+        if Bits_ptr is not None:
+            store_plane_bits(Bits_ptr, PASSES(z), sample, first_channel, first, plane, CHANNELS, CHANNELS_LAST)

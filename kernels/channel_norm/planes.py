@@ -1,0 +1,100 @@
+"""Which elements a program of the channel family works on, in either layout.
+
+x is [samples, channels, plane], a plane being one channel's positions in one sample. A sample has no gaps: its planes
+lie one after the other, or, CHANNELS_LAST, the channels of a position do. A tile is [channels, positions] in both.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..epilogue import load_bits, store_bits
+
+
+@triton.jit
+def plane_length(plane_units, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Elements of a plane: a constant, or a run-time number which, where planes lie one after the other, is a multiple
+    of VEC that the compiler can see."""
+    if PLANE is not None:
+        return PLANE
+    elif CHANNELS_LAST:
+        return plane_units
+    else:
+        return plane_units * VEC
+
+
+@triton.jit
+def piece_of_planes(program, pieces, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """(sample, first channel, piece): a program takes one piece of the planes of a block of channels."""
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
+    block = program.to(tl.int64) // pieces
+    return block // BLOCKS, block % BLOCKS * BLOCK_CHANNELS, program % pieces
+
+
+@triton.jit
+def steps_of(piece, plane, BLOCK_PLANE: tl.constexpr, STEPS: tl.constexpr):
+    """How many of a piece's STEPS tiles begin inside the plane: a run-time number, or the compiler would unroll the
+    loop over them, load all tiles at once and spill."""
+    if STEPS == 1:
+        return 1
+    else:
+        return tl.minimum(STEPS, tl.cdiv(plane - piece * STEPS * BLOCK_PLANE, BLOCK_PLANE)).to(tl.int32)
+
+
+@triton.jit
+def places(channel, position, plane, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """(base [channels], col [1, positions]): an element of a sample lies at base[:, None] + col."""
+    if CHANNELS_LAST:
+        return channel, position * CHANNELS
+    else:
+        return channel * plane, position
+
+
+@triton.jit
+def load_of_channels(ptr, channel, in_channels, COMPUTE: tl.constexpr):
+    """One value a channel, a parameter or a statistic, as [channels, 1], or None."""
+    if ptr is not None:
+        return tl.load(ptr + channel, mask=in_channels, other=0.0).to(COMPUTE)[:, None]
+
+
+@triton.jit
+def runs(
+    sample, first_channel, first_position, plane, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr,
+):  # fmt: skip
+    """Where the bit mask of a tile lies, whose rows are runs of neighbours in memory, one plane each or, CHANNELS_LAST,
+    one position each: (row, in_rows, first byte of a row, bytes of a row)."""
+    if CHANNELS_LAST:
+        position = first_position + tl.arange(0, BLOCK_PLANE)
+        return sample * plane + position, position < plane, first_channel // 8, (CHANNELS + 7) // 8
+    else:
+        channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
+        return sample * CHANNELS + channel, channel < CHANNELS, first_position // 8, (plane + 7) // 8
+
+
+@triton.jit
+def store_plane_bits(
+    Bits_ptr, flags, sample, first_channel, first_position, plane, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """Packs flags [channels, positions] along the neighbours in memory."""
+    row, in_rows, first_byte, row_bytes = runs(
+        sample, first_channel, first_position, plane, CHANNELS, CHANNELS_LAST, flags.shape[0], flags.shape[1]
+    )
+    flags = tl.trans(flags) if CHANNELS_LAST else flags
+    store_bits(Bits_ptr, flags, row, first_byte, in_rows, row_bytes)
+
+
+@triton.jit
+def load_plane_bits(
+    Bits_ptr, sample, first_channel, first_position, plane, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr,
+):  # fmt: skip
+    """The flags [channels, positions] that `store_plane_bits` packed, or None where there is no mask."""
+    if Bits_ptr is not None:
+        row, in_rows, first_byte, row_bytes = runs(
+            sample, first_channel, first_position, plane, CHANNELS, CHANNELS_LAST, BLOCK_CHANNELS, BLOCK_PLANE
+        )
+        RUN: tl.constexpr = BLOCK_CHANNELS if CHANNELS_LAST else BLOCK_PLANE
+        flags = load_bits(Bits_ptr, row, first_byte, in_rows, row_bytes, RUN)
+        return tl.trans(flags) if CHANNELS_LAST else flags

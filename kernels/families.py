@@ -1,0 +1,43 @@
+"""The two kernel families as one interface: which launchers a norm has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .channel_norm import backward as channel_backward
+from .channel_norm import forward as channel_forward
+from .problem import Forward, Gradients, GroupNorm, Norm, Tensor
+from .row_norm import backward as row_backward
+from .row_norm import forward as row_forward
+
+
+class Family(NamedTuple):
+    """The launchers of a norm, and what allocates all that they return but the gradients of parameters."""
+
+    name: str
+    forward: Callable[..., Forward]
+    backward: Callable[..., Gradients]
+    allocate: Callable[..., Forward]
+    allocate_gradients: Callable[..., tuple[Tensor | None, Tensor | None]]
+
+
+ROW_NORM = Family(
+    "row_norm",
+    row_forward.row_norm_forward,
+    row_backward.row_norm_backward,
+    row_forward.allocate,
+    row_backward.allocate_gradients,
+)
+GROUP_NORM = Family(
+    "group_norm",
+    channel_forward.group_norm_forward,
+    channel_backward.group_norm_backward,
+    channel_forward.allocate,
+    channel_backward.allocate_gradients,
+)
+
+
+def family_of(norm: Norm) -> Family:
+    """The family that computes a norm."""
+    return GROUP_NORM if isinstance(norm, GroupNorm) else ROW_NORM

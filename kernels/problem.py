@@ -1,0 +1,90 @@
+"""What a norm computes, and what its launchers return: the vocabulary that both families and directions share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .activations import ACTIVATIONS
+
+Tensor = torch.Tensor
+
+
+class RowNorm(NamedTuple):
+    """One row norm over rows of `span` elements: y = activation(norm(x) * weight + bias + residual), or, with
+    add_first, total = x + residual and y = activation(norm(total) * weight + bias). alpha and beta parametrize the
+    activation."""
+
+    span: int
+    eps: float
+    subtract_mean: bool
+    add_first: bool = False
+    activation: str | None = None
+    alpha: float = 0.0
+    beta: float = 0.0
+
+
+class GroupNorm(NamedTuple):
+    """One norm of x [samples, channels, *positions] over `groups` groups of neighbouring channels of each sample; as
+    many groups as channels make it an instance norm. The formulas are `RowNorm`'s, weight and bias go by channel.
+
+    channels_last: the layout of all that is written, and of what is read without a copy: whether it is the channels of
+    a position that are neighbours in memory, or the positions of a channel."""
+
+    groups: int
+    channels_last: bool
+    eps: float
+    add_first: bool = False
+    activation: str | None = None
+    alpha: float = 0.0
+    beta: float = 0.0
+
+
+Norm = RowNorm | GroupNorm
+
+
+class Forward(NamedTuple):
+    """Outputs of a forward, None where not asked for. mean and rstd are [rows], or [samples * groups]; bits are those
+    of each run of neighbouring elements, a row, a plane or a position's channels, in ceil(length / 8) bytes."""
+
+    y: Tensor
+    total: Tensor | None
+    mean: Tensor | None
+    rstd: Tensor | None
+    bits: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """Which gradients a backward is to compute and allocate."""
+
+    dx: bool
+    dresidual: bool
+    dweight: bool
+    dbias: bool
+
+
+class Gradients(NamedTuple):
+    """Outputs of a backward; None where not wanted."""
+
+    dx: Tensor | None
+    dresidual: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of all arithmetic, and of mean, rstd and partial sums, for tensors of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def slope_takes_two_values(activation: str | None) -> bool:
+    """Whether a bit of each element tells the activation's slope there."""
+    return ACTIVATIONS[activation].passes is not None
+
+
+def parameter_zeros(weight: Tensor | None, bias: Tensor | None, wanted: Wanted) -> tuple[Tensor | None, Tensor | None]:
+    """(dweight, dbias) of a call without elements."""
+    dweight = weight.new_zeros(weight.numel()) if weight is not None and wanted.dweight else None
+    dbias = bias.new_zeros(bias.numel()) if bias is not None and wanted.dbias else None
+    return dweight, dbias
