@@ -185,6 +185,11 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | Non
     With as many groups as channels it is instance norm. torch's own instance_norm is left alone: its third derivatives
     are wrong, as is its dx where a batch of one meets a channels_last dy, and it is slower.
     """
+    if x.numel() == 0:  # where torch's backward leaves dweight and dbias unwritten
+        channels = x.shape[1]
+        return stored_norm(x, x.new_zeros(channels), x.new_ones(channels), weight, bias, eps)
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # without one torch's backward fails
     parameters = [parameter for parameter in (weight, bias) if parameter is not None]
     takes_float32 = x.dtype in HALF and x.device.type == "cpu"  # of parameters, the one mixture that torch takes
     if not (takes_float32 and all(parameter.dtype == torch.float32 for parameter in parameters)):

@@ -18,22 +18,25 @@ def sum_in_groups(values, PLANES: tl.constexpr):
 
 
 @triton.jit
-def tile_moments(x, in_span, inv_count, SUBTRACT_MEAN: tl.constexpr, PLANES: tl.constexpr = 1):
+def tile_moments(x, in_span, inv_count, SUBTRACT_MEAN: tl.constexpr, PLANES: tl.constexpr = 1, AXIS: tl.constexpr = 1):
     """Moments of each row of a tile in registers, or of each PLANES neighbouring ones: ``(mean, m2, deviation)``.
 
-    x and in_span are [rows, span]; x is 0 where in_span is false, inv_count is 1 / (lanes that count). mean and m2 (the
-    sum of squared deviations) are [rows]; without SUBTRACT_MEAN, mean is 0 and deviation is x.
+    x and in_span are [rows, span], or with AXIS 0 [span, rows]; x is 0 where in_span is false, inv_count is 1 / (lanes
+    that count). mean and m2 (the sum of squared deviations) are [rows]; without SUBTRACT_MEAN, mean is 0 and deviation
+    is x.
     """
     if SUBTRACT_MEAN:
         # Scaled before summing, so that values near the type's maximum do not overflow. The rounding of that first mean
         # is then added back: without it the error is twice torch's at a mean of 1e4 and a deviation of 1e-2.
-        rough_mean = sum_in_groups(tl.sum(x * inv_count, axis=1), PLANES)
-        rough = tl.where(in_span, x - rough_mean[:, None], 0.0)
-        correction = sum_in_groups(tl.sum(rough * inv_count, axis=1), PLANES)
-        deviation = tl.where(in_span, rough - correction[:, None], 0.0)
-        return rough_mean + correction, sum_in_groups(tl.sum(deviation * deviation, axis=1), PLANES), deviation
+        rough_mean = sum_in_groups(tl.sum(x * inv_count, axis=AXIS), PLANES)
+        rough = tl.where(in_span, x - tl.expand_dims(rough_mean, AXIS), 0.0)
+        correction = sum_in_groups(tl.sum(rough * inv_count, axis=AXIS), PLANES)
+        deviation = tl.where(in_span, rough - tl.expand_dims(correction, AXIS), 0.0)
+        m2 = sum_in_groups(tl.sum(deviation * deviation, axis=AXIS), PLANES)
+        return rough_mean + correction, m2, deviation
     else:
-        return tl.zeros([x.shape[0]], x.dtype), sum_in_groups(tl.sum(x * x, axis=1), PLANES), x
+        m2 = sum_in_groups(tl.sum(x * x, axis=AXIS), PLANES)
+        return tl.zeros_like(m2), m2, x
 
 
 @triton.jit

@@ -1,6 +1,9 @@
 """Tiles of activations in and out of registers, and what both families do with one: written once, for any layout.
 
-A tile is [rows, columns]: its elements lie at base[:, None] + col, base [rows] and col [1, columns].
+A tile is [rows, columns]: its elements lie at base[:, None] + col, base [rows] and col [1, columns]. Rows that are
+short, follow one another without gaps and begin between 16-byte boundaries are moved together instead, as the one run
+of RUN elements that they are: base is then where it begins, col [rows, columns] the place of each element in it, and
+slot [power of two above RUN] the reverse, the place in the tile.
 """
 
 from __future__ import annotations
@@ -18,45 +21,71 @@ def scalar(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptr, base, col, mask, COMPUTE: tl.constexpr):
-    """A tile of activations, its rows starting at `base`; None stays None. Cast before anything else looks at it."""
+def load_tile(ptr, base, col, mask, COMPUTE: tl.constexpr, slot=None, RUN: tl.constexpr = 0):
+    """A tile of activations, 0 outside the mask; None stays None. Cast before anything else looks at it."""
     if ptr is not None:
-        return tl.load(ptr + base[:, None] + col, mask=mask, other=0.0).to(COMPUTE)
+        if RUN == 0:
+            return tl.load(ptr + base[:, None] + col, mask=mask, other=0.0).to(COMPUTE)
+        else:
+            element = tl.arange(0, slot.shape[0])
+            run = tl.load(ptr + base + element, mask=element < RUN, other=0.0)
+            tile = tl.gather(run, tl.reshape(col, [col.shape[0] * col.shape[1]]), 0)
+            return tl.where(mask, tl.reshape(tile, col.shape).to(COMPUTE), 0.0)
 
 
 @triton.jit
-def load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, mask, COMPUTE: tl.constexpr):
+def store_tile(ptr, tile, base, col, mask, slot=None, RUN: tl.constexpr = 0):
+    """Stores a tile in the type that is stored; nothing where there is nowhere to."""
+    if ptr is not None:
+        values = tile.to(ptr.dtype.element_ty)
+        if RUN == 0:
+            tl.store(ptr + base[:, None] + col, values, mask=mask)
+        else:
+            element = tl.arange(0, slot.shape[0])
+            run = tl.gather(tl.reshape(values, [tile.shape[0] * tile.shape[1]]), slot, 0)
+            tl.store(ptr + base + element, run, mask=element < RUN)
+
+
+@triton.jit
+def load_input(
+    X_ptr,
+    Residual_ptr,
+    Total_ptr,
+    x_base,
+    residual_base,
+    col,
+    mask,
+    COMPUTE: tl.constexpr,
+    slot=None,
+    RUN: tl.constexpr = 0,
+):
     """What is normalized: x, or, where there is a total, x + residual as it is rounded there."""
-    x = load_tile(X_ptr, x_base, col, mask, COMPUTE)
+    x = load_tile(X_ptr, x_base, col, mask, COMPUTE, slot, RUN)
     if Total_ptr is not None:
-        total = x + load_tile(Residual_ptr, residual_base, col, mask, COMPUTE)
+        total = x + load_tile(Residual_ptr, residual_base, col, mask, COMPUTE, slot, RUN)
         x = total.to(Total_ptr.dtype.element_ty).to(COMPUTE)
     return x
 
 
 @triton.jit
-def store_total(Total_ptr, total, base, col, mask):
-    if Total_ptr is not None:
-        tl.store(Total_ptr + base[:, None] + col, total.to(Total_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_added_residual(Residual_ptr, Total_ptr, base, col, mask, COMPUTE: tl.constexpr):
+def load_added_residual(
+    Residual_ptr, Total_ptr, base, col, mask, COMPUTE: tl.constexpr, slot=None, RUN: tl.constexpr = 0
+):
     """The residual that is added after the norm, or None: there is none, or it is in the total already."""
     if Total_ptr is None:
-        return load_tile(Residual_ptr, base, col, mask, COMPUTE)
+        return load_tile(Residual_ptr, base, col, mask, COMPUTE, slot, RUN)
 
 
 @triton.jit
 def load_gradients(
     DY_ptr, X_ptr, Residual_ptr, passes, mean, rstd, weight, bias, dy_base, x_base, residual_base, col, mask,
-    alpha, beta, SLOPE: tl.constexpr, PASSES: tl.constexpr, COMPUTE: tl.constexpr,
+    alpha, beta, SLOPE: tl.constexpr, PASSES: tl.constexpr, COMPUTE: tl.constexpr, slot=None, RUN: tl.constexpr = 0,
 ):  # fmt: skip
     """(x_hat, dz) of one tile, dz = dL/d(pre-activation), given mean (or None) and rstd, broadcastable to it; x_hat is
     None where no caller needs x."""
-    dy = load_tile(DY_ptr, dy_base, col, mask, COMPUTE)
-    x_hat = load_tile(X_ptr, x_base, col, mask, COMPUTE)
-    residual = load_tile(Residual_ptr, residual_base, col, mask, COMPUTE)
+    dy = load_tile(DY_ptr, dy_base, col, mask, COMPUTE, slot, RUN)
+    x_hat = load_tile(X_ptr, x_base, col, mask, COMPUTE, slot, RUN)
+    residual = load_tile(Residual_ptr, residual_base, col, mask, COMPUTE, slot, RUN)
     if x_hat is not None:
         if mean is not None:
             x_hat = tl.where(mask, x_hat - mean, 0.0)
@@ -70,18 +99,15 @@ def load_gradients(
 @triton.jit
 def store_gradients(
     DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, base, dtotal_base, col, mask,
-    ADD_FIRST: tl.constexpr, COMPUTE: tl.constexpr,
+    ADD_FIRST: tl.constexpr, COMPUTE: tl.constexpr, slot=None, RUN: tl.constexpr = 0,
 ):  # fmt: skip
     """dx and dresidual of one tile. Where the residual was added first, both are the gradient of the total."""
     if ADD_FIRST:
-        dtotal = load_tile(DTotal_ptr, dtotal_base, col, mask, COMPUTE)
+        dtotal = load_tile(DTotal_ptr, dtotal_base, col, mask, COMPUTE, slot, RUN)
         if dtotal is not None:
             dx = dx + dtotal
         dresidual = dx
     else:
         dresidual = dz
-    offsets = base[:, None] + col
-    if DX_ptr is not None:
-        tl.store(DX_ptr + offsets, dx.to(DX_ptr.dtype.element_ty), mask=mask)
-    if DResidual_ptr is not None:
-        tl.store(DResidual_ptr + offsets, dresidual.to(DResidual_ptr.dtype.element_ty), mask=mask)
+    store_tile(DX_ptr, dx, base, col, mask, slot, RUN)
+    store_tile(DResidual_ptr, dresidual, base, col, mask, slot, RUN)

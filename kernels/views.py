@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import torch
 
 
-@functools.lru_cache(maxsize=4096)
-def row_stride(shape: Sequence[int], strides: Sequence[int], span: int) -> int | None:
+def _row_stride(shape: Sequence[int], strides: Sequence[int], span: int) -> int | None:
     """Distance between rows of `span` contiguous elements, or None where the layout is not such rows.
 
     A single row counts as having row stride `span`, so that a sample is treated alone as it is in a batch.
@@ -31,6 +30,9 @@ def row_stride(shape: Sequence[int], strides: Sequence[int], span: int) -> int |
             return None
         reach = step * size
     return span if stride is None else stride
+
+
+row_stride = functools.lru_cache(maxsize=4096)(_row_stride)
 
 
 def row_view(tensor: torch.Tensor, span: int) -> tuple[torch.Tensor, int]:
@@ -56,21 +58,22 @@ def vector_length(itemsize: int, *strides: int) -> int:
 # --- samples of planes ---------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=4096)
-def sample_stride(shape: Sequence[int], strides: Sequence[int], channels_last: bool) -> int | None:
+def _sample_stride(shape: Sequence[int], strides: Sequence[int], channels_last: bool) -> int | None:
     """Distance between the samples of a tensor [samples, channels, *positions], each without gaps, its planes one after
     the other or, channels_last, its positions; None where the layout is not such samples."""
     if channels_last:
         shape, strides = (*shape[:1], *shape[2:], shape[1]), (*strides[:1], *strides[2:], strides[1])
-    return row_stride(shape, strides, math.prod(shape[1:]))
+    return _row_stride(shape, strides, math.prod(shape[1:]))
 
 
-@functools.lru_cache(maxsize=4096)
+sample_stride = functools.lru_cache(maxsize=4096)(_sample_stride)
+
+
 def lies_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether the channels of a position are neighbours; so are those of a plane of one element."""
     if math.prod(shape[2:]) == 1:
         return True
-    return sample_stride(shape, strides, False) is None and sample_stride(shape, strides, True) is not None
+    return _sample_stride(shape, strides, False) is None and _sample_stride(shape, strides, True) is not None
 
 
 def sample_view(tensor: torch.Tensor, channels_last: bool) -> tuple[torch.Tensor, int]:
@@ -87,5 +90,10 @@ def empty_samples(like: torch.Tensor, channels_last: bool, dtype: torch.dtype | 
     dtype = dtype or like.dtype
     if not channels_last:
         return torch.empty(like.shape, dtype=dtype, device=like.device)
-    samples, channels, *positions = like.shape
-    return torch.empty((samples, *positions, channels), dtype=dtype, device=like.device).movedim(-1, 1)
+    _, step, *positions = like.shape
+    strides: list[int] = []
+    for size in reversed(positions):
+        strides.insert(0, step)
+        step *= size
+    # No view of another tensor: autograd would forbid users to change it in place.
+    return torch.empty_strided(like.shape, (step, 1, *strides), dtype=dtype, device=like.device)

@@ -1,4 +1,4 @@
-"""A case of `row_norm_cases` as a function of its tensors: what autograd, compilers and transforms are given."""
+"""A case as a function of its tensors: what autograd, compilers and transforms are given."""
 
 from __future__ import annotations
 
@@ -7,19 +7,11 @@ from collections.abc import Callable
 import torch
 
 from fused_ops import functional as F
-from tests.row_norm_cases import DEVICE, FUNCTIONS, OPERANDS, Case, torch_expression
+from tests.norm_cases import DEVICE, OPERANDS, Case, torch_expression
 
 Tensor = torch.Tensor
 Outputs = tuple[Tensor, ...]
 Function = Callable[..., Outputs]
-
-# Every function, without and with a residual where it takes one or not.
-PLACES = [
-    (function, residual)
-    for function in FUNCTIONS
-    for residual in (False, True)
-    if residual or not function.startswith("add_")
-]
 
 
 def operands(case: Case) -> dict[str, Tensor]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -52,6 +52,39 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(launcher.Launcher, "__call__", noted)
     return names
+
+
+class FamilyCall(NamedTuple):
+    """What autograd asked the launchers of a family for, eagerly, and what they returned."""
+
+    direction: str
+    args: tuple
+    kwargs: dict[str, Any]
+    result: Any
+
+
+@pytest.fixture
+def family_calls(monkeypatch: pytest.MonkeyPatch) -> list[FamilyCall]:
+    """Grows with every forward and backward of a norm that autograd runs by kernels."""
+    autograd = pytest.importorskip("fused_ops.autograd", reason="Triton is not installed")
+    calls: list[FamilyCall] = []
+    original = autograd.family_of
+
+    def noted(norm: Any) -> Any:
+        family = original(norm)
+
+        def noting(direction: str) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                result = getattr(family, direction)(*args, **kwargs)
+                calls.append(FamilyCall(direction, args, kwargs, result))
+                return result
+
+            return call
+
+        return family._replace(forward=noting("forward"), backward=noting("backward"))
+
+    monkeypatch.setattr(autograd, "family_of", noted)
+    return calls
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import fused_ops
 from fused_ops import Activation
 from fused_ops import functional as F
 from fused_ops.activation import KNOWN, resolve
-from tests.row_norm_cases import DEVICE, TORCH_ACTIVATIONS
+from tests.norm_cases import DEVICE, TORCH_ACTIVATIONS
 
 # Every torch.nn module that is one of ours, with and without its parameters, and what it is.
 MODULES = [

@@ -10,7 +10,7 @@ import torch
 
 from fused_ops import Activation, reference
 from fused_ops.activation import KNOWN
-from tests.row_norm_cases import short
+from tests.norm_cases import short
 from tests.tolerances import rounding
 
 triton = pytest.importorskip("triton", reason="Triton is not installed, so there is no device code")

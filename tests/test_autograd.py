@@ -11,12 +11,16 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from fused_ops import Activation
-from tests.calls import PLACES, composed, fused, gradients, operands, scalar
-from tests.row_norm_cases import DEVICE, FUNCTIONS, OPERANDS, TORCH_ACTIVATIONS, Case, make_case
+from tests.calls import composed, fused, gradients, operands, scalar
+from tests.every_norm import PLACES, add_functions, functions, small_case
+from tests.norm_cases import DEVICE, OPERANDS, TORCH_ACTIVATIONS, Case
+from tests.row_norm_cases import FUNCTIONS as ROW_FUNCTIONS
+from tests.row_norm_cases import make_case
 
 Tensor = torch.Tensor
 
 make_double_case = functools.partial(make_case, dtype=torch.float64)
+small_double_case = functools.partial(small_case, dtype=torch.float64)
 
 # Parameters other than the defaults, and small enough that a few elements reach both sides.
 PARAMETERS = {
@@ -42,14 +46,29 @@ KINKS = {
 MARGIN = 1e-2
 
 # RMSNorm is the same kernels with a flag off, a norm alone the same with a pointer less: one activation of each kind,
-# and the others in the long sweep.
+# and the others in the long sweep. So are most of the channel norms, whose kernels take an interpreter long: their
+# second derivatives are compositions, alike but for the statistics.
+QUICK_CHANNEL_NORMS = [
+    ("group_norm", True, Activation("relu")),
+    ("instance_norm", True, Activation("gelu")),
+    ("add_instance_norm", True, None),
+    ("add_group_norm", True, Activation("gelu")),
+]
+
+
+def is_quick(function: str, residual: bool, activation: Activation | None) -> bool:
+    if function not in ROW_FUNCTIONS:
+        return (function, residual, activation) in QUICK_CHANNEL_NORMS
+    return activation in EACH_KIND or ("layer" in function and residual)
+
+
 CHECKED = [
     pytest.param(
         function,
         residual,
         activation,
         id=f"{function}-{'residual' if residual else 'alone'}-{activation.name if activation else None}",
-        marks=[] if activation in EACH_KIND or ("layer" in function and residual) else pytest.mark.full,
+        marks=[] if is_quick(function, residual, activation) else pytest.mark.full,
     )
     for (function, residual), activation in itertools.product(PLACES, ACTIVATIONS)
 ]
@@ -59,7 +78,7 @@ def case_beside_kinks(function: str, residual: bool, activation: Activation | No
     """The first seed whose z lies on every side of every kink, and near none; weights and biases of deviation 4."""
     kinks = KINKS.get(activation.name, ()) if activation else ()
     for seed in itertools.count():
-        case = make_double_case(function, 3, 7, residual=residual, activation=activation, seed=10 * seed)
+        case = small_double_case(function, 3, 4, residual=residual, activation=activation, seed=10 * seed)
         for parameter in filter(lambda tensor: tensor is not None, (case.weight, case.bias)):
             parameter.mul_(4)
         z = composed(replace(case, activation=None))(*operands(case).values())[0].detach()
@@ -76,16 +95,16 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(function, 
     assert gradgradcheck(fused(case), tensors, fast_mode=True)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@functions("instance_norm")
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 def test_batched_gradients_are_those_one_by_one(function, activation, each_backend):
     """What torch.autograd.functional.jacobian(vectorize=True) and is_grads_batched ask for."""
-    case = make_double_case(function, 2, 4, residual=True, activation=activation)
+    case = small_double_case(function, residual=True, activation=activation)
     assert gradcheck(fused(case), tuple(operands(case).values()), fast_mode=True, check_batched_grad=True)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("function", FUNCTIONS)
+@functions()
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_every_entry_of_the_jacobians_is_that_of_finite_differences(function, activation, each_backend):
     case = case_beside_kinks(function, True, Activation(activation))
@@ -94,10 +113,10 @@ def test_every_entry_of_the_jacobians_is_that_of_finite_differences(function, ac
     assert gradgradcheck(fused(case), tensors)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@functions("add_instance_norm")
 def test_third_derivatives_are_those_of_finite_differences(function, triton_backend):
     """In the torch backend they are torch's own, and those of its layer_norm are wrong (seen in torch 2.13)."""
-    case = make_double_case(function, 2, 3, residual=True, activation="silu")
+    case = small_double_case(function, 2, 3, residual=True, activation="silu")
     tensors = operands(case)
 
     def slopes(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -106,7 +125,7 @@ def test_third_derivatives_are_those_of_finite_differences(function, triton_back
     assert gradgradcheck(slopes, tuple(tensors.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", ROW_FUNCTIONS)
 @pytest.mark.parametrize("activation", [None, "relu", "mish"])
 def test_the_gradient_of_a_gradient_penalty_is_torchs(function, activation, each_backend):
     case = make_double_case(function, 2, 3, 4, dims=2, residual=True, activation=activation)
@@ -121,11 +140,11 @@ def test_the_gradient_of_a_gradient_penalty_is_torchs(function, activation, each
     torch.testing.assert_close(ours, torchs)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@functions("add_instance_norm")
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "gelu"])
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_every_choice_of_what_requires_a_gradient(function, activation, create_graph, each_backend):
-    whole = make_double_case(function, 2, 5, residual=True, activation=activation)
+    whole = small_double_case(function, residual=True, activation=activation)
     given = tuple(whole.leaves())
     expected = gradients(composed(whole), operands(whole))
     for count in range(len(given)):
@@ -141,61 +160,47 @@ def test_every_choice_of_what_requires_a_gradient(function, activation, create_g
                 torch.testing.assert_close(gradient.detach(), expected[name], msg=lambda m, n=name: f"d{n}: {m}")
 
 
-def test_nothing_is_computed_that_is_not_asked_for(triton_backend, monkeypatch):
+@functions("instance_norm", "add_group_norm")
+def test_nothing_is_computed_that_is_not_asked_for(function, triton_backend, family_calls):
     """A gradient that nobody requires is neither allocated nor computed, and one that is at hand launches nothing."""
-    from fused_ops import autograd
-
-    launched = []
-
-    def recorded(*args):
-        found = backward(*args)
-        launched.append({name: gradient is not None for name, gradient in found._asdict().items()})
-        return found
-
-    backward = autograd.row_norm_backward
-    monkeypatch.setattr(autograd, "row_norm_backward", recorded)
-    for function, activation in itertools.product(FUNCTIONS, (None, "relu", "gelu")):
-        whole = make_double_case(function, 2, 5, residual=True, activation=activation)
+    for activation in (None, "relu", "gelu"):
+        whole = small_double_case(function, residual=True, activation=activation)
         for wanted in whole.leaves():
-            launched.clear()
+            family_calls.clear()
             case = replace(whole, frozen=tuple(name for name in OPERANDS if name != wanted))
             gradients(fused(case), operands(case))
+            launched = [call.result for call in family_calls if call.direction == "backward"]
             if wanted == "residual" and not case.adds_first and activation is None:
                 assert not launched, "dresidual is dy"
                 continue
             (computed,) = launched
             # Where the residual is added first its gradient is x's, and goes by that name.
             one = "x" if case.adds_first and wanted == "residual" else wanted
-            assert computed == {f"d{name}": name == one for name in OPERANDS}, (function, activation, wanted)
+            computed = {name: gradient is not None for name, gradient in computed._asdict().items()}
+            assert computed == {f"d{name}": name == one for name in OPERANDS}, (activation, wanted)
 
 
-@pytest.mark.parametrize("function", ["add_layer_norm", "add_rms_norm"])
-def test_the_gradient_of_an_unused_output_is_not_made_up(function, triton_backend, monkeypatch):
+@add_functions("add_instance_norm", "add_group_norm")
+def test_the_gradient_of_an_unused_output_is_not_made_up(function, triton_backend, family_calls):
     """No zeros are allocated, added or read for it, and where total alone was used its gradient is handed on."""
-    from fused_ops import autograd
-
-    received = []
-    backward = autograd.row_norm_backward
-    monkeypatch.setattr(autograd, "row_norm_backward", lambda *args: (received.append(args), backward(*args))[1])
-    case = make_double_case(function, 2, 5, activation="gelu")
+    case = small_double_case(function, activation="gelu")
 
     tensors = operands(case)
     y, _ = fused(case)(*tensors.values())
     torch.autograd.grad(y.sum(), list(tensors.values()))
-    ((_, dtotal, *_),) = received
-    assert dtotal is None
+    assert [(call.direction, call.args[1] is None) for call in family_calls[1:]] == [("backward", True)]
 
-    received.clear()
     _, total = fused(case)(*tensors.values())
+    family_calls.clear()
     arriving = torch.ones_like(total)
     found = torch.autograd.grad(total, list(tensors.values()), arriving, allow_unused=True)
-    assert not received
+    assert not family_calls
     assert [gradient is None for gradient in found] == [name in ("weight", "bias") for name in tensors]
     assert found[0].data_ptr() == found[1].data_ptr() == arriving.data_ptr()
 
 
 @pytest.mark.parametrize("dims", [1, 2])
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", ROW_FUNCTIONS)
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_one_tensor_in_two_places_gets_both_gradients(function, activation, dims, each_backend):
     case = make_double_case(function, *(3, 4, 5)[-dims - 1 :], dims=dims, residual=True, activation=activation)
@@ -232,7 +237,7 @@ def test_gradients_pass_through_a_residual_stream(activation, each_backend):
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 @pytest.mark.parametrize(("shape", "dims"), [((0, 4), 1), ((2, 0, 3, 4), 2), ((3, 0), 1), ((0, 0), 1)])
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", ROW_FUNCTIONS)
 def test_empty_tensors_have_empty_or_zero_gradients(function, shape, dims, activation, create_graph, each_backend):
     case = make_double_case(function, *shape, dims=dims, residual=True, activation=activation)
     tensors = operands(case)
@@ -243,10 +248,10 @@ def test_empty_tensors_have_empty_or_zero_gradients(function, shape, dims, activ
         assert gradient.shape == tensor.shape and not gradient.any()
 
 
-@pytest.mark.parametrize("function", ["add_layer_norm", "add_rms_norm"])
+@add_functions("add_instance_norm")
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_create_graph_changes_no_gradient_of_mixed_types(function, half, triton_backend):
-    case = make_case(function, 4, 6, dtype=half, parameters=torch.float32, activation="silu")
+    case = small_case(function, 4, 6, dtype=half, parameters=torch.float32, activation="silu")
     case = replace(case, residual=case.residual.float())
     tensors = operands(case)
     loss = scalar(fused(case)(*tensors.values()))

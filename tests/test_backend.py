@@ -14,7 +14,7 @@ import torch
 import fused_ops
 from fused_ops import backend
 from fused_ops import functional as F
-from tests.row_norm_cases import DEVICE
+from tests.norm_cases import DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,8 +6,6 @@ import copy
 import inspect
 import io
 import pickle
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,52 +16,26 @@ import fused_ops
 from fused_ops import Activation
 from fused_ops import functional as F
 from tests.calls import as_tuple, scalar
-from tests.row_norm_cases import DEVICE, normal
+from tests.channel_norm_calls import (
+    CHANNELS,
+    INSTANCE,
+    NAMES,
+    PLAIN,
+    inputs,
+    made,
+    made_by_torch,
+    sizes,
+    spatial,
+    torchs_class,
+)
+from tests.norm_cases import DEVICE, normal
 
 Tensor = torch.Tensor
-
-CHANNELS = 6
-PLAIN = ("GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d")
-INSTANCE = tuple(name for added in ("", "Add") for name in (f"{added}InstanceNorm{dims}d" for dims in (1, 2, 3)))
-NAMES = (*PLAIN, *(f"Add{name}" for name in PLAIN))
 
 each_name = pytest.mark.parametrize("name", NAMES)
 each_plain = pytest.mark.parametrize("name", PLAIN)
 each_instance = pytest.mark.parametrize("name", INSTANCE)
 each_added = pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("Add")])
-
-
-def torchs_class(name: str) -> type[nn.Module]:
-    return getattr(nn, name.removeprefix("Add"))
-
-
-def sizes(name: str) -> tuple[int, ...]:
-    """The constructor's own positional arguments."""
-    return (3, CHANNELS) if "Group" in name else (CHANNELS,)
-
-
-def spatial(name: str) -> tuple[int, ...]:
-    return (4, 3, 2)[: 2 if "Group" in name else int(name[-2])]
-
-
-def inputs(name: str, batch: tuple[int, ...] = (2,), dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
-    """x, and the residual that an Add module needs."""
-    shape = (*batch, CHANNELS, *spatial(name))
-    return tuple(normal(*shape, dtype=dtype, seed=seed + i) for i in range(1 + name.startswith("Add")))
-
-
-def made(name: str, cls: type | None = None, **kwargs: Any) -> Any:
-    """A module whose parameters are no longer ones and zeros."""
-    kwargs = {"device": DEVICE, "dtype": torch.float64, "affine": True} | kwargs
-    module = (cls or getattr(fused_ops, name))(*sizes(name), **kwargs)
-    with torch.no_grad():
-        for seed, parameter in enumerate(module.parameters()):
-            parameter.copy_(normal(*parameter.shape, dtype=torch.float64, seed=seed + 10))
-    return module
-
-
-def made_by_torch(name: str, **kwargs: Any) -> nn.Module:
-    return made(name, torchs_class(name), **kwargs)
 
 
 def outputs(module: nn.Module, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -222,102 +194,6 @@ def test_modules_stand_in_a_sequential(each_backend):
     torch.testing.assert_close(ours(x), torchs(x))
 
 
-# --- instance norm: running statistics, one sample, torch's checks -------------------------------------------------
-
-
-@each_instance
-@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
-def test_running_statistics_are_torchs_over_several_calls(name, momentum, each_backend):
-    keywords = {"momentum": momentum, "track_running_stats": True}
-    module, torchs = made(name, **keywords), made_by_torch(name, **keywords)
-    calls = [(True, (2,)), (True, (3,)), (False, (2,)), (True, ()), (False, ())]
-    for seed, (training, batch) in enumerate(calls):
-        module.train(training), torchs.train(training)
-        x, *residual = inputs(name, batch, seed=10 * seed)
-        expected = torchs(x if not residual else residual[0] + x)
-        torch.testing.assert_close(as_tuple(module(x, *residual))[0], expected)
-        torch.testing.assert_close(dict(module.named_buffers()), dict(torchs.named_buffers()))
-    assert module.num_batches_tracked == 0  # torch's instance norm does not count
-
-
-@each_instance
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_input_moves_float32_statistics(name, dtype, each_backend):
-    module = made(name, track_running_stats=True).float()
-    x, *residual = inputs(name, dtype=dtype)
-    module(x, *residual)
-    assert module.running_mean.dtype == torch.float32
-    plane = tuple(range(2, x.dim()))
-    total = (x if not residual else residual[0] + x).double()
-    mean, var = total.mean(plane).mean(0) * 0.1, 0.9 + total.var(plane).mean(0) * 0.1
-    torch.testing.assert_close((module.running_mean, module.running_var), (mean.float(), var.float()))
-
-
-@each_instance
-@pytest.mark.parametrize("affine", [True, False])
-def test_one_sample_needs_no_batch_dim(name, affine, each_backend):
-    module = made(name, affine=affine, activation="gelu")
-    x, residual = (tensor.requires_grad_() for tensor in inputs("Add" + name.removeprefix("Add"), ()))
-    batched = as_tuple(module(x[None], residual[None]))
-    alone = as_tuple(module(x, residual))
-    for one, many in zip(alone, batched, strict=True):
-        assert one.shape == x.shape and torch.equal(one, many[0])
-    expected = torch.autograd.grad(scalar(batched), (x, residual))
-    torch.testing.assert_close(torch.autograd.grad(scalar(alone), (x, residual)), expected)
-    if not name.startswith("Add"):
-        torchs = made_by_torch(name, affine=affine)
-        torch.testing.assert_close(made(name, affine=affine)(x), torchs(x))
-
-
-@each_instance
-def test_a_residual_of_one_sample_is_one_sample(name, each_backend):
-    module, (x, residual) = made(name), inputs("Add" + name.removeprefix("Add"), ())
-    for other in (residual[None], residual[:, :1], residual.float()):
-        with pytest.raises(
-            ValueError, match=rf"{name}: residual must have .*{'type' if other.dtype != x.dtype else ''}"
-        ):
-            module(x, other)
-
-
-def errors(call: Callable[[], Any]) -> tuple[type, str]:
-    with pytest.raises(Exception) as caught:
-        call()
-    return caught.type, str(caught.value)
-
-
-@each_instance
-def test_inputs_of_other_dims_are_refused_with_torchs_words(name):
-    x, *residual = inputs(name)
-    for bad in (x[None], x[None, None], x[0, 0], x[:, :5]):
-        assert errors(lambda x=bad: made(name)(x, *residual)) == errors(lambda x=bad: made_by_torch(name)(x))
-
-
-@each_instance
-def test_another_number_of_channels_without_affine_is_a_warning_as_torchs(name, each_backend):
-    x, *residual = (tensor[:, :5] for tensor in inputs(name))
-    messages = []
-    for module, tensors in ((made(name, affine=False), (x, *residual)), (made_by_torch(name, affine=False), (x,))):
-        with pytest.warns(UserWarning, match="does not match num_features") as caught:
-            module(*tensors)
-        messages.append([str(warning.message) for warning in caught])
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            module(*inputs(name)[: len(tensors)])
-    assert messages[0] == messages[1]
-
-
-@each_instance
-def test_a_plane_of_one_element_is_refused_in_training_alone(name, each_backend):
-    module = made(name, track_running_stats=True)
-    x, *residual = (
-        tensor[..., :1, :1, :1].mean(tuple(range(2, tensor.dim())), keepdim=True) for tensor in inputs(name)
-    )
-    with pytest.raises(ValueError, match=r"more than one spatial element.*\(2, 6, 1"):
-        module(x, *residual)
-    assert not module.running_mean.any()
-    assert as_tuple(module.eval()(x, *residual))[0].shape == x.shape
-
-
 # --- state ---------------------------------------------------------------------------------------------------------
 
 
@@ -338,15 +214,6 @@ def test_the_state_is_torchs_both_ways(name, keywords):
     fresh = getattr(fused_ops, name)(*sizes(name), **{"affine": True} | keywords).to(DEVICE, torch.float64)
     fresh.load_state_dict(torchs.state_dict(), strict=True)
     assert all(torch.equal(value, ours.state_dict()[key]) for key, value in fresh.state_dict().items())
-
-
-@each_instance
-def test_a_checkpoint_of_before_running_statistics_is_refused_as_torchs(name):
-    old = {"running_mean": torch.zeros(CHANNELS), "running_var": torch.ones(CHANNELS)}
-    ours, torchs = (cls(CHANNELS) for cls in (getattr(fused_ops, name), torchs_class(name)))
-    expected = errors(lambda: torchs.load_state_dict(dict(old)))
-    kind, message = errors(lambda: ours.load_state_dict(dict(old)))
-    assert (kind, message.replace(name, torchs_class(name).__name__)) == expected
 
 
 def saved_and_loaded(module: nn.Module) -> nn.Module:

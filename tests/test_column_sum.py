@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.row_norm_cases import (
-    normal,
-    short,
-)
+from tests.norm_cases import normal, short
 from tests.tolerances import assert_within_budget, rounding
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to schedule")

@@ -17,7 +17,8 @@ import fused_ops
 from fused_ops import Activation
 from fused_ops import functional as F
 from tests.calls import as_tuple, fused, gradients, operands, scalar
-from tests.row_norm_cases import DEVICE, FUNCTIONS, make_case, normal
+from tests.norm_cases import DEVICE, normal
+from tests.row_norm_cases import FUNCTIONS, make_case
 
 Tensor = torch.Tensor
 

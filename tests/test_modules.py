@@ -16,7 +16,7 @@ import fused_ops
 from fused_ops import Activation, AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from fused_ops import functional as F
 from tests.calls import as_tuple
-from tests.row_norm_cases import DEVICE
+from tests.norm_cases import DEVICE
 
 Tensor = torch.Tensor
 

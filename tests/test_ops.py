@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_map_only
 
 import fused_ops
 from fused_ops import Activation
-from tests.calls import PLACES, as_tuple, composed, fused, gradients, operands, scalar
-from tests.row_norm_cases import DEVICE, FUNCTIONS, OPERANDS, Case, make_case, normal
+from tests.calls import as_tuple, composed, fused, gradients, operands, scalar
+from tests.norm_cases import DEVICE, OPERANDS, Case, normal
+from tests.row_norm_cases import FUNCTIONS, PLACES, make_case
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no ops")
 

@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from fused_ops import Activation, reference
-from tests.row_norm_cases import (
-    FUNCTIONS,
+from tests.norm_cases import (
     HALF,
     OPERANDS,
     Case,
     check,
-    make_case,
     run_fused,
     run_reference,
     same_bits,
@@ -25,6 +23,7 @@ from tests.row_norm_cases import (
     with_exact_sums,
     with_fields,
 )
+from tests.row_norm_cases import FUNCTIONS, PLACES, make_case
 
 pytestmark = pytest.mark.usefixtures("memory_checked")
 
@@ -43,9 +42,6 @@ def choices(case: Case) -> Iterator[tuple[str, ...]]:
     given = [name for name in OPERANDS if getattr(case, name) is not None]
     for count in range(len(given) + 1):
         yield from itertools.combinations(given, count)
-
-
-PLACES = [*itertools.product(FUNCTIONS[:2], (False, True)), *((name, True) for name in FUNCTIONS[2:])]
 
 
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "gelu"])

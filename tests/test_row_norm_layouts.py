@@ -12,15 +12,13 @@ import torch
 from hypothesis import strategies
 
 from fused_ops import functional as F
-from tests.row_norm_cases import (
+from tests.norm_cases import (
     DEVICE,
-    FUNCTIONS,
     OPERANDS,
     Case,
     Result,
     assert_same_bits,
     check,
-    make_case,
     normal,
     run_fused,
     run_reference,
@@ -29,6 +27,7 @@ from tests.row_norm_cases import (
     short,
     with_fields,
 )
+from tests.row_norm_cases import FUNCTIONS, make_case
 from tests.tolerances import assert_within_budget, kernels_are_interpreted
 
 pytestmark = pytest.mark.usefixtures("memory_checked")

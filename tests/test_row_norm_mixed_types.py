@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
 from fused_ops import use_backend
-from tests.row_norm_cases import (
-    FUNCTIONS,
-    HALF,
-    check,
-    make_case,
-    run_fused,
-    run_reference,
-    same_bits,
-    short,
-    with_fields,
-)
+from tests.norm_cases import HALF, check, run_fused, run_reference, same_bits, short, with_fields
+from tests.row_norm_cases import FUNCTIONS, PLACES, make_case
 from tests.tolerances import assert_within_budget, rounding
 
 pytestmark = pytest.mark.usefixtures("memory_checked")
 
 Tensor = torch.Tensor
 
-PLACES = [*itertools.product(FUNCTIONS[:2], (False, True)), *((name, True) for name in FUNCTIONS[2:])]
 every_place = pytest.mark.parametrize(("function", "residual"), PLACES)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,21 +10,20 @@ import pytest
 import torch
 
 from fused_ops import Activation
-from tests.row_norm_cases import (
+from tests.norm_cases import (
     DEVICE,
     DTYPES,
-    FUNCTIONS,
     HALF,
     TORCH_ACTIVATIONS,
     Case,
     check,
-    make_case,
     run_fused,
     same_bits,
     short,
     with_exact_sums,
     with_fields,
 )
+from tests.row_norm_cases import FUNCTIONS, PLACES, make_case
 
 pytestmark = pytest.mark.usefixtures("memory_checked")
 
@@ -34,7 +32,6 @@ Tensor = torch.Tensor
 # Inf - Inf and overflow are what these tests are about, and NumPy, which interprets the kernels, warns of them.
 non_finite = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-PLACES = [*itertools.product(FUNCTIONS[:2], (False, True)), *((name, True) for name in FUNCTIONS[2:])]
 FEW_PLACES = [("layer_norm", False), ("rms_norm", True), ("add_layer_norm", True)]
 
 

@@ -11,18 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.row_norm_cases import (
-    FUNCTIONS,
-    Case,
-    assert_same_bits,
-    check,
-    make_case,
-    normal,
-    run_fused,
-    same_bits,
-    short,
-    with_fields,
-)
+from tests.norm_cases import Case, assert_same_bits, check, normal, run_fused, same_bits, short, with_fields
+from tests.row_norm_cases import FUNCTIONS, make_case
 from tests.tolerances import kernels_are_interpreted
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to schedule")

@@ -14,7 +14,7 @@ from torch import nn
 import fused_ops
 from fused_ops import functional as F
 from fused_ops.activation import KNOWN
-from tests.row_norm_cases import DEVICE
+from tests.norm_cases import DEVICE
 
 ROWS, SPAN = 4, 6
 ROW_NORMS = ("layer_norm", "rms_norm")

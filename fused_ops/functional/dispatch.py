@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ if backend.HAS_TRITON:
     from .. import autograd, ops
     from ..kernels.problem import GroupNorm, RowNorm
     from ..kernels.views import lies_channels_last
+
+    _layout_of = functools.lru_cache(maxsize=4096)(lies_channels_last)
 
 Tensor = torch.Tensor
 
@@ -109,9 +112,11 @@ def _channel_norm(
     """y, or (y, total) where the residual is added first, in x's layout; instance norm has a group for each channel."""
     run = _kernel(x, residual, weight, bias)
     if run is not None:
-        layout = lies_channels_last(tuple(x.shape), x.stride())
+        layout = _layout_of if run is autograd.run else lies_channels_last  # a tracer looks through a cache, and warns
         fused = () if activation is None else (activation.name, *activation.scalars)
-        return run(x, residual, weight, bias, GroupNorm(groups, layout, eps, add_first, *fused))
+        return run(
+            x, residual, weight, bias, GroupNorm(groups, layout(tuple(x.shape), x.stride()), eps, add_first, *fused)
+        )
     return _composed(x, residual, add_first, activation, lambda x: fallback.group_norm(x, groups, weight, bias, eps))
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ..activations import ACTIVATIONS
 from ..column_sum import column_sum
-from ..launch import cdiv, column_sum_config
+from ..launch import cdiv, device_facts
 from ..launcher import Launcher, Tensors
 from ..problem import Gradients, GroupNorm, Tensor, Wanted, compute_dtype, parameter_zeros
 from ..views import columns, empty_samples, sample_view, vector_length
@@ -21,9 +21,19 @@ from .backward_kernels import (
     channel_norm_backward_kernel,
     combine_gradients_kernel,
 )
-from .config import group_backward_tile, longest_of, piece_tile, plane_kind, plane_units
+from .config import (
+    GroupPlanes,
+    PlaneKind,
+    backward_steps,
+    group_backward_tile,
+    longest_of,
+    piece_tile,
+    plane_kind,
+    plane_units,
+)
 from .forward import COMBINED
 
+COMBINED_COLUMNS = (256, 16)  # partial sums, rows and channels, that a program sums at a time
 Strides = list[int]
 Pair = tuple[Tensor | None, Tensor | None]
 Schedule = Callable[[int, int, Tensors, Pair, Strides, tuple[float, float]], Pair]
@@ -68,8 +78,9 @@ def group_norm_backward(
     vec = vector_length(dy.element_size(), run, *strides)
     # What was saved may come back in another layout, from whoever packed it.
     given = (*activations, columns(bits), columns(weight), bias_read, columns(mean), columns(rstd))
-    dtypes = [None if tensor is None else tensor.dtype for tensor in given]
-    kind = (channels, groups, plane_kind(plane), channels_last, vec, add_first, activation, wanted)
+    dtypes = [None if tensor is None else tensor.dtype for tensor in (*given, bias)]  # bias: read or not, dbias's type
+    dense = set(strides) <= {channels * plane, 0}
+    kind = (channels, groups, plane_kind(plane), channels_last, dense, vec, add_first, activation, wanted)
     schedule = _schedule(*kind, *dtypes)
     units = [stride // vec for stride in strides]
     return Gradients(dx, dresidual, *schedule(samples, plane, given, (dx, dresidual), units, (alpha, beta)))
@@ -90,8 +101,9 @@ class _Kind(NamedTuple):
 
     channels: int
     groups: int
-    plane: tuple[int | None, int]
+    plane: PlaneKind
     channels_last: bool
+    dense: bool
     vec: int
     add_first: bool
     activation: str | None
@@ -105,6 +117,13 @@ class _Kind(NamedTuple):
     bias: torch.dtype | None
     mean: torch.dtype | None
     rstd: torch.dtype | None
+    dbias: torch.dtype | None
+
+    @property
+    def group_planes(self) -> GroupPlanes:
+        """The groups, as their tile depends on them."""
+        short = self.plane[0] is not None and self.vec * self.dy.itemsize < 16
+        return GroupPlanes(self.groups, self.channels // self.groups, longest_of(self.plane), self.dense and short)
 
     @property
     def needs_dx(self) -> bool:
@@ -127,17 +146,13 @@ class _Kind(NamedTuple):
 @functools.cache
 def _schedule(*fields: Any) -> Schedule:
     kind = _Kind(*fields)
-    tile = None
-    if not kind.channels_last:
-        tile = group_backward_tile(kind.channels // kind.groups, longest_of(kind.plane), kind.dy.itemsize)
+    tile = None if kind.channels_last else group_backward_tile(kind.group_planes, kind.dy.itemsize)
     if tile is None:
         return _Pieces(kind)
     block_groups = tile.block_groups
     constants = (kind.channels, kind.groups, kind.plane[0], kind.vec, kind.add_first, kind.needs_dx, *kind.slope)
-    block = (block_groups, tile.block_planes, tile.block_plane)
-    launch = Launcher(
-        channel_norm_backward_kernel, tile.num_warps, *constants, *block, most_registers=tile.most_registers
-    )
+    block = (block_groups, tile.block_planes, tile.block_plane, tile.run)
+    launch = Launcher(channel_norm_backward_kernel, tile.num_warps, *constants, *block)
 
     def whole_groups(
         samples: int, plane: int, given: Tensors, out: Pair, strides: Strides, floats: tuple[float, float]
@@ -149,7 +164,7 @@ def _schedule(*fields: Any) -> Schedule:
             cdiv(groups, block_groups), device, given, (*out, *partials),
             groups, *strides, plane_units(plane, kind.vec, False), *floats,
         )  # fmt: skip
-        return column_sum(*partials, kind.weight, kind.bias)
+        return column_sum(*partials, kind.weight, kind.dbias)
 
     return whole_groups
 
@@ -162,18 +177,16 @@ class _Pieces:
         length = kind.plane[0]
         self.tile = tile = piece_tile(kind.channels, longest_of(kind.plane), kind.dy.itemsize, kind.channels_last)
         self.blocks = cdiv(kind.channels, tile.block_channels)
-        self.column_block = column_sum_config(kind.channels)
         # Where dresidual is wanted it is dz, which the sums leave there: read again, it is all that dx needs of dy.
         self.leaves_dz = kind.wanted.dresidual and not kind.add_first
         of_plane = (kind.channels, kind.groups, length, kind.vec, kind.channels_last)
-        block = (tile.block_channels, tile.block_plane, tile.steps)
+        block = (tile.block_channels, tile.block_plane, tile.stages)
 
         def launcher(kernel: Any, *constants: Any) -> Launcher:
             return Launcher(kernel, tile.num_warps, *of_plane, *constants, *block, most_registers=tile.most_registers)
 
         self.sums = launcher(channel_gradient_sums_kernel, *kind.slope)
-        columns = (self.column_block.block_rows, self.column_block.block_span)
-        self.combine = Launcher(combine_gradients_kernel, 4, *of_plane, COMBINED, *columns)
+        self.combine = Launcher(combine_gradients_kernel, 4, *of_plane, COMBINED, *COMBINED_COLUMNS)
         slope = (None, None) if self.leaves_dz else kind.slope
         self.apply = launcher(channel_gradient_apply_kernel, kind.add_first, *slope)
 
@@ -184,9 +197,10 @@ class _Pieces:
         dy, dtotal, x, residual, bits, weight, bias, mean, rstd = given
         dx, dresidual = out
         device = dy.device  # type: ignore[union-attr]
-        pieces = cdiv(plane, self.tile.piece)
+        steps = backward_steps(plane, self.tile, samples * self.blocks, device_facts(device))
+        pieces = cdiv(plane, self.tile.block_plane * steps)
         programs = samples * self.blocks * pieces
-        lengths = (plane_units(plane, kind.vec, kind.channels_last), pieces)
+        lengths = (plane_units(plane, kind.vec, kind.channels_last), pieces, steps)
         dz = dresidual if self.leaves_dz else None
         of_dz_x_hat, of_dz = kind.partials((samples, pieces, kind.channels), device, both=kind.needs_dx)
         if dz is not None or of_dz_x_hat is not None or of_dz is not None:
@@ -202,7 +216,7 @@ class _Pieces:
         return parameters[0], parameters[1]
 
     def _combine(
-        self, samples: int, sums: Pair, weight: Tensor | None, lengths: tuple[int, int], device: torch.device
+        self, samples: int, sums: Pair, weight: Tensor | None, lengths: tuple[int, int, int], device: torch.device
     ) -> list[Tensor | None]:
         """[the two means of each group, dweight, dbias], each where wanted."""
         kind, groups = self.kind, 0
@@ -214,9 +228,9 @@ class _Pieces:
         if kind.wanted.dweight:
             dweight = torch.empty(kind.channels, dtype=kind.weight, device=device)
         if kind.wanted.dbias:
-            dbias = torch.empty(kind.channels, dtype=kind.bias, device=device)
+            dbias = torch.empty(kind.channels, dtype=kind.dbias, device=device)
         wants_parameters = kind.wanted.dweight or kind.wanted.dbias
-        programs = groups + (cdiv(kind.channels, self.column_block.block_span) if wants_parameters else 0)
+        programs = groups + (cdiv(kind.channels, COMBINED_COLUMNS[1]) if wants_parameters else 0)
         if programs:
             allocated = (mean_g, mean_g_x_hat, dweight, dbias)
             partial_rows = samples * lengths[1]

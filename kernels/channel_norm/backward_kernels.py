@@ -13,9 +13,17 @@ import triton.language as tl
 from ..column_sum import sum_columns
 from ..epilogue import load_bits
 from ..moments import input_gradient, sum_in_groups
-from ..tiles import load_gradients, scalar, store_gradients
+from ..tiles import load_gradients, scalar, store_gradients, store_tile
 from .forward_kernels import partials_of_group
-from .planes import load_of_channels, load_plane_bits, piece_of_planes, places, plane_length, steps_of
+from .planes import (
+    load_of_channels,
+    load_plane_bits,
+    piece_of_planes,
+    places,
+    places_in_run,
+    plane_length,
+    steps_of,
+)
 
 
 @triton.jit
@@ -34,7 +42,7 @@ def channel_norm_backward_kernel(
     residual_stride: tl.int64, plane_units: tl.int64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, ADD_FIRST: tl.constexpr,
     NEEDS_DX: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr, BLOCK_PLANES: tl.constexpr, BLOCK_PLANE: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, BLOCK_PLANES: tl.constexpr, BLOCK_PLANE: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_GROUPS whole groups a program, as in the forward; partial sums [samples, CHANNELS]."""
     COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -46,25 +54,35 @@ def channel_norm_backward_kernel(
     sample = group // GROUPS
     channel = group % GROUPS * GROUP_CHANNELS + index % BLOCK_PLANES
     plane_index = sample * CHANNELS + channel
-    col = tl.arange(0, BLOCK_PLANE)[None, :]
-    mask = in_planes[:, None] & (col < plane)
+    AXIS: tl.constexpr = 0 if RUN > 0 else 1  # of the positions in a tile
+    col = tl.expand_dims(tl.arange(0, BLOCK_PLANE), 1 - AXIS)
+    mask = tl.expand_dims(in_planes, AXIS) & (col < plane)
 
-    base = channel * plane
-    mean = load_of_channels(Mean_ptr, group, in_planes, COMPUTE)
-    rstd = load_of_channels(Rstd_ptr, group, in_planes, COMPUTE)
-    weight = load_of_channels(Weight_ptr, channel, in_planes, COMPUTE)
-    bias = load_of_channels(Bias_ptr, channel, in_planes, COMPUTE)
+    slot = None
+    base = (sample * CHANNELS + channel) * plane
+    dy_base, dtotal_base = sample * dy_stride * VEC + channel * plane, sample * dtotal_stride * VEC + channel * plane
+    x_base, residual_base = sample * x_stride * VEC + channel * plane, sample * residual_stride * VEC + channel * plane
+    if RUN > 0:
+        SLOTS: tl.constexpr = triton.next_power_of_2(RUN)
+        col, slot = places_in_run(PLANE, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_PLANES, BLOCK_PLANE, SLOTS)
+        first = tl.program_id(0).to(tl.int64) * RUN
+        base, dy_base, dtotal_base, x_base, residual_base = first, first, first, first, first
+    mean = load_of_channels(Mean_ptr, group, in_planes, COMPUTE, AXIS)
+    rstd = load_of_channels(Rstd_ptr, group, in_planes, COMPUTE, AXIS)
+    weight = load_of_channels(Weight_ptr, channel, in_planes, COMPUTE, AXIS)
+    bias = load_of_channels(Bias_ptr, channel, in_planes, COMPUTE, AXIS)
     passes = load_bits(Bits_ptr, plane_index, 0, in_planes, (plane + 7) // 8, BLOCK_PLANE)
+    if passes is not None and AXIS == 0:
+        passes = tl.trans(passes)
     x_hat, dz = load_gradients(
-        DY_ptr, X_ptr, Residual_ptr, passes, mean, rstd, weight, bias, sample * dy_stride * VEC + base,
-        sample * x_stride * VEC + base, sample * residual_stride * VEC + base, col, mask, alpha, beta,
-        SLOPE, PASSES, COMPUTE,
+        DY_ptr, X_ptr, Residual_ptr, passes, mean, rstd, weight, bias, dy_base, x_base, residual_base, col, mask,
+        alpha, beta, SLOPE, PASSES, COMPUTE, slot, RUN,
     )  # fmt: skip
-    sum_dz = tl.sum(dz, axis=1)
+    sum_dz = tl.sum(dz, axis=AXIS)
     store_sums(PartialDBias_ptr, sum_dz, plane_index, in_planes)
     dx = None
     if x_hat is not None:
-        sum_dz_x_hat = tl.sum(dz * x_hat, axis=1)
+        sum_dz_x_hat = tl.sum(dz * x_hat, axis=AXIS)
         store_sums(PartialDWeight_ptr, sum_dz_x_hat, plane_index, in_planes)
         if NEEDS_DX:
             g = dz
@@ -73,24 +91,23 @@ def channel_norm_backward_kernel(
                 sum_dz = sum_dz * tl.reshape(weight, sum_dz.shape)
                 sum_dz_x_hat = sum_dz_x_hat * tl.reshape(weight, sum_dz.shape)
             inv_count = 1.0 / scalar(plane * GROUP_CHANNELS, COMPUTE)
-            mean_g = sum_in_groups(sum_dz, BLOCK_PLANES)[:, None] * inv_count
-            mean_g_x_hat = sum_in_groups(sum_dz_x_hat, BLOCK_PLANES)[:, None] * inv_count
+            mean_g = tl.expand_dims(sum_in_groups(sum_dz, BLOCK_PLANES) * inv_count, AXIS)
+            mean_g_x_hat = tl.expand_dims(sum_in_groups(sum_dz_x_hat, BLOCK_PLANES) * inv_count, AXIS)
             dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
     store_gradients(
-        DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, plane_index * plane, sample * dtotal_stride * VEC + base, col, mask,
-        ADD_FIRST, COMPUTE,
+        DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, base, dtotal_base, col, mask, ADD_FIRST, COMPUTE, slot, RUN
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["dy_stride", "x_stride", "residual_stride", "plane_units", "pieces"])
+@triton.jit(do_not_specialize=["dy_stride", "x_stride", "residual_stride", "plane_units", "pieces", "steps"])
 def channel_gradient_sums_kernel(
     DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
     DResidual_ptr, DZSums_ptr, DZXHatSums_ptr,
-    dy_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int64,
-    alpha: tl.float64, beta: tl.float64,
+    dy_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64,
+    plane_units: tl.int64, pieces: tl.int64, steps: tl.int64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     SLOPE: tl.constexpr, PASSES: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One piece of a block of planes a program: its sums of dz and of dz * x_hat, each [samples, pieces, CHANNELS].
     Where dresidual is wanted, it is dz, and stored here for `channel_gradient_apply_kernel` to read."""
@@ -106,8 +123,8 @@ def channel_gradient_sums_kernel(
     bias = load_of_channels(Bias_ptr, channel, in_channels, COMPUTE)
     sums_dz = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
     sums_dz_x_hat = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
-    for step in tl.range(steps_of(piece, plane, BLOCK_PLANE, STEPS)):
-        first = (piece * STEPS + step) * BLOCK_PLANE
+    for step in tl.range(steps_of(piece, plane, steps, BLOCK_PLANE, STAGES), num_stages=STAGES):
+        first = (piece * steps + step) * BLOCK_PLANE
         position = first + tl.arange(0, BLOCK_PLANE)[None, :]
         mask = in_channels[:, None] & (position < plane)
         base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)
@@ -122,18 +139,16 @@ def channel_gradient_sums_kernel(
         sums_dz += dz
         if DZXHatSums_ptr is not None:
             sums_dz_x_hat += dz * x_hat
-        if DResidual_ptr is not None:
-            offsets = sample * CHANNELS * plane + base[:, None] + col
-            tl.store(DResidual_ptr + offsets, dz.to(DResidual_ptr.dtype.element_ty), mask=mask)
+        store_tile(DResidual_ptr, dz, sample * CHANNELS * plane + base, col, mask)
     partial = (sample * pieces + piece) * CHANNELS + channel
     store_sums(DZSums_ptr, tl.sum(sums_dz, axis=1), partial, in_channels)
     store_sums(DZXHatSums_ptr, tl.sum(sums_dz_x_hat, axis=1), partial, in_channels)
 
 
-@triton.jit(do_not_specialize=["group_programs", "partial_rows", "plane_units", "pieces"])
+@triton.jit(do_not_specialize=["group_programs", "partial_rows", "plane_units", "pieces", "steps"])
 def combine_gradients_kernel(
     Weight_ptr, DZSums_ptr, DZXHatSums_ptr, MeanG_ptr, MeanGXHat_ptr, DWeight_ptr, DBias_ptr,
-    group_programs: tl.int64, partial_rows: tl.int32, plane_units: tl.int64, pieces: tl.int64,
+    group_programs: tl.int64, partial_rows: tl.int32, plane_units: tl.int64, pieces: tl.int64, steps: tl.int64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -166,15 +181,17 @@ def combine_gradients_kernel(
         sum_columns(DZSums_ptr, DBias_ptr, partial_rows, col, CHANNELS, BLOCK_ROWS)
 
 
-@triton.jit(do_not_specialize=["dy_stride", "dtotal_stride", "x_stride", "residual_stride", "plane_units", "pieces"])
+@triton.jit(
+    do_not_specialize=["dy_stride", "dtotal_stride", "x_stride", "residual_stride", "plane_units", "pieces", "steps"]
+)
 def channel_gradient_apply_kernel(
     DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
     MeanG_ptr, MeanGXHat_ptr, DX_ptr, DResidual_ptr,
     dy_stride: tl.int64, dtotal_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64,
-    plane_units: tl.int64, pieces: tl.int64, alpha: tl.float64, beta: tl.float64,
+    plane_units: tl.int64, pieces: tl.int64, steps: tl.int64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ADD_FIRST: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One piece of a block of planes a program: dx, from the means over its groups. The last pieces go first."""
     COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -190,8 +207,8 @@ def channel_gradient_apply_kernel(
     mean_g_x_hat = load_of_channels(MeanGXHat_ptr, group, in_channels, COMPUTE)
     weight = load_of_channels(Weight_ptr, channel, in_channels, COMPUTE)
     bias = load_of_channels(Bias_ptr, channel, in_channels, COMPUTE)
-    for step in tl.range(steps_of(piece, plane, BLOCK_PLANE, STEPS)):
-        first = (piece * STEPS + step) * BLOCK_PLANE
+    for step in tl.range(steps_of(piece, plane, steps, BLOCK_PLANE, STAGES), num_stages=STAGES):
+        first = (piece * steps + step) * BLOCK_PLANE
         position = first + tl.arange(0, BLOCK_PLANE)[None, :]
         mask = in_channels[:, None] & (position < plane)
         base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 
-from ..launch import THREADS_PER_WARP, cdiv
+from ..launch import THREADS_PER_WARP, DeviceFacts, cdiv
 
 # Planes below this many elements compile for their length; longer ones take it at run time, and compile once for each
 # power of two up to a tile. A run-time length costs a mask and an addition a tile, which short planes would notice.
@@ -42,57 +43,77 @@ class GroupTile:
     block_planes: int
     block_plane: int
     num_warps: int
-    most_registers: int | None = None
+    # Elements of a tile that is moved as one run (see `kernels.tiles`), otherwise 0.
+    run: int = 0
 
 
 @dataclass(frozen=True)
 class PieceTile:
-    """A piece of planes: steps tiles of block_channels x block_plane elements, one after the other."""
+    """A piece of planes: some tiles of block_channels x block_plane elements, one after the other."""
 
     block_channels: int
     block_plane: int
-    steps: int
     num_warps: int
+    stages: int  # of the software pipeline over the tiles; 0 where a plane is one
     most_registers: int | None = None
-
-    @property
-    def piece(self) -> int:
-        """Positions of a piece."""
-        return self.block_plane * self.steps
 
 
 def _padded(length: int) -> int:
     return max(8, triton.next_power_of_2(length))  # 8: the bits of a mask fill whole bytes
 
 
-def _group_tile(group_channels: int, plane: int, elements_per_thread: int, longest: int) -> GroupTile | None:
+class GroupPlanes(NamedTuple):
+    """The groups of a sample: how many, and the planes of each.
+
+    joinable: samples follow one another without gaps, and the start of a plane allows no 16-byte access."""
+
+    groups: int
+    channels: int
+    plane: int
+    joinable: bool
+
+
+def _group_tile(of: GroupPlanes, itemsize: int, elements_per_thread: int, longest: int) -> GroupTile | None:
     """A tile of at least 128 threads, or None where a group has more than `longest` elements."""
-    block_planes, block_plane = triton.next_power_of_2(group_channels), _padded(plane)
+    block_planes, block_plane = triton.next_power_of_2(of.channels), _padded(of.plane)
     padded = block_planes * block_plane
     if padded > longest:
         return None
-    block_groups = max(1, 128 * elements_per_thread // padded)
-    num_warps = block_groups * padded // (elements_per_thread * THREADS_PER_WARP)
-    return GroupTile(block_groups, block_planes, block_plane, num_warps)
+    block_groups, run = max(1, 128 * elements_per_thread // padded), 0
+    if of.joinable:
+        # Every tile is whole, as the last would not be if groups were left over, and begins at 16 bytes.
+        joined = min(block_groups, of.groups & -of.groups)
+        elements = joined * of.channels * of.plane
+        if elements * itemsize % 16 == 0:
+            block_groups, run = joined, elements
+    num_warps = max(1, block_groups * padded // (elements_per_thread * THREADS_PER_WARP))
+    return GroupTile(block_groups, block_planes, block_plane, num_warps, run)
 
 
 @functools.cache
-def group_forward_tile(group_channels: int, plane: int, itemsize: int, waiting: int) -> GroupTile | None:
+def group_forward_tile(of: GroupPlanes, itemsize: int, waiting: int) -> GroupTile | None:
     """Tile of the forward that reads a group once, or None where it has to be cut into pieces. waiting: the tensors of
     x's size that are in registers at once, x and a residual."""
     longest = {2: 16384, 4: 16384 if waiting == 1 else 8192, 8: 2048}[itemsize]
-    return _group_tile(group_channels, plane, {2: 32, 4: 16, 8: 4}[itemsize], longest)
+    return _group_tile(of, itemsize, {2: 32, 4: 16, 8: 4}[itemsize], longest)
 
 
 @functools.cache
-def group_backward_tile(group_channels: int, plane: int, itemsize: int) -> GroupTile | None:
+def group_backward_tile(of: GroupPlanes, itemsize: int) -> GroupTile | None:
     """Tile of the backward that reads a group once, or None where it has to be cut into pieces."""
-    return _group_tile(group_channels, plane, {2: 16, 4: 16, 8: 4}[itemsize], {2: 8192, 4: 8192, 8: 1024}[itemsize])
+    return _group_tile(of, itemsize, {2: 16, 4: 16, 8: 4}[itemsize], {2: 8192, 4: 8192, 8: 1024}[itemsize])
+
+
+# Tiles of a piece at least, so that the partial results of pieces weigh little beside what they are made of.
+LEAST_STEPS = 4
+# Of a sample: enough to fill a device with one, few enough to be merged by one program a group.
+MOST_PIECES = 512
+BACKWARD_PROGRAMS = 16  # a multiprocessor, where there is work for so many
 
 
 @functools.cache
 def piece_tile(channels: int, plane: int, itemsize: int, channels_last: bool) -> PieceTile:
-    """Tile of the passes over pieces: 16 KB of a tensor a piece at least, in tiles of 8 KB."""
+    """Tile of the passes over pieces: 8 KB of a tensor."""
     tile = 2048 if itemsize == 8 else 8192 // itemsize
     elements_per_thread = 32 // itemsize
     if channels_last:
@@ -101,9 +122,20 @@ def piece_tile(channels: int, plane: int, itemsize: int, channels_last: bool) ->
     else:
         block_plane = min(_padded(plane), tile)
         block_channels = min(tile // block_plane, triton.next_power_of_2(channels))
-    steps = min(4, cdiv(plane, block_plane))
     threads = block_channels * block_plane // elements_per_thread
-    return PieceTile(block_channels, block_plane, steps, max(1, min(16, threads // THREADS_PER_WARP)))
+    stages = 0 if plane <= block_plane else 1
+    return PieceTile(block_channels, block_plane, max(1, min(16, threads // THREADS_PER_WARP)), stages)
+
+
+def forward_steps(plane: int, tile: PieceTile) -> int:
+    """Tiles of a piece: of the plane's length alone, so that a sample's bits do not depend on the batch."""
+    return max(LEAST_STEPS, cdiv(cdiv(plane, tile.block_plane), MOST_PIECES))
+
+
+def backward_steps(plane: int, tile: PieceTile, blocks: int, facts: DeviceFacts) -> int:
+    """Tiles of a piece, where there are as many blocks of channels in all samples."""
+    pieces = cdiv(BACKWARD_PROGRAMS * facts.multiprocessors, blocks)
+    return max(LEAST_STEPS, cdiv(cdiv(plane, tile.block_plane), pieces))
 
 
 def _block_of_channels(channels: int, itemsize: int) -> int:

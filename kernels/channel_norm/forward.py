@@ -14,7 +14,16 @@ from ..launch import cdiv
 from ..launcher import Launcher, Tensors
 from ..problem import Forward, GroupNorm, Tensor, compute_dtype
 from ..views import columns, empty_samples, sample_view, vector_length
-from .config import group_forward_tile, longest_of, piece_tile, plane_kind, plane_units
+from .config import (
+    GroupPlanes,
+    PlaneKind,
+    forward_steps,
+    group_forward_tile,
+    longest_of,
+    piece_tile,
+    plane_kind,
+    plane_units,
+)
 from .forward_kernels import (
     channel_apply_kernel,
     channel_moments_kernel,
@@ -54,7 +63,8 @@ def group_norm_forward(
     dtypes = [None if tensor is None else tensor.dtype for tensor in given]
     run = channels if channels_last else plane
     vec = vector_length(x.element_size(), run, x_stride, residual_stride)
-    kind = (channels, groups, plane_kind(plane), channels_last, vec, vector_length(x.element_size(), run))
+    dense = {x_stride, residual_stride} <= {channels * plane, 0}
+    kind = (channels, groups, plane_kind(plane), channels_last, dense, vec, vector_length(x.element_size(), run))
     schedule = _schedule(*kind, add_first, activation, save_bits, save_statistics, *dtypes)
     schedule(samples, plane, given, out, (x_stride // vec, residual_stride // vec), (eps, alpha, beta))
     return out
@@ -83,13 +93,14 @@ def allocate(x: Tensor, residual: Tensor | None, norm: GroupNorm, save_statistic
 class _Kind(NamedTuple):
     """What the calls that one schedule serves have in common; the last four are types, None without the tensor.
 
-    dense_vec: elements of the widest access of a tensor without gaps between samples, such as y.
+    dense: samples follow one another without gaps; dense_vec: elements of the widest access where they do.
     """
 
     channels: int
     groups: int
-    plane: tuple[int | None, int]
+    plane: PlaneKind
     channels_last: bool
+    dense: bool
     vec: int
     dense_vec: int
     add_first: bool
@@ -100,6 +111,12 @@ class _Kind(NamedTuple):
     residual: torch.dtype | None
     weight: torch.dtype | None
     bias: torch.dtype | None
+
+    @property
+    def group_planes(self) -> GroupPlanes:
+        """The groups, as their tile depends on them."""
+        short = self.plane[0] is not None and self.dense_vec * self.x.itemsize < 16
+        return GroupPlanes(self.groups, self.channels // self.groups, longest_of(self.plane), self.dense and short)
 
     @property
     def functions(self) -> tuple[Any, Any]:
@@ -114,15 +131,13 @@ def _schedule(*fields: Any) -> Schedule:
     tile = None
     if not kind.channels_last:
         waiting = 2 if kind.residual is not None and not kind.add_first else 1
-        tile = group_forward_tile(kind.channels // kind.groups, longest_of(kind.plane), kind.x.itemsize, waiting)
+        tile = group_forward_tile(kind.group_planes, kind.x.itemsize, waiting)
     if tile is None:
         return _Pieces(kind)
     block_groups = tile.block_groups
     constants = (kind.channels, kind.groups, kind.plane[0], kind.vec, *kind.functions)
-    block = (block_groups, tile.block_planes, tile.block_plane)
-    launch = Launcher(
-        channel_norm_forward_kernel, tile.num_warps, *constants, *block, most_registers=tile.most_registers
-    )
+    block = (block_groups, tile.block_planes, tile.block_plane, tile.run)
+    launch = Launcher(channel_norm_forward_kernel, tile.num_warps, *constants, *block)
 
     def whole_groups(
         samples: int, plane: int, given: Tensors, out: Forward, strides: tuple[int, int], floats: Floats
@@ -144,14 +159,14 @@ class _Pieces:
         self.kind = kind
         length, _ = kind.plane
         self.tile = tile = piece_tile(kind.channels, longest_of(kind.plane), kind.x.itemsize, kind.channels_last)
-        block = (tile.block_channels, tile.block_plane, tile.steps)
+        block = (tile.block_channels, tile.block_plane, tile.stages)
         self.blocks = cdiv(kind.channels, tile.block_channels)
 
         def launcher(kernel: Any, *constants: Any) -> Launcher:
             return Launcher(kernel, tile.num_warps, *constants, most_registers=tile.most_registers)
 
         self.moments = launcher(channel_moments_kernel, kind.channels, length, kind.vec, kind.channels_last, *block)
-        constants = (kind.channels, kind.groups, length, kind.vec, kind.channels_last, tile.piece, COMBINED)
+        constants = (kind.channels, kind.groups, length, kind.vec, kind.channels_last, tile.block_plane, COMBINED)
         self.combine = Launcher(combine_moments_kernel, 4, *constants)
         # The total that it reads has no gaps.
         self.apply_vec = kind.dense_vec if kind.add_first else kind.vec
@@ -168,7 +183,8 @@ class _Pieces:
         y, total, mean, rstd, bits = out
         eps, *of_activation = floats
         device = y.device
-        pieces = cdiv(plane, self.tile.piece)
+        steps = forward_steps(plane, self.tile)
+        pieces = cdiv(plane, self.tile.block_plane * steps)
         units = plane_units(plane, kind.vec, kind.channels_last)
         programs = samples * self.blocks * pieces
         means = torch.empty((samples, pieces, kind.channels), dtype=compute_dtype(y.dtype), device=device)
@@ -177,12 +193,12 @@ class _Pieces:
             mean = torch.empty(samples * kind.groups, dtype=means.dtype, device=device)
             rstd = torch.empty_like(mean)
         added = residual if kind.add_first else None
-        self.moments(programs, device, (x, added), (total, means, m2s), *strides, units, pieces)
-        self.combine(samples * kind.groups, device, (), (means, m2s, mean, rstd), units, pieces, eps)
+        self.moments(programs, device, (x, added), (total, means, m2s), *strides, units, pieces, steps)
+        self.combine(samples * kind.groups, device, (), (means, m2s, mean, rstd), units, pieces, steps, eps)
         if kind.add_first:
             x, residual, strides = total, None, (kind.channels * plane // self.apply_vec, 0)
             units = plane_units(plane, self.apply_vec, kind.channels_last)
         self.apply(
             programs, device, (x, residual, weight, bias), (y, bits, mean, rstd),
-            *strides, units, pieces, *of_activation,
+            *strides, units, pieces, steps, *of_activation,
         )  # fmt: skip

@@ -13,8 +13,16 @@ import triton.language as tl
 
 from ..epilogue import activate, pre_activation, store_bits
 from ..moments import merge_moments, reciprocal_deviation, tile_moments
-from ..tiles import load_added_residual, load_input, load_tile, scalar, store_total
-from .planes import load_of_channels, piece_of_planes, places, plane_length, steps_of, store_plane_bits
+from ..tiles import load_added_residual, load_input, load_tile, scalar, store_tile
+from .planes import (
+    load_of_channels,
+    piece_of_planes,
+    places,
+    places_in_run,
+    plane_length,
+    steps_of,
+    store_plane_bits,
+)
 
 
 @triton.jit(do_not_specialize=["groups_in_all", "x_stride", "residual_stride", "plane_units"])
@@ -24,9 +32,10 @@ def channel_norm_forward_kernel(
     eps: tl.float64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, ACTIVATION: tl.constexpr,
     PASSES: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_PLANES: tl.constexpr, BLOCK_PLANE: tl.constexpr,
+    RUN: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_GROUPS whole groups a program, each padded to BLOCK_PLANES planes. Strides and plane_units are in units of
-    VEC elements; PLANE is None where a plane's length is known at run time alone."""
+    VEC elements; PLANE is None where a plane's length is known at run time alone. With a RUN, samples have no gaps."""
     COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
     GROUP_CHANNELS: tl.constexpr = CHANNELS // GROUPS
     plane = plane_length(plane_units, PLANE, VEC, False)
@@ -35,40 +44,48 @@ def channel_norm_forward_kernel(
     in_planes = (group < groups_in_all) & (index % BLOCK_PLANES < GROUP_CHANNELS)
     sample = group // GROUPS
     channel = group % GROUPS * GROUP_CHANNELS + index % BLOCK_PLANES
-    col = tl.arange(0, BLOCK_PLANE)[None, :]
-    mask = in_planes[:, None] & (col < plane)
+    AXIS: tl.constexpr = 0 if RUN > 0 else 1  # of the positions in a tile
+    col = tl.expand_dims(tl.arange(0, BLOCK_PLANE), 1 - AXIS)
+    mask = tl.expand_dims(in_planes, AXIS) & (col < plane)
 
-    base = channel * plane
-    x_base, residual_base = sample * x_stride * VEC + base, sample * residual_stride * VEC + base
-    y_base = sample * CHANNELS * plane + base
-    x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, mask, COMPUTE)
-    store_total(Total_ptr, x, y_base, col, mask)
+    slot = None
+    y_base = (sample * CHANNELS + channel) * plane
+    x_base = sample * x_stride * VEC + channel * plane
+    residual_base = sample * residual_stride * VEC + channel * plane
+    if RUN > 0:
+        SLOTS: tl.constexpr = triton.next_power_of_2(RUN)
+        col, slot = places_in_run(PLANE, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_PLANES, BLOCK_PLANE, SLOTS)
+        first = tl.program_id(0).to(tl.int64) * RUN
+        x_base, residual_base, y_base = first, first, first
+    x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, mask, COMPUTE, slot, RUN)
+    store_tile(Total_ptr, x, y_base, col, mask, slot, RUN)
     # Everything that will be needed is asked for before the reduction waits for x.
-    weight = load_of_channels(Weight_ptr, channel, in_planes, COMPUTE)
-    bias = load_of_channels(Bias_ptr, channel, in_planes, COMPUTE)
-    residual = load_added_residual(Residual_ptr, Total_ptr, residual_base, col, mask, COMPUTE)
+    weight = load_of_channels(Weight_ptr, channel, in_planes, COMPUTE, AXIS)
+    bias = load_of_channels(Bias_ptr, channel, in_planes, COMPUTE, AXIS)
+    residual = load_added_residual(Residual_ptr, Total_ptr, residual_base, col, mask, COMPUTE, slot, RUN)
 
     count = scalar(plane * GROUP_CHANNELS, COMPUTE)
-    mean, m2, deviation = tile_moments(x, mask, 1.0 / count, True, BLOCK_PLANES)
+    mean, m2, deviation = tile_moments(x, mask, 1.0 / count, True, BLOCK_PLANES, AXIS)
     rstd = reciprocal_deviation(m2, count, scalar(eps, COMPUTE))
-    z = pre_activation(deviation * rstd[:, None], weight, bias, residual)
+    z = pre_activation(deviation * tl.expand_dims(rstd, AXIS), weight, bias, residual)
     y = activate(z, ACTIVATION, scalar(alpha, COMPUTE), scalar(beta, COMPUTE))
 
-    tl.store(Y_ptr + y_base[:, None] + col, y.to(Y_ptr.dtype.element_ty), mask=mask)
-    first = in_planes & (index % BLOCK_PLANES == 0)
+    store_tile(Y_ptr, y, y_base, col, mask, slot, RUN)
     if Mean_ptr is not None:
-        tl.store(Mean_ptr + group, mean, mask=first)
-        tl.store(Rstd_ptr + group, rstd, mask=first)
+        first_plane = in_planes & (index % BLOCK_PLANES == 0)
+        tl.store(Mean_ptr + group, mean, mask=first_plane)
+        tl.store(Rstd_ptr + group, rstd, mask=first_plane)
     if Bits_ptr is not None:
-        store_bits(Bits_ptr, PASSES(z), sample * CHANNELS + channel, 0, in_planes, (plane + 7) // 8)
+        flags = PASSES(z) if AXIS == 1 else tl.trans(PASSES(z))
+        store_bits(Bits_ptr, flags, sample * CHANNELS + channel, 0, in_planes, (plane + 7) // 8)
 
 
-@triton.jit(do_not_specialize=["x_stride", "residual_stride", "plane_units", "pieces"])
+@triton.jit(do_not_specialize=["x_stride", "residual_stride", "plane_units", "pieces", "steps"])
 def channel_moments_kernel(
     X_ptr, Residual_ptr, Total_ptr, Means_ptr, M2s_ptr,
-    x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int64,
+    x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int64, steps: tl.int64,
     CHANNELS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One piece of a block of planes a program: its moments into Means_ptr and M2s_ptr, both [samples, pieces,
     CHANNELS]. Stores the total as it goes."""
@@ -81,13 +98,13 @@ def channel_moments_kernel(
     count = tl.zeros([BLOCK_CHANNELS], COMPUTE)
     mean = tl.zeros([BLOCK_CHANNELS], COMPUTE)
     m2 = tl.zeros([BLOCK_CHANNELS], COMPUTE)
-    for step in tl.range(steps_of(piece, plane, BLOCK_PLANE, STEPS)):
-        first = (piece * STEPS + step) * BLOCK_PLANE
+    for step in tl.range(steps_of(piece, plane, steps, BLOCK_PLANE, STAGES), num_stages=STAGES):
+        first = (piece * steps + step) * BLOCK_PLANE
         position = first + tl.arange(0, BLOCK_PLANE)[None, :]
         mask = (channel < CHANNELS)[:, None] & (position < plane)
         base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)
         x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base + base, residual_base + base, col, mask, COMPUTE)
-        store_total(Total_ptr, x, sample * CHANNELS * plane + base, col, mask)
+        store_tile(Total_ptr, x, sample * CHANNELS * plane + base, col, mask)
         tile_count = tl.minimum(plane - first, BLOCK_PLANE).to(COMPUTE)
         tile_mean, tile_m2, _ = tile_moments(x, mask, 1.0 / tile_count, True)
         count, mean, m2 = merge_moments(count, mean, m2, tile_count, tile_mean, tile_m2)
@@ -108,26 +125,21 @@ def partials_of_group(index, pieces, CHANNELS: tl.constexpr, GROUPS: tl.constexp
 
 
 @triton.jit
-def partial_moments(
-    Means_ptr, M2s_ptr, first, pieces, plane, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PIECE: tl.constexpr,
-    BLOCK: tl.constexpr,
+def partial_means(
+    Means_ptr, first, pieces, piece_length, plane, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """(count, mean, m2) of BLOCK pieces of this program's group; the count is 0 behind the last, and m2 None without
-    its pointer."""
+    """(count, mean, place) of BLOCK pieces of this program's group; the count is 0 behind the last."""
     place, piece = partials_of_group(scalar(first, tl.int64) + tl.arange(0, BLOCK), pieces, CHANNELS, GROUPS)
-    count = tl.where(piece < pieces, tl.minimum(plane - piece * PIECE, PIECE), 0).to(Means_ptr.dtype.element_ty)
+    count = tl.where(piece < pieces, tl.minimum(plane - piece * piece_length, piece_length), 0)
     mean = tl.load(Means_ptr + place, mask=piece < pieces, other=0.0)
-    m2 = None
-    if M2s_ptr is not None:
-        m2 = tl.load(M2s_ptr + place, mask=piece < pieces, other=0.0)
-    return count, mean, m2
+    return count.to(Means_ptr.dtype.element_ty), mean, place
 
 
-@triton.jit(do_not_specialize=["plane_units", "pieces"])
+@triton.jit(do_not_specialize=["plane_units", "pieces", "steps"])
 def combine_moments_kernel(
-    Means_ptr, M2s_ptr, Mean_ptr, Rstd_ptr, plane_units: tl.int64, pieces: tl.int64, eps: tl.float64,
+    Means_ptr, M2s_ptr, Mean_ptr, Rstd_ptr, plane_units: tl.int64, pieces: tl.int64, steps: tl.int64, eps: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    PIECE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_PLANE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One group of one sample a program: mean and rstd [samples * GROUPS] from the moments of its channels' pieces.
 
@@ -136,20 +148,22 @@ def combine_moments_kernel(
     COMPUTE: tl.constexpr = Means_ptr.dtype.element_ty
     plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
     partials = pieces * (CHANNELS // GROUPS)
+    piece_length = steps * BLOCK_PLANE
     inv_count = 1.0 / scalar(plane * (CHANNELS // GROUPS), COMPUTE)
-    origin_place, _ = partials_of_group(tl.zeros([1], tl.int64), pieces, CHANNELS, GROUPS)
+    origin_place, _first_piece = partials_of_group(tl.zeros([1], tl.int64), pieces, CHANNELS, GROUPS)
     origin = tl.load(Means_ptr + origin_place)
 
     shifts = tl.zeros([BLOCK], COMPUTE)
     for first in tl.range(0, partials, BLOCK):
-        count, mean, _ = partial_moments(Means_ptr, None, first, pieces, plane, CHANNELS, GROUPS, PIECE, BLOCK)
+        count, mean, place = partial_means(Means_ptr, first, pieces, piece_length, plane, CHANNELS, GROUPS, BLOCK)
         shifts += tl.where(count > 0, (mean - origin) * (count * inv_count), 0.0)
     shift = tl.sum(shifts, axis=0, keep_dims=True)
 
     m2s = tl.zeros([BLOCK], COMPUTE)
     for first in tl.range(0, partials, BLOCK):
-        count, mean, m2 = partial_moments(Means_ptr, M2s_ptr, first, pieces, plane, CHANNELS, GROUPS, PIECE, BLOCK)
+        count, mean, place = partial_means(Means_ptr, first, pieces, piece_length, plane, CHANNELS, GROUPS, BLOCK)
         deviation = mean - origin - shift
+        m2 = tl.load(M2s_ptr + place, mask=count > 0, other=0.0)
         m2s += m2 + tl.where(count > 0, count * (deviation * deviation), 0.0)
     variance = tl.sum(m2s, axis=0, keep_dims=True) * inv_count
     group = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
@@ -157,14 +171,14 @@ def combine_moments_kernel(
     tl.store(Rstd_ptr + group, reciprocal_deviation(variance, 1.0, scalar(eps, COMPUTE)))
 
 
-@triton.jit(do_not_specialize=["x_stride", "residual_stride", "plane_units", "pieces"])
+@triton.jit(do_not_specialize=["x_stride", "residual_stride", "plane_units", "pieces", "steps"])
 def channel_apply_kernel(
     X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Bits_ptr, Mean_ptr, Rstd_ptr,
-    x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int64,
+    x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int64, steps: tl.int64,
     alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr, PASSES: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One piece of a block of planes a program, normalized and finished. The last pieces go first: they are what
     `channel_moments_kernel` left in the cache."""
@@ -179,8 +193,8 @@ def channel_apply_kernel(
     rstd = load_of_channels(Rstd_ptr, group, in_channels, COMPUTE)
     weight = load_of_channels(Weight_ptr, channel, in_channels, COMPUTE)
     bias = load_of_channels(Bias_ptr, channel, in_channels, COMPUTE)
-    for step in tl.range(steps_of(piece, plane, BLOCK_PLANE, STEPS)):
-        first = (piece * STEPS + step) * BLOCK_PLANE
+    for step in tl.range(steps_of(piece, plane, steps, BLOCK_PLANE, STAGES), num_stages=STAGES):
+        first = (piece * steps + step) * BLOCK_PLANE
         position = first + tl.arange(0, BLOCK_PLANE)[None, :]
         mask = in_channels[:, None] & (position < plane)
         base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)
@@ -188,7 +202,6 @@ def channel_apply_kernel(
         residual = load_tile(Residual_ptr, sample * residual_stride * VEC + base, col, mask, COMPUTE)
         z = pre_activation((x - mean) * rstd, weight, bias, residual)
         y = activate(z, ACTIVATION, scalar(alpha, COMPUTE), scalar(beta, COMPUTE))
-        y_base = sample * CHANNELS * plane + base
-        tl.store(Y_ptr + y_base[:, None] + col, y.to(Y_ptr.dtype.element_ty), mask=mask)
+        store_tile(Y_ptr, y, sample * CHANNELS * plane + base, col, mask)
         if Bits_ptr is not None:
             store_plane_bits(Bits_ptr, PASSES(z), sample, first_channel, first, plane, CHANNELS, CHANNELS_LAST)

@@ -33,13 +33,12 @@ def piece_of_planes(program, pieces, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.
 
 
 @triton.jit
-def steps_of(piece, plane, BLOCK_PLANE: tl.constexpr, STEPS: tl.constexpr):
-    """How many of a piece's STEPS tiles begin inside the plane: a run-time number, or the compiler would unroll the
-    loop over them, load all tiles at once and spill."""
-    if STEPS == 1:
+def steps_of(piece, plane, steps, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr):
+    """How many of a piece's tiles begin inside the plane. Without STAGES there is but one."""
+    if STAGES == 0:
         return 1
     else:
-        return tl.minimum(STEPS, tl.cdiv(plane - piece * STEPS * BLOCK_PLANE, BLOCK_PLANE)).to(tl.int32)
+        return tl.minimum(steps, tl.cdiv(plane - piece * steps * BLOCK_PLANE, BLOCK_PLANE)).to(tl.int32)
 
 
 @triton.jit
@@ -52,10 +51,29 @@ def places(channel, position, plane, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.c
 
 
 @triton.jit
-def load_of_channels(ptr, channel, in_channels, COMPUTE: tl.constexpr):
-    """One value a channel, a parameter or a statistic, as [channels, 1], or None."""
+def places_in_run(
+    PLANE: tl.constexpr, GROUP_CHANNELS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_PLANES: tl.constexpr,
+    BLOCK_PLANE: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """(col, slot) of a tile [positions, planes] of whole groups, each padded to BLOCK_PLANES planes of BLOCK_PLANE
+    elements, that is moved as the one run that it is (see `kernels.tiles`). With the planes last, a thread has few of
+    them, and so few of their parameters."""
+    index = tl.arange(0, BLOCK_GROUPS * BLOCK_PLANES)[None, :]
+    plane = index // BLOCK_PLANES * GROUP_CHANNELS + index % BLOCK_PLANES
+    position = tl.arange(0, BLOCK_PLANE)[:, None]
+    inside = (index % BLOCK_PLANES < GROUP_CHANNELS) & (position < PLANE)
+    col = tl.where(inside, plane * PLANE + position, 0)
+    plane = tl.arange(0, SLOTS) // PLANE
+    padded = plane // GROUP_CHANNELS * BLOCK_PLANES + plane % GROUP_CHANNELS
+    place = tl.arange(0, SLOTS) % PLANE * (BLOCK_GROUPS * BLOCK_PLANES) + padded
+    return col, tl.where(plane < BLOCK_GROUPS * GROUP_CHANNELS, place, 0)
+
+
+@triton.jit
+def load_of_channels(ptr, channel, in_channels, COMPUTE: tl.constexpr, AXIS: tl.constexpr = 1):
+    """One value a channel, a parameter or a statistic, to be broadcast along AXIS; None stays None."""
     if ptr is not None:
-        return tl.load(ptr + channel, mask=in_channels, other=0.0).to(COMPUTE)[:, None]
+        return tl.expand_dims(tl.load(ptr + channel, mask=in_channels, other=0.0).to(COMPUTE), AXIS)
 
 
 @triton.jit

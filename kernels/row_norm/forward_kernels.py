@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..epilogue import activate, pre_activation, store_bits
 from ..moments import merge_chunks, merge_moments, reciprocal_deviation, tile_moments
-from ..tiles import load_added_residual, load_input, scalar, store_total
+from ..tiles import load_added_residual, load_input, scalar, store_tile
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def row_norm_forward_kernel(
 
     x_base, residual_base, y_base = row * x_stride * VEC, row * residual_stride * VEC, row * SPAN
     x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, mask, COMPUTE)
-    store_total(Total_ptr, x, y_base, col, mask)
+    store_tile(Total_ptr, x, y_base, col, mask)
     # Everything that will be needed is asked for before the reduction waits for x.
     weight = load_columns(Weight_ptr, col, in_span, COMPUTE)
     bias = load_columns(Bias_ptr, col, in_span, COMPUTE)
@@ -58,7 +58,7 @@ def row_norm_forward_kernel(
     z = pre_activation(deviation * rstd[:, None], weight, bias, residual)
     y = activate(z, ACTIVATION, scalar(alpha, COMPUTE), scalar(beta, COMPUTE))
 
-    tl.store(Y_ptr + y_base[:, None] + col, y.to(Y_ptr.dtype.element_ty), mask=mask)
+    store_tile(Y_ptr, y, y_base, col, mask)
     store_statistics(Mean_ptr, Rstd_ptr, row, mean, rstd, in_rows)
     if Bits_ptr is not None:
         store_bits(Bits_ptr, PASSES(z), row, 0, in_rows, (SPAN + 7) // 8)
@@ -89,7 +89,7 @@ def chunk_moments(
         col = first + tl.arange(0, BLOCK_SPAN)[None, :]
         in_span = col < SPAN
         x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, in_span, COMPUTE)
-        store_total(Total_ptr, x, total_base, col, in_span)
+        store_tile(Total_ptr, x, total_base, col, in_span)
         tile_count = tl.minimum(tl.maximum(SPAN - first, 0), BLOCK_SPAN).to(COMPUTE)
         tile_mean, tile_m2, _ = tile_moments(x, in_span, 1.0 / tl.maximum(tile_count, 1.0), SUBTRACT_MEAN)
         if SUBTRACT_MEAN:
@@ -119,7 +119,7 @@ def apply_chunk(
             x = x - mean[:, None]
         z = pre_activation(x * rstd[:, None], weight, bias, residual)
         y = activate(z, ACTIVATION, scalar(alpha, COMPUTE), scalar(beta, COMPUTE))
-        tl.store(Y_ptr + (row * SPAN)[:, None] + col, y.to(Y_ptr.dtype.element_ty), mask=in_span)
+        store_tile(Y_ptr, y, row * SPAN, col, in_span)
         if Bits_ptr is not None:
             store_bits(Bits_ptr, PASSES(z), row, first // 8, row >= 0, (SPAN + 7) // 8)
 
