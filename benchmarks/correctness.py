@@ -81,24 +81,24 @@ def check(workload: Workload, case: Case, call: Call, expected: Expected, direct
     if not all(torch.equal(old, new) for old, new in zip(before, after, strict=True)):
         return Verdict(math.inf, "it changes its inputs")
     comparisons = [
-        _compare(name, got, want, case, jumps=False)
+        _compare(workload, name, got, want, case, jumps=False)
         for name, got, want in zip(("y", "total"), outputs, expected.outputs, strict=False)
     ]
     jumps = workload.activation in JUMPING_SLOPE
     for (name, want), got in zip(expected.gradients.items(), found, strict=False):
-        comparisons.append(_compare(f"d{name}", got, want, case, jumps))
+        comparisons.append(_compare(workload, f"d{name}", got, want, case, jumps))
     return max(comparisons, key=lambda verdict: verdict.error)
 
 
-def _compare(name: str, got: Tensor, want: Tensor, case: Case, jumps: bool) -> Verdict:
+def _compare(workload: Workload, name: str, got: Tensor, want: Tensor, case: Case, jumps: bool) -> Verdict:
     x = case.inputs["x"]
     if got.shape != want.shape or got.dtype != x.dtype:
         came, due = (f"{tuple(shape)} {dtype}" for shape, dtype in ((got.shape, got.dtype), (want.shape, x.dtype)))
         return Verdict(math.inf, f"{name} is {came} instead of {due}")
     eps = torch.finfo(x.dtype).eps
-    # Statistics are sums over a row, a parameter's gradient is a sum over the rows.
+    # Statistics are sums over a row or a group, a parameter's gradient is a sum over the rows.
     of_parameter = got.shape != x.shape
-    terms = x.numel() // got.numel() if of_parameter else x.shape[-1]
+    terms = x.numel() // got.numel() if of_parameter else workload.span(tuple(x.shape))
     summed_as_is = x.dtype == torch.float64 or (of_parameter and x.device.type == "cpu")
     sum_eps = eps if summed_as_is else torch.finfo(torch.float32).eps
     allowed = 4 * eps + sum_eps * math.sqrt(terms) / 2

@@ -17,22 +17,34 @@ import torch
 from . import __version__, backend, functional, reference
 
 ROWS, SPAN = 64, 768
+IMAGES = (2, 24, 7, 9)  # samples, channels, positions
 OUTPUTS = ("y", "total")
 
 
 class Case(NamedTuple):
-    """One function: which of x, residual, weight and bias it takes, and whether the residual is added first."""
+    """One function: x's shape and the parameters', which operands it takes, its own arguments after x and the residual,
+    and by name, and whether the residual is added first."""
 
     function: str
+    shape: tuple[int, ...]
+    parameters: tuple[int, ...]
     operands: tuple[str, ...]
-    adds_first: bool
+    arguments: tuple[Any, ...] = ()
+    named: Mapping[str, Any] = {"eps": 1e-5, "activation": "gelu"}
+    adds_first: bool = False
 
 
+EVERY = ("x", "residual", "weight", "bias")
 CASES = (
-    Case("layer_norm", ("x", "residual", "weight", "bias"), False),
-    Case("rms_norm", ("x", "residual", "weight"), False),
-    Case("add_layer_norm", ("x", "residual", "weight", "bias"), True),
-    Case("add_rms_norm", ("x", "residual", "weight"), True),
+    Case("layer_norm", (ROWS, SPAN), (SPAN,), EVERY, ((SPAN,),)),
+    Case("rms_norm", (ROWS, SPAN), (SPAN,), ("x", "residual", "weight"), ((SPAN,),)),
+    Case("group_norm", IMAGES, (IMAGES[1],), EVERY, (4,)),
+    Case("instance_norm", IMAGES, (IMAGES[1],), EVERY),
+    Case("add_layer_norm", (ROWS, SPAN), (SPAN,), EVERY, ((SPAN,),), adds_first=True),
+    Case("add_rms_norm", (ROWS, SPAN), (SPAN,), ("x", "residual", "weight"), ((SPAN,),), adds_first=True),
+    Case("add_group_norm", IMAGES, (IMAGES[1],), EVERY, (4,), adds_first=True),
+    Case("add_instance_norm", IMAGES, (IMAGES[1],), EVERY, adds_first=True),
+    Case("weight_standardize", (ROWS, 16, 3, 3), (), ("x",), named={"eps": 1e-5}),
 )
 
 
@@ -54,7 +66,7 @@ def _call(function: Callable[..., Any], case: Case, operands: Mapping[str, Any],
     positional = [*before, operands.pop("x")]
     if case.adds_first:
         positional.append(operands.pop("residual"))
-    result = function(*positional, (SPAN,), eps=1e-5, activation="gelu", **operands)
+    result = function(*positional, *case.arguments, **case.named, **operands)
     return result if isinstance(result, tuple) else (result,)
 
 
@@ -65,9 +77,9 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype) -> Iterator[C
     sums, the root of the number of rows.
     """
     generator = torch.Generator().manual_seed(0)
-    shapes = {"x": (ROWS, SPAN), "residual": (ROWS, SPAN), "weight": (SPAN,), "bias": (SPAN,)}
+    shapes = {"x": case.shape, "residual": case.shape, "weight": case.parameters, "bias": case.parameters}
     values = {name: torch.randn(shapes[name], generator=generator).to(dtype) for name in case.operands}
-    cotangents = [torch.randn(ROWS, SPAN, generator=generator).to(dtype) for _ in range(1 + case.adds_first)]
+    cotangents = [torch.randn(case.shape, generator=generator).to(dtype) for _ in range(1 + case.adds_first)]
 
     tensors = {name: value.to(device, copy=True).requires_grad_() for name, value in values.items()}
     outputs = _call(getattr(functional, case.function), case, tensors)
@@ -78,6 +90,8 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype) -> Iterator[C
     before = [cotangent.double().numpy() for cotangent in cotangents]
     (gradients,) = _call(getattr(reference, f"{case.function}_backward"), case, arrays, before)
     expected |= gradients
+    if case.function == "weight_standardize":  # whose x is a weight
+        expected["dx"] = expected.pop("dweight")
     actual = dict(zip(OUTPUTS, outputs, strict=False))
     actual |= {f"d{name}": tensor.grad for name, tensor in tensors.items()}
     for name, tensor in actual.items():
@@ -115,7 +129,7 @@ def main() -> int:
         print(f"\n{describe(device)}")
         for case in CASES:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                label = f"  {case.function:16}{str(dtype).removeprefix('torch.'):10}"
+                label = f"  {case.function:20}{str(dtype).removeprefix('torch.'):10}"
                 try:
                     checks = list(run_case(case, device, dtype))
                 except Exception:

@@ -176,7 +176,7 @@ def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
     like = torch.empty_like(x, dtype=y.dtype, device="meta")
     if all(a == b or size == 1 for a, b, size in zip(y.stride(), like.stride(), y.shape, strict=True)):
         return y
-    return torch.empty_like(x, dtype=y.dtype).copy_(y)
+    return y.new_empty_strided(y.shape, like.stride()).copy_(y)  # of y's own class
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -45,7 +45,8 @@ def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
     count = count_a + count_b
     share_b = count_b / tl.maximum(count, 1.0)
     delta = mean_b - mean_a
-    return count, mean_a + delta * share_b, m2_a + m2_b + delta * delta * (count_a * share_b)
+    # In this order a square does not overflow that an empty set would then multiply by 0.
+    return count, mean_a + delta * share_b, m2_a + m2_b + delta * (delta * (count_a * share_b))
 
 
 @triton.jit

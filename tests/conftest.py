@@ -54,6 +54,16 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.fixture
+def way(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Runs a channel norm in the way that it is parametrized with, and gives what lays out a case for it."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from tests.channel_norm_ways import running
+
+    with running(request.param) as laid_out:
+        yield laid_out
+
+
 class FamilyCall(NamedTuple):
     """What autograd asked the launchers of a family for, eagerly, and what they returned."""
 

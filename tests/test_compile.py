@@ -17,8 +17,12 @@ import fused_ops
 from fused_ops import Activation
 from fused_ops import functional as F
 from tests.calls import as_tuple, fused, gradients, operands, scalar
+from tests.channel_norm_cases import channels_last, with_layout
+from tests.channel_norm_cases import make_case as make_channel_case
+from tests.every_norm import FUNCTIONS, small_case
 from tests.norm_cases import DEVICE, normal
-from tests.row_norm_cases import FUNCTIONS, make_case
+from tests.row_norm_cases import FUNCTIONS as ROW_FUNCTIONS
+from tests.row_norm_cases import make_case
 
 Tensor = torch.Tensor
 
@@ -76,7 +80,7 @@ FORMS = [
 
 @pytest.mark.parametrize(("function", "activation"), FORMS)
 def test_a_compiled_function_is_one_graph_with_one_op_each_way(function, activation, each_backend):
-    case = make_case(function, 4, 8, residual=True, activation="relu")
+    case = small_case(function, 4, 8, residual=True, activation="relu")
     names = tuple(operands(case))
 
     def call(*tensors: Tensor) -> Any:
@@ -87,23 +91,27 @@ def test_a_compiled_function_is_one_graph_with_one_op_each_way(function, activat
     assert_as_eager(torch.compile(call, backend=recorder, fullgraph=True), call, operands(case))
     assert len(recorder.dynamo) == len(recorder.forward) == len(recorder.backward) == 1
     expected = [1, 1] if each_backend == "triton" else [0, 0]
-    found = [nodes(recorder.forward, "row_norm_forward"), nodes(recorder.backward, "row_norm_backward")]
+    family = "row_norm" if function in ROW_FUNCTIONS else "group_norm"
+    found = [nodes(recorder.forward, f"fused_ops.{family}_f"), nodes(recorder.backward, f"fused_ops.{family}_b")]
     assert [len(graph) for graph in found] == expected
 
 
-MODULES = {
-    fused_ops.LayerNorm: None,
-    fused_ops.RMSNorm: "gelu",
-    fused_ops.AddLayerNorm: Activation("elu", alpha=0.5),
-    fused_ops.AddRMSNorm: nn.SiLU(),
+MODULES = {  # the sizes of each, its activation, and the shape of an x
+    fused_ops.LayerNorm: ((8,), None, (4, 8)),
+    fused_ops.RMSNorm: ((8,), "gelu", (4, 8)),
+    fused_ops.AddLayerNorm: ((8,), Activation("elu", alpha=0.5), (4, 8)),
+    fused_ops.AddRMSNorm: ((8,), nn.SiLU(), (4, 8)),
+    fused_ops.GroupNorm: ((2, 8), "silu", (4, 8, 3)),
+    fused_ops.AddInstanceNorm2d: ((8, 1e-5, 0.1, True), "relu", (2, 8, 2, 3)),
 }
 
 
 @pytest.mark.parametrize("cls", MODULES)
 def test_a_compiled_module_trains_as_the_module(cls, each_backend):
-    module = cls(8, activation=MODULES[cls], device=DEVICE)
+    sizes, activation, shape = MODULES[cls]
+    module = cls(*sizes, activation=activation, device=DEVICE)
     compiled = torch.compile(copy.deepcopy(module), backend="aot_eager", fullgraph=True)
-    x, residual = normal(4, 8), normal(4, 8, seed=1)
+    x, residual = normal(*shape), normal(*shape, seed=1)
     for run in (module, compiled):
         scalar(as_tuple(run(x, residual))).backward()
     exact = {"rtol": 0, "atol": 0} if each_backend == "triton" else {}
@@ -141,6 +149,33 @@ def test_row_counts_compile_once(function, each_backend):
             case = make_case(function, rows, 8, residual=True, activation="gelu", seed=rows)
             compiled = compiled or torch.compile(fused(case), backend="aot_eager", dynamic=True, fullgraph=True)
             assert_as_eager(compiled, fused(case), operands(case))
+
+
+@pytest.mark.parametrize("layout", [torch.clone, channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("function", ["group_norm", "add_instance_norm"])
+def test_batch_and_spatial_sizes_compile_once(function, layout, each_backend):
+    compiled = None
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for samples, height, width in ((3, 6, 5), (5, 3, 7), (2, 5, 6)):  # sizes that are equal once compile anew
+            case = make_channel_case(function, samples, 4, height, width, groups=2, residual=True, activation="gelu")
+            case = with_layout(case, layout)
+            compiled = compiled or torch.compile(fused(case), backend="aot_eager", dynamic=True, fullgraph=True)
+            assert_as_eager(compiled, fused(case), operands(case))
+
+
+@pytest.mark.parametrize("layout", [torch.clone, channels_last], ids=["contiguous", "channels_last"])
+def test_what_is_compiled_keeps_the_layout(layout, triton_backend):
+    """With a mask, whose bits lie as x does, and a dy of the other layout."""
+    case = make_channel_case("instance_norm", 2, 6, 4, 5, residual=True, activation="relu")
+    case = with_layout(case, layout, "x")
+    compiled = torch.compile(fused(case), backend="aot_eager", fullgraph=True)
+    tensors = operands(case)
+    (y,) = compiled(*tensors.values())
+    (dx,) = torch.autograd.grad(y, tensors["x"], case.dy)
+    assert y.stride() == dx.stride() == case.x.stride()
+    (eager,) = fused(case)(*tensors.values())
+    (expected,) = torch.autograd.grad(eager, tensors["x"], case.dy)
+    torch.testing.assert_close((y, dx), (eager, expected))
 
 
 def test_a_second_row_count_makes_it_dynamic_by_itself(each_backend):

@@ -16,23 +16,33 @@ from torch.utils._pytree import tree_map_only
 import fused_ops
 from fused_ops import Activation
 from tests.calls import as_tuple, composed, fused, gradients, operands, scalar
+from tests.channel_norm_cases import channels_last, with_layout
+from tests.channel_norm_cases import make_case as make_channel_case
+from tests.every_norm import FUNCTIONS, PLACES, functions, small_case
 from tests.norm_cases import DEVICE, OPERANDS, Case, normal
-from tests.row_norm_cases import FUNCTIONS, PLACES, make_case
+from tests.row_norm_cases import FUNCTIONS as ROW_FUNCTIONS
+from tests.row_norm_cases import make_case
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no ops")
 
 from fused_ops import ops
-from fused_ops.kernels.problem import RowNorm
+from fused_ops.kernels.problem import GroupNorm, RowNorm
 
 Tensor = torch.Tensor
 
-NAMES = ("row_norm_forward", "row_norm_backward")
-FORWARD, BACKWARD = (getattr(torch.ops.fused_ops, name).default for name in NAMES)
+LEAKY = Activation("leaky_relu", negative_slope=0.2)
+NAMES = ("row_norm_forward", "row_norm_backward", "group_norm_forward", "group_norm_backward")
+FORWARD, BACKWARD, GROUP_FORWARD, GROUP_BACKWARD = (getattr(torch.ops.fused_ops, name).default for name in NAMES)
 SAMPLES = [
-    pytest.param(name, *sample, id=f"{name}-{index}", marks=[] if index % 3 == 0 else pytest.mark.full)
-    for name in NAMES
+    pytest.param(name, *sample, id=f"{name}-{index}", marks=[] if index % every == 0 else pytest.mark.full)
+    for name, every in zip(NAMES, (3, 3, 7, 7), strict=True)
     for index, sample in enumerate(ops.sample_inputs(name, DEVICE))
 ]
+
+
+def ops_of(function: str) -> list[Any]:
+    """The forward and the backward op that a function shows."""
+    return [FORWARD, BACKWARD] if function in ROW_FUNCTIONS else [GROUP_FORWARD, GROUP_BACKWARD]
 
 
 # --- the ops -------------------------------------------------------------------------------------------------------
@@ -53,7 +63,7 @@ def test_samples_have_every_optional_tensor_and_every_flag_both_ways(name):
             seen[argument.name].add(value if isinstance(value, bool) else value is None)
     both_ways = [a.name for a in schema.arguments if isinstance(a.type, torch.OptionalType | torch.BoolType)]
     # dx is wanted in every sample, and backward always has something to read.
-    assert {name for name in both_ways if seen[name] != {True, False}} <= {"wants_dx", "x", "rstd"}
+    assert {name for name in both_ways if seen[name] != {True, False}} <= {"wants_dx", "x", "mean", "rstd"}
 
 
 def test_an_unknown_op_has_no_samples():
@@ -73,11 +83,30 @@ def test_an_op_without_rows_is_as_its_fake_says(case):
     torch.library.opcheck(BACKWARD, (x.detach(), None, *saved, *norm, True, True, True, True))
 
 
+# Nobody writes, and nobody reads, the statistics of planes without positions: eager's and a tracer's are not the same.
+NO_ELEMENTS = {
+    (0, 4, 3): ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    (2, 4, 0): ("test_schema", "test_faketensor"),
+}
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", NO_ELEMENTS)
+def test_a_group_norm_op_without_elements_is_as_its_fake_says(shape, last):
+    x, parameter = normal(*shape), normal(4)
+    norm = GroupNorm(2, last, 1e-5, False, "relu")
+    forward = (x, x.clone(), parameter, parameter.clone(), *norm, True, True)
+    torch.library.opcheck(GROUP_FORWARD, forward, test_utils=NO_ELEMENTS[shape])
+    _, _, mean, rstd, bits = GROUP_FORWARD(*forward)
+    saved = (x.clone(), None, bits, parameter, parameter.clone(), mean, rstd)
+    torch.library.opcheck(GROUP_BACKWARD, (x, None, *saved, *norm, True, True, True, True))
+
+
 @pytest.mark.parametrize(("function", "residual"), PLACES)
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 def test_an_op_called_for_inference_has_right_gradients_nonetheless(function, residual, activation, triton_backend):
     """A graph that was traced without gradients asks for no statistics, and may yet be run with them."""
-    case = make_case(function, 3, 5, dtype=torch.float64, residual=residual, activation=activation)
+    case = small_case(function, dtype=torch.float64, residual=residual, activation=activation)
     traced = make_fx(fused(case))(*(tensor.detach() for tensor in operands(case).values()))
     torch.testing.assert_close(gradients(traced, operands(case)), gradients(composed(case), operands(case)))
 
@@ -92,6 +121,20 @@ def test_an_op_of_mixed_types_is_as_its_fake_says(half):
     _, total, mean, rstd, _ = FORWARD(*forward)
     arriving = (normal(3, 8, dtype=half, seed=2), normal(3, 8, seed=3))
     torch.library.opcheck(BACKWARD, (*arriving, total, None, None, weight, bias, mean, rstd, *norm, *[True] * 4))
+
+
+@pytest.mark.parametrize("layout", [torch.clone, channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_a_group_norm_op_of_mixed_types_is_as_its_fake_says(half, activation, layout):
+    """The launchers return each gradient in its own type, and do not leave that to autograd, which would convert."""
+    x, weight, bias = layout(normal(2, 4, 5, dtype=half)), normal(4, dtype=torch.float64), normal(4, dtype=half)
+    norm = GroupNorm(2, layout is channels_last, 1e-5, True, activation)
+    forward = (x, layout(normal(2, 4, 5, seed=1)), weight, bias, *norm, True, False)
+    torch.library.opcheck(GROUP_FORWARD, forward)
+    _, total, mean, rstd, _ = GROUP_FORWARD(*forward)
+    arriving = (layout(normal(2, 4, 5, dtype=half, seed=2)), layout(normal(2, 4, 5, seed=3)))
+    torch.library.opcheck(GROUP_BACKWARD, (*arriving, total, None, None, weight, bias, mean, rstd, *norm, *[True] * 4))
 
 
 def test_statistics_of_an_op_carry_no_gradient():
@@ -128,10 +171,39 @@ def layouts(function: str) -> dict[str, Case]:
     return cases
 
 
+def channel_layouts(function: str) -> dict[str, Case]:
+    """The same of the channel norms."""
+
+    def made(*shape: int, **fields: Any) -> Case:
+        return make_channel_case(function, *shape, groups=2, residual=True, **{"activation": "relu", **fields})
+
+    case = made(2, 4, 3, 5)
+    cases = {
+        "contiguous": case,
+        "channels_last": with_layout(case, channels_last),
+        "x alone channels_last": with_layout(case, channels_last, "x"),
+        "all but x channels_last": with_layout(case, channels_last, "residual", "dy", "dtotal"),
+        "channels_last_3d": with_layout(made(2, 4, 2, 3, 2), channels_last),
+        "samples apart": with_layout(case, lambda tensor: torch.stack([tensor, tensor], 1)[:, 0]),
+        "transposed": with_layout(case, lambda tensor: tensor.mT.contiguous().mT),
+        "expanded": replace(case, x=normal(1, 4, 1, 5).expand(2, 4, 3, 5), dy=normal(1).expand(2, 4, 3, 5)),
+        "no samples": made(0, 4, 3),
+        "no positions": made(2, 4, 0),
+        "half with float32 parameters": with_layout(
+            made(2, 4, 3, dtype=torch.bfloat16, parameters=torch.float32), channels_last
+        ),
+        "float64": made(2, 4, 3, dtype=torch.float64, activation=None),
+    }
+    if function.startswith("add_"):
+        half = with_layout(made(2, 4, 3, dtype=torch.float16), channels_last)
+        cases["half with a float32 stream"] = replace(half, residual=half.residual.float(), dtotal=half.dtotal.float())
+    return cases
+
+
 LAYOUTS = [
     pytest.param(case, id=f"{function}-{layout}")
     for function in FUNCTIONS
-    for layout, case in layouts(function).items()
+    for layout, case in (layouts if function in ROW_FUNCTIONS else channel_layouts)(function).items()
 ]
 
 
@@ -176,9 +248,9 @@ def targets(graph_module: torch.fx.GraphModule) -> list[Any]:
 
 
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
-@pytest.mark.parametrize("function", FUNCTIONS)
+@functions("instance_norm", "add_group_norm")
 def test_make_fx_sees_one_op_each_way(function, tracing_mode, each_backend):
-    case = make_case(function, 3, 8, residual=True, activation="gelu")
+    case = small_case(function, 3, 8, residual=True, activation="gelu")
 
     def step(*tensors: Tensor) -> tuple[Tensor, ...]:
         outputs = fused(case)(*tensors)
@@ -187,10 +259,10 @@ def test_make_fx_sees_one_op_each_way(function, tracing_mode, each_backend):
     tensors = tuple(operands(case).values())
     graph = make_fx(step, tracing_mode=tracing_mode)(*tensors)
     shown = [target for target in targets(graph) if "fused_ops" in str(target)]
-    assert shown == ([FORWARD, BACKWARD] if each_backend == "triton" else [])
+    assert shown == (ops_of(function) if each_backend == "triton" else [])
     torch.testing.assert_close(graph(*tensors), step(*tensors), rtol=0, atol=0)
     if tracing_mode == "symbolic":
-        more = tuple(operands(make_case(function, 5, 8, residual=True, seed=7)).values())
+        more = tuple(operands(small_case(function, 5, 8, residual=True, seed=7)).values())
         torch.testing.assert_close(graph(*more), step(*more), rtol=0, atol=0)
 
 
@@ -209,9 +281,9 @@ def test_a_dispatch_mode_sees_the_op(triton_backend):
     torch.testing.assert_close(recorded, gradients(fused(case), operands(case)), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@functions("instance_norm", "add_group_norm")
 def test_a_backward_may_be_traced_whose_forward_was_not(function, triton_backend):
-    case = make_case(function, 3, 8, residual=True, activation="gelu")
+    case = small_case(function, 3, 8, residual=True, activation="gelu")
     tensors = operands(case)
     outputs = fused(case)(*tensors.values())
 
@@ -219,7 +291,7 @@ def test_a_backward_may_be_traced_whose_forward_was_not(function, triton_backend
         return torch.autograd.grad(outputs, list(tensors.values()), arriving, retain_graph=True)
 
     graph = make_fx(backward)(*(torch.ones_like(output) for output in outputs))
-    assert BACKWARD in targets(graph)
+    assert ops_of(function)[1] in targets(graph)
     arriving = [output.detach().cos() for output in outputs]
     torch.testing.assert_close(graph(*arriving), backward(*arriving), rtol=0, atol=0)
 
@@ -242,9 +314,10 @@ class Wrapped(torch.Tensor):
         return tree_map_only(Tensor, cls, function(*unwrapped[0], **unwrapped[1]))
 
 
+@pytest.mark.parametrize("function", ["layer_norm", "group_norm", "instance_norm"])
 @pytest.mark.parametrize("wrapped", OPERANDS)
-def test_a_tensor_subclass_in_any_place_runs_torchs_functions(wrapped, each_backend):
-    case = make_case("layer_norm", 3, 8, residual=True, activation="gelu")
+def test_a_tensor_subclass_in_any_place_runs_torchs_functions(wrapped, function, each_backend):
+    case = small_case(function, residual=True, activation="gelu")
     tensors = {name: tensor.detach() for name, tensor in operands(case).items()}
     (expected,) = composed(case)(*tensors.values())
     (y,) = fused(case)(*{**tensors, wrapped: Wrapped(tensors[wrapped])}.values())
@@ -253,23 +326,29 @@ def test_a_tensor_subclass_in_any_place_runs_torchs_functions(wrapped, each_back
 
 
 MODULES = [
-    (fused_ops.LayerNorm, Activation("leaky_relu", negative_slope=0.2)),
-    (fused_ops.AddRMSNorm, "silu"),
+    pytest.param(made, shape, id=made(None).__class__.__name__)
+    for made, shape in [
+        (lambda device: fused_ops.LayerNorm(8, activation=LEAKY, device=device), (8,)),
+        (lambda device: fused_ops.AddRMSNorm(8, activation="silu", device=device), (8,)),
+        (lambda device: fused_ops.GroupNorm(2, 4, activation=LEAKY, device=device), (4, 5)),
+        (lambda device: fused_ops.AddInstanceNorm1d(4, affine=True, activation="silu", device=device), (4, 5)),
+    ]
 ]
 
 
 @pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize(("cls", "activation"), MODULES)
-def test_an_exported_module_runs_on_any_number_of_rows_and_trains(cls, activation, strict, each_backend):
-    module = cls(8, activation=activation, device=DEVICE)
+@pytest.mark.parametrize(("made", "shape"), MODULES)
+def test_an_exported_module_runs_on_any_number_of_rows_and_trains(made, shape, strict, each_backend):
+    module = made(DEVICE)
     rows = torch.export.Dim("rows", min=2)
 
     def inputs(count: int) -> tuple[Tensor, Tensor]:
-        x, residual = (normal(count, 8, seed=seed).to(DEVICE) for seed in (count, count + 1))
+        x, residual = (normal(count, *shape, seed=seed).to(DEVICE) for seed in (count, count + 1))
         return x.requires_grad_(), residual
 
     program = torch.export.export(module, inputs(4), dynamic_shapes=({0: rows}, {0: rows}), strict=strict)
-    assert (FORWARD in targets(program.graph_module)) == (each_backend == "triton")
+    seen = {FORWARD, GROUP_FORWARD} & set(targets(program.graph_module))
+    assert bool(seen) == (each_backend == "triton")
     exported = program.module()
     for count in (4, 7):
         x, residual = inputs(count)

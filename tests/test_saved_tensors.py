@@ -33,17 +33,22 @@ QUICK_CHANNEL_NORMS = [
     ("instance_norm", False, None),
     ("add_group_norm", True, "gelu"),
 ]
+
+
+def kept_case(function: str, residual: bool, activation: str | None) -> Case:
+    if function in ROW_FUNCTIONS:
+        return make_case(function, 4, 16, residual=residual, activation=activation)
+    return small_case(function, dtype=torch.float64, residual=residual, activation=activation)
+
+
 EVERY_CASE = [
     pytest.param(
-        small_case(
-            function, *((4, 16) if function in ROW_FUNCTIONS else (2, 3)), residual=residual, activation=activation
-        ),
+        kept_case(function, residual, activation),
         id=f"{function}-{'residual' if residual else 'alone'}-{activation}",
-        marks=[]
-        if function in ROW_FUNCTIONS or (function, residual, activation) in QUICK_CHANNEL_NORMS
-        else pytest.mark.full,
+        marks=[] if function in ROW_FUNCTIONS or place in QUICK_CHANNEL_NORMS else pytest.mark.full,
     )
-    for (function, residual), activation in itertools.product(PLACES, EACH_KIND)
+    for place in [(*place, activation) for place, activation in itertools.product(PLACES, EACH_KIND)]
+    for function, residual, activation in [place]
 ]
 every_case = pytest.mark.parametrize("case", EVERY_CASE)
 

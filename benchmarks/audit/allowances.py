@@ -1,15 +1,17 @@
-"""The bytes and launches that the design allows a call: the table of its section 5 for the row norms, as formulas.
+"""The bytes and launches that the design allows a call: the table of its section 5 as formulas.
 
 S is one pass over x, m a bit an element.
 
-| rows                       | forward                     | backward                                                  |
+| rows, or groups of planes  | forward                     | backward                                                  |
 |----------------------------|-----------------------------|-----------------------------------------------------------|
 | whole, or walked within L2 | 2 S, residual 3 S, add_ 4 S | 3 S, residual and activation 5 S (mask 4 S + m), add_ 4 S |
 | shared by several programs | 3 S, residual 4 S, add_ 5 S | 5 S, residual and activation 7 S (mask 6 S + m), add_ 6 S |
 
+Groups are shared, in one launch more each way, where they do not fit the chip or lie channels_last.
+
 Beside these: parameters, read by each launch that needs them, and their gradients; partial sums of at most 32 rows a
 multiprocessor, written and read; statistics of 8 bytes a row (16 in float64) and, for shared rows, as much for each
-chunk.
+chunk; for shared groups a share of the activations.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import triton
+
 from fused_ops.kernels.launch import DeviceFacts
 from fused_ops.kernels.problem import compute_dtype
 
 from ..traffic import Direction, backward_passes, forward_passes, keeps_mask
-from ..workloads import Case, Workload
+from ..workloads import Case, Workload, elements
 from .counts import LaunchTraffic, Size
 from .findings import Finding
 
@@ -38,10 +42,17 @@ HELD_BACKWARD = {2: 8192, 4: 8192, 8: 1024}
 HELD_BACKWARD_CROWDED = {2: 4096, 4: 4096, 8: 1024}
 
 
+# Padded elements of a group, as far as a program has to hold it.
+HELD_GROUP_FORWARD = {2: 16384, 4: 8192, 8: 2048}
+HELD_GROUP_BACKWARD = {2: 8192, 4: 8192, 8: 1024}
+# Of the activations' bytes, what partial results of shared groups may add.
+PARTIAL_SHARE = 0.03
+
+
 @dataclass(frozen=True)
 class Schedule:
     """What of a call's schedule its bytes depend on: into how many chunks all rows are cut in each direction, 0 where a
-    program has whole rows, and how many rows of partial sums there are."""
+    program has whole rows, or whether groups are cut at all; and how many rows of partial sums there are."""
 
     forward_chunks: int = 0
     backward_chunks: int = 0
@@ -51,16 +62,30 @@ class Schedule:
     def allowed(cls, workload: Workload, case: Case, launches: Sequence[LaunchTraffic], facts: DeviceFacts) -> Schedule:
         """The one that these launches follow, where the call may be cut into chunks; otherwise that of whole rows. With
         as many partial rows as are allowed."""
+        if workload.of.by_channel:
+            return _groups_allowed(workload, case)
         programs = {launch.kernel: launch.programs for launch in launches}
         forward = programs.get("row_moments_kernel", 0) if _may_share_forward(workload, case, facts) else 0
         backward = programs.get("row_gradient_sums_kernel", 0) if _may_share_backward(workload, case) else 0
         return cls(forward, backward, MOST_PARTIAL_ROWS * facts.multiprocessors)
 
 
+def _groups_allowed(workload: Workload, case: Case) -> Schedule:
+    """A sum a sample and channel; groups cut where they are padded to more elements than a program has to hold."""
+    x = case.inputs["x"]
+    plane = elements(tuple(x.shape[2:]))
+    planes = workload.span(tuple(x.shape)) // plane
+    padded = triton.next_power_of_2(planes) * triton.next_power_of_2(plane)
+    forward, backward = (
+        workload.channels_last or padded > held[x.itemsize] for held in (HELD_GROUP_FORWARD, HELD_GROUP_BACKWARD)
+    )
+    return Schedule(int(forward), int(backward), x.shape[0])
+
+
 def _may_share_forward(workload: Workload, case: Case, facts: DeviceFacts) -> bool:
     """Whether rows are too long for the chip, and too few, or too long for the L2, to be walked."""
     x = case.inputs["x"]
-    span = x.shape[-1]
+    span = workload.span(tuple(x.shape))
     if span <= HELD_FORWARD[x.itemsize]:
         return False
     row_bytes = span * (x.itemsize + (case.inputs["residual"].itemsize if workload.adds_first else 0))
@@ -72,7 +97,7 @@ def _may_share_forward(workload: Workload, case: Case, facts: DeviceFacts) -> bo
 def _may_share_backward(workload: Workload, case: Case) -> bool:
     x = case.inputs["x"]
     crowded = workload.activation is not None and len(case.parameters) > 1
-    return bool(x.shape[-1] > (HELD_BACKWARD_CROWDED if crowded else HELD_BACKWARD)[x.itemsize])
+    return bool(workload.span(tuple(x.shape)) > (HELD_BACKWARD_CROWDED if crowded else HELD_BACKWARD)[x.itemsize])
 
 
 # A program has whole rows and one sums all parameter gradients: with it an allowance is the least that can be moved.
@@ -94,7 +119,10 @@ class Allowance:
 def allowance(workload: Workload, case: Case, direction: Direction, schedule: Schedule) -> Allowance:
     """What a call on these tensors may take."""
     x = case.inputs["x"]
-    span, one_pass, wide = x.shape[-1], x.numel() * x.itemsize, compute_dtype(x.dtype).itemsize
+    if workload.of.by_channel:
+        return _allowance_of_groups(workload, case, direction, schedule)
+    span = workload.span(tuple(x.shape))
+    one_pass, wide = x.numel() * x.itemsize, compute_dtype(x.dtype).itemsize
     rows = x.numel() // span
     parameters = sum(case.inputs[name].numel() * case.inputs[name].itemsize for name in case.parameters)
 
@@ -106,7 +134,7 @@ def allowance(workload: Workload, case: Case, direction: Direction, schedule: Sc
     if direction == "forward+backward":
         shares = bool(schedule.backward_chunks)
         passes += backward_passes(workload) + 2 * shares
-        launches += 2 + shares
+        launches += 1 + shares + bool(case.parameters)
         parameter += (2 + shares) * parameters  # read by each launch; the gradients
         partial = 2 * len(case.parameters) * schedule.partial_rows * span * wide
         statistics += 2 * wide * rows * (2 + shares) + 4 * wide * schedule.backward_chunks
@@ -119,6 +147,35 @@ def allowance(workload: Workload, case: Case, direction: Direction, schedule: Sc
         "parameter": parameter,
         "partial": partial,
         "statistics": statistics,
+    }
+    return Allowance(sizes, launches)
+
+
+def _allowance_of_groups(workload: Workload, case: Case, direction: Direction, schedule: Schedule) -> Allowance:
+    x = case.inputs["x"]
+    channels, wide = x.shape[1], compute_dtype(x.dtype).itemsize
+    groups = x.numel() // workload.span(tuple(x.shape))
+    parameters = sum(case.inputs[name].numel() * case.inputs[name].itemsize for name in case.parameters)
+    cut = bool(schedule.forward_chunks), bool(schedule.backward_chunks)
+    passes, launches = forward_passes(workload) + cut[0], 3 if cut[0] else 1
+    reads, statistics = 1, 2 * wide * groups * cut[0] * 2
+    mask = partial = 0.0
+    if direction == "forward+backward":
+        passes += backward_passes(workload) + 2 * cut[1]
+        launches += 3 if cut[1] else 2
+        reads += 4
+        statistics += 2 * wide * groups * (2 + 3 * cut[1])
+        if not cut[1]:
+            partial = 2 * len(case.parameters) * schedule.partial_rows * channels * wide
+        bits = elements(tuple(x.shape)) / 8
+        mask = 2 * bits if keeps_mask(workload) else 0.0
+    one_pass = x.numel() * x.itemsize
+    sizes: dict[Size, float] = {
+        "activation": passes * one_pass,
+        "mask": mask + 8 * groups,
+        "parameter": reads * parameters,
+        "partial": partial,
+        "statistics": statistics + (PARTIAL_SHARE * passes * one_pass if any(cut) else 0.0),
     }
     return Allowance(sizes, launches)
 

@@ -134,7 +134,50 @@ def _norm_backward(results: Sequence[Tensor], read: Sequence[Tensor], weight: Te
         yield Launch([of_blocks], [gradient])
 
 
-# From aten/src/ATen/native/cuda/layer_norm_kernel.cu of torch, whose kernels RMSNorm shares:
+def _group_norm(
+    results: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor, samples: int, channels: int, *_: Any
+) -> Iterator[Launch]:
+    """The moments of each group; a factor and a summand for each channel of each sample; y of these."""
+    y, mean, rstd = results
+    factors = [mean.new_empty((samples, channels)) for _ in range(2)]
+    yield Launch([x], [mean, rstd])
+    yield Launch([mean, rstd, weight, bias], factors)
+    yield Launch([x, *factors], [y])
+
+
+def _group_norm_backward(
+    results: Sequence[Tensor], dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, *sizes: Any
+) -> Iterator[Launch]:
+    """Two sums over each plane; three factors of dx; dx; the gradients of the parameters from the sums."""
+    samples, channels, _, groups, _ = sizes
+    dx, *gradients = results
+    sums = [mean.new_empty((samples, channels)) for _ in range(2)]
+    of_channels, of_groups = (
+        mean.new_empty((samples, channels)),
+        [mean.new_empty((samples, groups)) for _ in range(2)],
+    )
+    yield Launch([dy, x], sums)
+    yield Launch([rstd, weight], [of_channels])
+    yield Launch([mean, rstd, weight, *sums], of_groups)
+    yield Launch([dy, x, of_channels, *of_groups], [dx])
+    yield Launch([mean, rstd, *sums], gradients)
+
+
+def _batch_norm(results: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Iterator[Launch]:
+    y, *statistics = results
+    yield Launch([x], statistics)
+    yield Launch([x, weight, bias, *statistics], [y])
+
+
+def _batch_norm_backward(
+    results: Sequence[Tensor], dy: Tensor, x: Tensor, weight: Tensor, _mean: Any, _var: Any, *rest: Any
+) -> Iterator[Launch]:
+    """One kernel, which walks each channel twice."""
+    yield Launch([dy, x, weight, *_tensors(rest)], results)
+
+
+# From aten/src/ATen/native/cuda/ of torch: group_norm_kernel.cu, Normalization.cuh for batch norm, which instance norm
+# calls, and layer_norm_kernel.cu, whose kernels RMSNorm shares:
 # LayerNormKernelImplInternal, LayerNormBackwardKernelImplInternal and, for the parameters,
 # LaunchGammaBetaBackwardCUDAKernel. Each takes the results and the arguments of its op; all gradients are asked for.
 KERNELS: Mapping[Any, Callable[..., Iterator[Launch]]] = {
@@ -142,6 +185,10 @@ KERNELS: Mapping[Any, Callable[..., Iterator[Launch]]] = {
     aten._fused_rms_norm: _norm,
     aten.native_layer_norm_backward: _layer_norm_backward,
     aten._fused_rms_norm_backward: _rms_norm_backward,
+    aten.native_group_norm: _group_norm,
+    aten.native_group_norm_backward: _group_norm_backward,
+    aten.native_batch_norm: _batch_norm,
+    aten.native_batch_norm_backward: _batch_norm_backward,
 }
 
 

@@ -18,8 +18,8 @@ LARGE_CALL = 4 * 2**20
 LEAST_BYTES_IN_FLIGHT = 32 * 2**10
 MOST_IDLE = 0.3  # of a trip of the loop; above it smaller programs, of which several overlap, are worth trying
 MOST_COMPILATIONS = 2
-# Sums some rows of partial sums; next to nothing beside the launch before it.
-SMALL_KERNELS = frozenset({"column_sum_kernel"})
+# Merge partial results; next to nothing beside the launch before them.
+SMALL_KERNELS = frozenset({"column_sum_kernel", "combine_moments_kernel", "combine_gradients_kernel"})
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ import torch.nn.functional as TF
 
 from ..timing import cpu_turn, interleave
 from ..traffic import Direction
-from ..workloads import Workload
-from .calls import run
+from ..workloads import Shape, Workload
+from .calls import run, unfilled_case
 from .inert import compiling_for
 from .targets import TARGETS
 
-CHAIN_SPAN = 8
+CHAIN_SPAN, CHAIN_PLANE = 8, (2, 2)
 SECONDS = 0.15
 
 
@@ -44,16 +44,20 @@ def _one_op(x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor, eps: fl
     return TF.layer_norm(x, shape, weight, None, eps)
 
 
+def _smallest(workload: Workload) -> Shape:
+    """A shape that the chain takes, of next to no elements."""
+    if workload.of.over_last_dim:
+        return 1, CHAIN_SPAN
+    return 1, max(workload.groups, 2), *CHAIN_PLANE
+
+
 def host_time(workload: Workload, direction: Direction, seconds: float = SECONDS) -> HostTime:
     """Measures both in turn, in one thread, for so many seconds."""
     calls = {
-        "ours": (workload.ours(), workload.shape("full")[-1]),
-        "eager": (workload.torch_composition(), CHAIN_SPAN),
+        "ours": (workload.ours(), unfilled_case(workload, workload.of_samples(1), torch.float32)),
+        "eager": (workload.torch_composition(), workload.case_of(_smallest(workload), lambda own, *_: torch.ones(own))),
     }
-    runs = {
-        name: functools.partial(run, call, workload.case_of((1, span), lambda shape, *_: torch.ones(shape)), direction)
-        for name, (call, span) in calls.items()
-    }
+    runs = {name: functools.partial(run, call, case, direction) for name, (call, case) in calls.items()}
     with compiling_for(TARGETS["sm_90"], record=False), mock.patch.object(TF, "rms_norm", _one_op):
         for once in runs.values():
             once()  # compiles

@@ -15,9 +15,9 @@ from .layouts import reduction_layouts
 from .slices import Counted
 from .targets import DEVICE_OF, TARGETS
 
-# One row, an odd number, one that 16 divides, and more rows than a multiprocessor can hold.
+# Rows: one, an odd number, one that 16 divides, and more than a multiprocessor can hold.
 ROW_COUNTS = (1, 3, 16, 5000)
-FEW = 4  # rows, that several programs share if they are long
+FEW = 4  # samples, that several programs share if they are long
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ def compile_workload(name: str, dtype_name: str, target_name: str) -> Compiled:
     workload, dtype, target = WORKLOADS[name], getattr(torch, dtype_name), TARGETS[target_name]
     shape = workload.shape("full")
     launches = {direction: offline.compiled_launches(workload, dtype, direction, target) for direction in DIRECTIONS}
-    rows = elements(shape) // shape[-1]
-    compilations = offline.compilations(workload, dtype, target, (*ROW_COUNTS, rows))
+    samples = workload.samples(shape)
+    compilations = offline.compilations(workload, dtype, target, (*ROW_COUNTS, samples))
     where = f"{name} {dtype_name} {target_name}"
     device = DEVICE_OF[target_name]
     found = [
@@ -44,8 +44,8 @@ def compile_workload(name: str, dtype_name: str, target_name: str) -> Compiled:
         for finding in findings.of_call(of_direction, f"{where} {direction}", elements(shape), device)
     ]
     few, many = (
-        reduction_layouts(offline.record(workload, dtype, "forward", target, (count, shape[-1])))
-        for count in (FEW, rows)
+        reduction_layouts(offline.record(workload, dtype, "forward", target, workload.of_samples(count)))
+        for count in (FEW, samples)
     )
     found += findings.of_compilations(compilations, where) + findings.of_layouts(few, many, where)
     return Compiled(launches, compilations, found)

@@ -19,17 +19,18 @@ _OPERAND = re.compile(r"tensor<((?:\d+x)+)(f\d+|bf16), (#ttg\.\w+<\{.*?\}>|#\w+)
 def reduction_layouts(launches: Iterable[Launch]) -> set[tuple[str, str]]:
     """(shape and type, layout) of every tensor that these launches reduce, where its layout can change a bit: integers
     add in any order, and two numbers have but one."""
-    found = set()
+    found, reductions, kernels = set(), 0, []
     for launch in launches:
+        kernels.append(launch.kernel)
         ttgir = launch.compiled.asm["ttgir"]
         aliases = dict(_ALIAS.findall(ttgir))
-        reductions = _REDUCTION.findall(ttgir)
-        if not reductions:
-            raise RuntimeError(f"{launch.kernel} must reduce something, but its IR shows no tt.reduce")
-        for axis, operands in reductions:
+        for axis, operands in _REDUCTION.findall(ttgir):
+            reductions += 1
             for shape, dtype, layout in _OPERAND.findall(operands):
                 if shape.split("x")[int(axis)] != "2":
                     found.add((shape + dtype, _expand(layout, aliases)))
+    if not reductions:
+        raise RuntimeError(f"one of {', '.join(kernels)} must reduce something, but their IR shows no tt.reduce")
     return found
 
 

@@ -33,13 +33,12 @@ def record(
     return launches
 
 
-def compilations(workload: Workload, dtype: torch.dtype, target: Target, row_counts: Iterable[int]) -> dict[str, int]:
-    """How many times each kernel is compiled over these row counts, forward and backward."""
-    span = workload.shape("full")[-1]
+def compilations(workload: Workload, dtype: torch.dtype, target: Target, counts: Iterable[int]) -> dict[str, int]:
+    """How many times each kernel is compiled over these numbers of rows, images or filters, forward and backward."""
     hashes: dict[str, set[str]] = {}
     with compiling_for(target) as launches:
-        for rows in row_counts:
-            run(workload.ours(), unfilled_case(workload, (rows, span), dtype), "forward+backward")
+        for samples in counts:
+            run(workload.ours(), unfilled_case(workload, workload.of_samples(samples), dtype), "forward+backward")
     for launch in launches:
         hashes.setdefault(launch.kernel, set()).add(launch.compiled.hash)
     return {kernel: len(found) for kernel, found in hashes.items()}

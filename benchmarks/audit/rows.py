@@ -103,4 +103,5 @@ def traffic_findings(
     case = unfilled_case(workload, part.shape, dtype, "meta")
     schedule = Schedule.allowed(workload, case, counted.launches, part.facts)
     allowed = allowance(workload, case, counted.direction, schedule)
-    return allowances.of_call(where, part.shape[-1], counted.launches, counted.moved(resident_programs), allowed)
+    moved = counted.moved(resident_programs)
+    return allowances.of_call(where, workload.span(part.shape), counted.launches, moved, allowed)

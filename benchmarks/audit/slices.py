@@ -30,6 +30,8 @@ from .watch import watch
 
 SMALL_CALL = 2**20
 PART_OF_A_MULTIPROCESSOR = 4
+# Planes from this length on are launched alike, whatever their length.
+LONG_PLANE = 2**15
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,23 @@ def slice_of(workload: Workload, facts: DeviceFacts = H200) -> Slice:
     full = workload.shape("full")
     if elements(full) <= SMALL_CALL:
         return Slice(full, facts, 1)
-    rows = max(1, elements(full) // full[-1] // facts.multiprocessors // PART_OF_A_MULTIPROCESSOR)
+    if workload.of.by_channel:
+        return _slice_of_images(workload, full, facts)
+    rows = max(1, workload.samples(full) // facts.multiprocessors // PART_OF_A_MULTIPROCESSOR)
     part = facts._replace(multiprocessors=1, l2_bytes=facts.l2_bytes // facts.multiprocessors)
-    return Slice((rows, full[-1]), part, facts.multiprocessors)
+    return Slice(workload.of_samples(rows), part, facts.multiprocessors)
+
+
+def _slice_of_images(workload: Workload, full: Shape, facts: DeviceFacts) -> Slice:
+    """A few images, or a part of one, its planes as long as they have to be; on the whole device, since how planes are
+    shared depends little on how many there are."""
+    samples, channels, *positions = full
+    plane = elements(tuple(positions))
+    if plane > LONG_PLANE:
+        along = positions[0] * LONG_PLANE // plane
+        positions = [max(1, along), *positions[1:]]
+    samples = min(samples, max(1, SMALL_CALL // elements((channels, *positions))))
+    return Slice((samples, channels, *positions), facts, 1)
 
 
 def require_same_kernels(

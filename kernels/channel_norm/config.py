@@ -105,7 +105,7 @@ def group_backward_tile(of: GroupPlanes, itemsize: int) -> GroupTile | None:
 
 
 # Tiles of a piece at least, so that the partial results of pieces weigh little beside what they are made of.
-LEAST_STEPS = 4
+LEAST_STEPS = 2
 # Of a sample: enough to fill a device with one, few enough to be merged by one program a group.
 MOST_PIECES = 512
 BACKWARD_PROGRAMS = 16  # a multiprocessor, where there is work for so many
@@ -113,7 +113,11 @@ BACKWARD_PROGRAMS = 16  # a multiprocessor, where there is work for so many
 
 @functools.cache
 def piece_tile(channels: int, plane: int, itemsize: int, channels_last: bool) -> PieceTile:
-    """Tile of the passes over pieces: 8 KB of a tensor."""
+    """Tile of the passes over pieces: 8 KB of a tensor.
+
+    channels_last, a thread has eight channels and the values of each, so that few programs fit a multiprocessor: these
+    load tiles ahead.
+    """
     tile = 2048 if itemsize == 8 else 8192 // itemsize
     elements_per_thread = 32 // itemsize
     if channels_last:
@@ -123,8 +127,9 @@ def piece_tile(channels: int, plane: int, itemsize: int, channels_last: bool) ->
         block_plane = min(_padded(plane), tile)
         block_channels = min(tile // block_plane, triton.next_power_of_2(channels))
     threads = block_channels * block_plane // elements_per_thread
-    stages = 0 if plane <= block_plane else 1
-    return PieceTile(block_channels, block_plane, max(1, min(16, threads // THREADS_PER_WARP)), stages)
+    stages = 0 if plane <= block_plane else 3 if channels_last else 1
+    num_warps = max(1, min(16, threads // THREADS_PER_WARP))
+    return PieceTile(block_channels, block_plane, num_warps, stages, most_registers=128 if channels_last else None)
 
 
 def forward_steps(plane: int, tile: PieceTile) -> int:

@@ -1,0 +1,168 @@
+"""The functions that workloads call: our call and torch's composition of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as TF
+
+from fused_ops import functional as F
+
+from .workload import EPS, Call, Function, Shape, Tensor, Workload
+
+TORCH_ACTIVATIONS: Mapping[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda z: z,
+    "relu": TF.relu,
+    "gelu": TF.gelu,
+    "silu": TF.silu,
+    "leaky_relu": TF.leaky_relu,
+}
+
+
+def finish(normalized: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """activation(normalized + residual) in plain torch."""
+    return TORCH_ACTIVATIONS[activation](normalized if residual is None else normalized + residual)
+
+
+def _torch_layer_norm(workload: Workload) -> Call:
+    def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        return finish(TF.layer_norm(x, weight.shape, weight, bias, EPS), residual, workload.activation)
+
+    return call
+
+
+def _torch_rms_norm(workload: Workload) -> Call:
+    def call(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+        return finish(TF.rms_norm(x, weight.shape, weight, EPS), residual, workload.activation)
+
+    return call
+
+
+def _torch_add_layer_norm(workload: Workload) -> Call:
+    def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        total = residual + x
+        return finish(TF.layer_norm(total, weight.shape, weight, bias, EPS), None, workload.activation), total
+
+    return call
+
+
+def _torch_add_rms_norm(workload: Workload) -> Call:
+    def call(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        total = residual + x
+        return finish(TF.rms_norm(total, weight.shape, weight, EPS), None, workload.activation), total
+
+    return call
+
+
+# --- channels ------------------------------------------------------------------------------------------------------
+
+
+def _of_channels(shape: Shape) -> dict[str, tuple[Shape, float]]:
+    return {"weight": (shape[1:2], 1.0), "bias": (shape[1:2], 0.0)}
+
+
+def _group_norm(workload: Workload) -> Call:
+    def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        return F.group_norm(x, workload.groups, weight, bias, EPS, residual=residual, activation=workload.activation)
+
+    return call
+
+
+def _torch_group_norm(workload: Workload) -> Call:
+    def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        return finish(TF.group_norm(x, workload.groups, weight, bias, EPS), residual, workload.activation)
+
+    return call
+
+
+def _add_group_norm(workload: Workload) -> Call:
+    def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return F.add_group_norm(x, residual, workload.groups, weight, bias, EPS, activation=workload.activation)
+
+    return call
+
+
+def _torch_add_group_norm(workload: Workload) -> Call:
+    def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        total = residual + x
+        return finish(TF.group_norm(total, workload.groups, weight, bias, EPS), None, workload.activation), total
+
+    return call
+
+
+def _instance_norm(workload: Workload) -> Call:
+    def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        own = {"residual": residual, "activation": workload.activation}
+        return F.instance_norm(x, weight=weight, bias=bias, eps=EPS, **own)  # type: ignore[arg-type]
+
+    return call
+
+
+def _torch_instance_norm(workload: Workload) -> Call:
+    def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        return finish(TF.instance_norm(x, weight=weight, bias=bias, eps=EPS), residual, workload.activation)
+
+    return call
+
+
+def _weight_standardize(workload: Workload) -> Call:
+    return lambda x: F.weight_standardize(x, EPS)
+
+
+def _torch_weight_standardize(workload: Workload) -> Call:
+    def call(x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x, dim=tuple(range(1, x.dim())), keepdim=True, correction=0)
+        return (x - mean) / torch.sqrt(variance + EPS)
+
+    return call
+
+
+FUNCTIONS: Mapping[str, Function] = {
+    "layer_norm": Function(
+        lambda shape: {"weight": (shape[-1:], 1.0), "bias": (shape[-1:], 0.0)},
+        lambda workload: (
+            lambda x, weight, bias, residual=None: F.layer_norm(
+                x, weight.shape, weight, bias, EPS, residual=residual, activation=workload.activation
+            )
+        ),
+        _torch_layer_norm,
+    ),
+    "rms_norm": Function(
+        lambda shape: {"weight": (shape[-1:], 1.0)},
+        lambda workload: (
+            lambda x, weight, residual=None: F.rms_norm(
+                x, weight.shape, weight, EPS, residual=residual, activation=workload.activation
+            )
+        ),
+        _torch_rms_norm,
+    ),
+    "add_layer_norm": Function(
+        lambda shape: {"weight": (shape[-1:], 1.0), "bias": (shape[-1:], 0.0)},
+        lambda workload: (
+            lambda x, residual, weight, bias: F.add_layer_norm(
+                x, residual, weight.shape, weight, bias, EPS, activation=workload.activation
+            )
+        ),
+        _torch_add_layer_norm,
+    ),
+    "add_rms_norm": Function(
+        lambda shape: {"weight": (shape[-1:], 1.0)},
+        lambda workload: (
+            lambda x, residual, weight: F.add_rms_norm(
+                x, residual, weight.shape, weight, EPS, activation=workload.activation
+            )
+        ),
+        _torch_add_rms_norm,
+    ),
+    "group_norm": Function(_of_channels, _group_norm, _torch_group_norm, over_last_dim=False, by_channel="groups"),
+    "add_group_norm": Function(
+        _of_channels, _add_group_norm, _torch_add_group_norm, over_last_dim=False, by_channel="groups"
+    ),
+    "instance_norm": Function(
+        _of_channels, _instance_norm, _torch_instance_norm, over_last_dim=False, by_channel="single"
+    ),
+    "weight_standardize": Function(
+        lambda shape: {}, _weight_standardize, _torch_weight_standardize, over_last_dim=False
+    ),
+}
