@@ -61,10 +61,10 @@ def input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat):
 
     mean_g is None where no mean was subtracted.
     """
-    centered = g - x_hat * mean_g_x_hat
+    correction = x_hat * mean_g_x_hat  # small beside g, so that of the two only one rounding counts
     if mean_g is not None:
-        centered = centered - mean_g
-    return centered * rstd
+        correction = correction + mean_g
+    return (g - correction) * rstd
 
 
 @triton.jit

@@ -4,22 +4,59 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import torch
 
 import fused_ops.kernels.channel_norm.backward as backward_module
 import fused_ops.kernels.channel_norm.forward as forward_module
 import fused_ops.kernels.column_sum as column_sum_module
 from fused_ops.kernels.channel_norm.config import PieceTile
-from tests.channel_norm_cases import ChannelCase, channels_last, with_layout
+from tests.channel_norm_cases import ChannelCase, channels_last, make_case, with_layout
+from tests.layouts import Layout
 
 MODULES = (forward_module, backward_module, column_sum_module)
-Layout = Callable[[ChannelCase], ChannelCase]
+# Channels of a group, positions, groups. Hardly a size is a power of two.
+SHAPES = {
+    "whole": (3, (7, 9), 3),
+    # Planes that are no multiples of 16 bytes, but four groups are: a tile moves them as one run.
+    "joined": (3, (7, 6), 4),
+    # Pieces so small that a test's few elements are many of them, some partly beyond the planes or the channels.
+    "small pieces": (3, (15, 14), 4),
+    "channels_last": (3, (15, 14), 4),
+    "channels_last in small pieces": (3, (15, 14), 4),
+}
+WAYS = tuple(SHAPES)
+# Of few elements and few statistics the largest error would be chance, and torch's no measure of ours, but where the
+# type's own rounding is far larger than any other error. More samples take more programs, and an interpreter long.
+SAMPLES = {torch.float32: 10, torch.float64: 4, torch.float16: 2, torch.bfloat16: 2}
 
-# Small pieces are so small that a test's few elements are many of them, some partly beyond the planes or the channels.
-WAYS = ("whole", "small pieces", "channels_last", "channels_last in small pieces")
+
+@dataclass(frozen=True)
+class Way:
+    """One of WAYS, and cases for it. Instance norm's channels are as many as group norm's groups."""
+
+    name: str
+
+    @property
+    def layout(self) -> Layout:
+        return channels_last if "channels_last" in self.name else torch.Tensor.contiguous
+
+    def shape(self, function: str, dtype: torch.dtype = torch.float32, samples: int | None = None) -> tuple[int, ...]:
+        channels, positions, groups = SHAPES[self.name]
+        return (samples or SAMPLES[dtype], groups * (channels if "group" in function else 1), *positions)
+
+    def case(
+        self, function: str, *, dtype: torch.dtype = torch.float32, samples: int | None = None, **fields: Any
+    ) -> ChannelCase:
+        """A case of normal numbers that runs in this way."""
+        shape, groups = self.shape(function, dtype, samples), SHAPES[self.name][-1]
+        return self.lay_out(make_case(function, *shape, groups=groups, dtype=dtype, **fields))
+
+    def lay_out(self, case: ChannelCase) -> ChannelCase:
+        return with_layout(case, self.layout)
 
 
 def forget_schedules() -> None:
@@ -31,7 +68,9 @@ def forget_schedules() -> None:
 
 
 @contextlib.contextmanager
-def in_pieces(block_channels: int, block_plane: int, steps: int = 1) -> Iterator[None]:
+def in_pieces(
+    block_channels: int, block_plane: int, steps: int = 1, backward_steps: int | None = None
+) -> Iterator[None]:
     """Cuts every group into pieces of `steps` tiles of block_channels x block_plane until it ends."""
 
     def tile(of: Callable[..., PieceTile]) -> Callable[..., PieceTile]:
@@ -48,7 +87,7 @@ def in_pieces(block_channels: int, block_plane: int, steps: int = 1) -> Iterator
         for module in (forward_module, backward_module):
             patch.setattr(module, "piece_tile", tile(module.piece_tile))
         patch.setattr(forward_module, "forward_steps", lambda *sizes: steps)
-        patch.setattr(backward_module, "backward_steps", lambda *sizes: steps)
+        patch.setattr(backward_module, "backward_steps", lambda *sizes: backward_steps or steps)
         forget_schedules()
         try:
             yield
@@ -58,11 +97,11 @@ def in_pieces(block_channels: int, block_plane: int, steps: int = 1) -> Iterator
 
 
 @contextlib.contextmanager
-def running(way: str) -> Iterator[Layout]:
-    """Runs channel norms in that way of WAYS until it ends; gives what lays out a case for it."""
-    layout = channels_last if "channels_last" in way else lambda tensor: tensor.contiguous()
+def running(name: str) -> Iterator[Way]:
+    """Runs channel norms in that way of WAYS until it ends."""
+    way = Way(name)
     with contextlib.ExitStack() as stack:
-        if "pieces" in way:
+        if "pieces" in name:
             # Bits fill whole bytes along the neighbours in memory.
-            stack.enter_context(in_pieces(*((8, 64, 2) if "channels_last" in way else (4, 128, 1))))
-        yield lambda case: with_layout(case, layout)
+            stack.enter_context(in_pieces(*((8, 64, 2) if "channels_last" in name else (8, 128, 1))))
+        yield way

@@ -56,12 +56,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def way(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Runs a channel norm in the way that it is parametrized with, and gives what lays out a case for it."""
+    """Runs channel norms in the way that it is parametrized with, and makes cases for it."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from tests.channel_norm_ways import running
 
-    with running(request.param) as laid_out:
-        yield laid_out
+    with running(request.param) as way:
+        yield way
 
 
 class FamilyCall(NamedTuple):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
 
 import hypothesis
 import pytest
@@ -12,6 +10,20 @@ import torch
 from hypothesis import strategies
 
 from fused_ops import functional as F
+from tests.layouts import (
+    Layout,
+    every_other_column,
+    every_third_row,
+    few,
+    in_buffer,
+    layouts,
+    left_columns,
+    many,
+    outer_dims_swapped,
+    right_columns,
+    transposed,
+    unaligned,
+)
 from tests.norm_cases import (
     DEVICE,
     OPERANDS,
@@ -33,7 +45,6 @@ from tests.tolerances import assert_within_budget, kernels_are_interpreted
 pytestmark = pytest.mark.usefixtures("memory_checked")
 
 Tensor = torch.Tensor
-Layout = Callable[[Tensor], Tensor]
 
 ACTIVATION_SIZED = ("x", "residual", "dy", "dtotal")
 
@@ -42,47 +53,6 @@ mostly_kernels = pytest.mark.parametrize(
     "each_backend", ["triton", pytest.param("torch", marks=pytest.mark.full)], indirect=True
 )
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
-
-
-# --- layouts: the same numbers, lain out otherwise, with NaN wherever no element is -----------------------------------
-
-
-def _in_buffer(tensor: Tensor, shape: tuple[int, ...], place: Callable[[Tensor], Tensor]) -> Tensor:
-    buffer = torch.full(shape, math.nan, dtype=tensor.dtype, device=tensor.device)
-    view = place(buffer)
-    view.copy_(tensor)
-    return view
-
-
-def every_other_column(tensor: Tensor) -> Tensor:
-    *rows, last = tensor.shape
-    return _in_buffer(tensor, (*rows, 2 * last), lambda buffer: buffer[..., ::2])
-
-
-def left_columns(tensor: Tensor) -> Tensor:
-    *rows, last = tensor.shape
-    return _in_buffer(tensor, (*rows, last + 3), lambda buffer: buffer[..., :last])
-
-
-def right_columns(tensor: Tensor) -> Tensor:
-    *rows, last = tensor.shape
-    return _in_buffer(tensor, (*rows, last + 16), lambda buffer: buffer[..., 16:])
-
-
-def every_third_row(tensor: Tensor) -> Tensor:
-    return _in_buffer(tensor, (3 * tensor.shape[0], *tensor.shape[1:]), lambda buffer: buffer[1::3])
-
-
-def unaligned(tensor: Tensor) -> Tensor:
-    return _in_buffer(tensor, (tensor.numel() + 1,), lambda buffer: buffer[1:].view(tensor.shape))
-
-
-def transposed(tensor: Tensor) -> Tensor:
-    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-def outer_dims_swapped(tensor: Tensor) -> Tensor:
-    return tensor.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 LAYOUTS = [
@@ -186,7 +156,7 @@ def test_gradient_of_a_sum_is_expanded(each_backend: str) -> None:
 
 
 def strided_parameter(parameter: Tensor) -> Tensor:
-    return _in_buffer(parameter, (2 * len(parameter), *parameter.shape[1:]), lambda buffer: buffer[::2])
+    return in_buffer(parameter, (2 * len(parameter), *parameter.shape[1:]), lambda buffer: buffer[::2])
 
 
 PARAMETER_LAYOUTS = [strided_parameter, unaligned, transposed]
@@ -293,26 +263,6 @@ def test_rows_more_than_two_to_the_31_apart(function: str, operand: str) -> None
 
 
 @strategies.composite
-def layouts(draw: strategies.DrawFn, shape: tuple[int, ...]) -> Layout:
-    """Dims in any order, cut from a larger buffer with any steps and offsets, some of them expanded."""
-    order = draw(strategies.permutations(range(len(shape))))
-    steps = [draw(strategies.sampled_from([1, 1, 2, 3])) for _ in shape]
-    offsets = [draw(strategies.sampled_from([0, 0, 1, 4])) for _ in shape]
-    expanded = [draw(strategies.sampled_from([False, False, False, True])) for _ in shape]
-
-    def layout(tensor: Tensor) -> Tensor:
-        for dim, expand in enumerate(expanded):
-            tensor = tensor.narrow(dim, 0, 1) if expand else tensor
-        sizes = [offset + step * size for offset, step, size in zip(offsets, steps, tensor.shape, strict=True)]
-        slices = tuple(slice(offset, None, step) for offset, step in zip(offsets, steps, strict=True))
-        buffer_shape = tuple(sizes[dim] for dim in order)
-        inverse = [order.index(dim) for dim in range(len(shape))]
-        return _in_buffer(tensor, buffer_shape, lambda buffer: buffer.permute(inverse)[slices]).expand(shape)
-
-    return layout
-
-
-@strategies.composite
 def laid_out_cases(draw: strategies.DrawFn) -> tuple[Case, Case]:
     """A case in drawn layouts, and its contiguous copy."""
     shape = tuple(draw(strategies.lists(strategies.integers(1, 6), min_size=1, max_size=5)))
@@ -339,10 +289,6 @@ def _check_drawn_layouts(cases: tuple[Case, Case]) -> None:
         if tensor is not None:
             terms = case.rows if name in ("dweight", "dbias") else 1
             assert_within_budget(name, tensor, copied.everything()[name], expected[name], terms)
-
-
-few = hypothesis.settings(max_examples=30, derandomize=True, deadline=None, database=None)
-many = hypothesis.settings(few, max_examples=1000)
 
 
 @pytest.mark.usefixtures("triton_backend")

@@ -10,9 +10,10 @@ from .estimate import idle_share
 from .targets import Device
 
 # Statistics and masks are narrower by nature, a few values beside rows of x: at spans of 256 they are a quarter of the
-# bytes, and there are as many of their accesses as of wide ones. An operand that is read narrow has many more.
-LEAST_WIDE_SHARE = 0.7
-MOST_NARROW = 2.0  # accesses, for each wide one
+# bytes, and there are as many of their accesses as of wide ones; beside planes of 256 that have a weight and a bias of
+# their own a third, and two for each. An operand that is read narrow has many more.
+LEAST_WIDE_SHARE = 0.65
+MOST_NARROW = 2.5  # accesses, for each wide one
 # From here on a call has to fill the device.
 LARGE_CALL = 4 * 2**20
 LEAST_BYTES_IN_FLIGHT = 32 * 2**10

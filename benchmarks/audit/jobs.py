@@ -17,6 +17,7 @@ from .targets import DEVICE_OF, TARGETS
 
 # Rows: one, an odd number, one that 16 divides, and more than a multiprocessor can hold.
 ROW_COUNTS = (1, 3, 16, 5000)
+MOST_ELEMENTS = 2**29  # of a call that is compiled; more find no address space
 FEW = 4  # samples, that several programs share if they are long
 
 
@@ -35,7 +36,9 @@ def compile_workload(name: str, dtype_name: str, target_name: str) -> Compiled:
     shape = workload.shape("full")
     launches = {direction: offline.compiled_launches(workload, dtype, direction, target) for direction in DIRECTIONS}
     samples = workload.samples(shape)
-    compilations = offline.compilations(workload, dtype, target, (*ROW_COUNTS, samples))
+    most = MOST_ELEMENTS // elements(workload.sample(shape))
+    counts = [count for count in ROW_COUNTS if count <= most]
+    compilations = offline.compilations(workload, dtype, target, (*counts, samples))
     where = f"{name} {dtype_name} {target_name}"
     device = DEVICE_OF[target_name]
     found = [

@@ -79,7 +79,7 @@ def group_norm_backward(
     # What was saved may come back in another layout, from whoever packed it.
     given = (*activations, columns(bits), columns(weight), bias_read, columns(mean), columns(rstd))
     dtypes = [None if tensor is None else tensor.dtype for tensor in (*given, bias)]  # bias: read or not, dbias's type
-    dense = set(strides) <= {channels * plane, 0}
+    dense = all(t is None or s == channels * plane for t, s in zip(activations, strides, strict=True))
     kind = (channels, groups, plane_kind(plane), channels_last, dense, vec, add_first, activation, wanted)
     schedule = _schedule(*kind, *dtypes)
     units = [stride // vec for stride in strides]
@@ -152,7 +152,9 @@ def _schedule(*fields: Any) -> Schedule:
     block_groups = tile.block_groups
     constants = (kind.channels, kind.groups, kind.plane[0], kind.vec, kind.add_first, kind.needs_dx, *kind.slope)
     block = (block_groups, tile.block_planes, tile.block_plane, tile.run)
-    launch = Launcher(channel_norm_backward_kernel, tile.num_warps, *constants, *block)
+    launch = Launcher(
+        channel_norm_backward_kernel, tile.num_warps, *constants, *block, most_registers=tile.most_registers
+    )
 
     def whole_groups(
         samples: int, plane: int, given: Tensors, out: Pair, strides: Strides, floats: tuple[float, float]
@@ -178,9 +180,13 @@ class _Pieces:
         self.tile = tile = piece_tile(kind.channels, longest_of(kind.plane), kind.dy.itemsize, kind.channels_last)
         self.blocks = cdiv(kind.channels, tile.block_channels)
         # Where dresidual is wanted it is dz, which the sums leave there: read again, it is all that dx needs of dy.
-        self.leaves_dz = kind.wanted.dresidual and not kind.add_first
+        # But for groups of one value, whose dx is 0, and would be how dz was rounded.
+        dx_is_0 = kind.needs_dx and kind.channels == kind.groups and length == 1
+        self.leaves_dz = kind.wanted.dresidual and not kind.add_first and not dx_is_0
         of_plane = (kind.channels, kind.groups, length, kind.vec, kind.channels_last)
-        block = (tile.block_channels, tile.block_plane, tile.stages)
+
+        # Two tensors and more, and what is kept of them, take registers, and so programs, that loads ahead make up for.
+        block = (tile.block_channels, tile.block_plane, min(3, 3 * tile.stages))
 
         def launcher(kernel: Any, *constants: Any) -> Launcher:
             return Launcher(kernel, tile.num_warps, *of_plane, *constants, *block, most_registers=tile.most_registers)
@@ -197,7 +203,7 @@ class _Pieces:
         dy, dtotal, x, residual, bits, weight, bias, mean, rstd = given
         dx, dresidual = out
         device = dy.device  # type: ignore[union-attr]
-        steps = backward_steps(plane, self.tile, samples * self.blocks, device_facts(device))
+        steps = backward_steps(plane, kind.dy.itemsize, self.tile, samples * self.blocks, device_facts(device))
         pieces = cdiv(plane, self.tile.block_plane * steps)
         programs = samples * self.blocks * pieces
         lengths = (plane_units(plane, kind.vec, kind.channels_last), pieces, steps)

@@ -43,6 +43,7 @@ class GroupTile:
     block_planes: int
     block_plane: int
     num_warps: int
+    most_registers: int | None
     # Elements of a tile that is moved as one run (see `kernels.tiles`), otherwise 0.
     run: int = 0
 
@@ -54,8 +55,14 @@ class PieceTile:
     block_channels: int
     block_plane: int
     num_warps: int
+    most_registers: int | None
     stages: int  # of the software pipeline over the tiles; 0 where a plane is one
-    most_registers: int | None = None
+
+
+def _most_registers(itemsize: int, num_warps: int) -> int | None:
+    """What there is for float64, of which ptxas spills some bytes in order to fit one more program; for other types it
+    finds a better balance than one number for every activation does."""
+    return min(255, 65536 // (num_warps * THREADS_PER_WARP)) if itemsize == 8 else None
 
 
 def _padded(length: int) -> int:
@@ -87,7 +94,7 @@ def _group_tile(of: GroupPlanes, itemsize: int, elements_per_thread: int, longes
         if elements * itemsize % 16 == 0:
             block_groups, run = joined, elements
     num_warps = max(1, block_groups * padded // (elements_per_thread * THREADS_PER_WARP))
-    return GroupTile(block_groups, block_planes, block_plane, num_warps, run)
+    return GroupTile(block_groups, block_planes, block_plane, num_warps, _most_registers(itemsize, num_warps), run)
 
 
 @functools.cache
@@ -104,21 +111,21 @@ def group_backward_tile(of: GroupPlanes, itemsize: int) -> GroupTile | None:
     return _group_tile(of, itemsize, {2: 16, 4: 16, 8: 4}[itemsize], {2: 8192, 4: 8192, 8: 1024}[itemsize])
 
 
-# Tiles of a piece at least, so that the partial results of pieces weigh little beside what they are made of.
-LEAST_STEPS = 2
+# Bytes of a tensor a piece at least, so that the partial results of pieces weigh little beside what they are made of.
+LEAST_PIECE_BYTES = 16384
 # Of a sample: enough to fill a device with one, few enough to be merged by one program a group.
-MOST_PIECES = 512
+MOST_PIECES = 2048
 BACKWARD_PROGRAMS = 16  # a multiprocessor, where there is work for so many
 
 
 @functools.cache
 def piece_tile(channels: int, plane: int, itemsize: int, channels_last: bool) -> PieceTile:
-    """Tile of the passes over pieces: 8 KB of a tensor.
+    """Tile of the passes over pieces: 8 KB of a tensor, 32 bytes a thread.
 
-    channels_last, a thread has eight channels and the values of each, so that few programs fit a multiprocessor: these
-    load tiles ahead.
+    channels_last, a thread has eight channels and the values of each, which takes registers: smaller programs, of which
+    more fit, and which load tiles ahead.
     """
-    tile = 2048 if itemsize == 8 else 8192 // itemsize
+    tile = (4096 if channels_last else 8192) // itemsize
     elements_per_thread = 32 // itemsize
     if channels_last:
         block_channels = _block_of_channels(channels, itemsize)
@@ -128,19 +135,24 @@ def piece_tile(channels: int, plane: int, itemsize: int, channels_last: bool) ->
         block_channels = min(tile // block_plane, triton.next_power_of_2(channels))
     threads = block_channels * block_plane // elements_per_thread
     stages = 0 if plane <= block_plane else 3 if channels_last else 1
-    num_warps = max(1, min(16, threads // THREADS_PER_WARP))
-    return PieceTile(block_channels, block_plane, num_warps, stages, most_registers=128 if channels_last else None)
+    num_warps = max(1, threads // THREADS_PER_WARP)
+    most_registers = 144 if channels_last else _most_registers(itemsize, num_warps)
+    return PieceTile(block_channels, block_plane, num_warps, most_registers, stages)
 
 
-def forward_steps(plane: int, tile: PieceTile) -> int:
+def forward_steps(plane: int, itemsize: int, tile: PieceTile) -> int:
     """Tiles of a piece: of the plane's length alone, so that a sample's bits do not depend on the batch."""
-    return max(LEAST_STEPS, cdiv(cdiv(plane, tile.block_plane), MOST_PIECES))
+    return _steps(plane, itemsize, tile, MOST_PIECES)
 
 
-def backward_steps(plane: int, tile: PieceTile, blocks: int, facts: DeviceFacts) -> int:
+def backward_steps(plane: int, itemsize: int, tile: PieceTile, blocks: int, facts: DeviceFacts) -> int:
     """Tiles of a piece, where there are as many blocks of channels in all samples."""
-    pieces = cdiv(BACKWARD_PROGRAMS * facts.multiprocessors, blocks)
-    return max(LEAST_STEPS, cdiv(cdiv(plane, tile.block_plane), pieces))
+    return _steps(plane, itemsize, tile, cdiv(BACKWARD_PROGRAMS * facts.multiprocessors, blocks))
+
+
+def _steps(plane: int, itemsize: int, tile: PieceTile, most_pieces: int) -> int:
+    least = cdiv(LEAST_PIECE_BYTES, tile.block_channels * tile.block_plane * itemsize)
+    return max(least, cdiv(cdiv(plane, tile.block_plane), most_pieces))
 
 
 def _block_of_channels(channels: int, itemsize: int) -> int:

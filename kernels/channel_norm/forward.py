@@ -63,7 +63,7 @@ def group_norm_forward(
     dtypes = [None if tensor is None else tensor.dtype for tensor in given]
     run = channels if channels_last else plane
     vec = vector_length(x.element_size(), run, x_stride, residual_stride)
-    dense = {x_stride, residual_stride} <= {channels * plane, 0}
+    dense = all(t is None or s == channels * plane for t, s in ((x, x_stride), (residual, residual_stride)))
     kind = (channels, groups, plane_kind(plane), channels_last, dense, vec, vector_length(x.element_size(), run))
     schedule = _schedule(*kind, add_first, activation, save_bits, save_statistics, *dtypes)
     schedule(samples, plane, given, out, (x_stride // vec, residual_stride // vec), (eps, alpha, beta))
@@ -137,7 +137,9 @@ def _schedule(*fields: Any) -> Schedule:
     block_groups = tile.block_groups
     constants = (kind.channels, kind.groups, kind.plane[0], kind.vec, *kind.functions)
     block = (block_groups, tile.block_planes, tile.block_plane, tile.run)
-    launch = Launcher(channel_norm_forward_kernel, tile.num_warps, *constants, *block)
+    launch = Launcher(
+        channel_norm_forward_kernel, tile.num_warps, *constants, *block, most_registers=tile.most_registers
+    )
 
     def whole_groups(
         samples: int, plane: int, given: Tensors, out: Forward, strides: tuple[int, int], floats: Floats
@@ -183,7 +185,7 @@ class _Pieces:
         y, total, mean, rstd, bits = out
         eps, *of_activation = floats
         device = y.device
-        steps = forward_steps(plane, self.tile)
+        steps = forward_steps(plane, kind.x.itemsize, self.tile)
         pieces = cdiv(plane, self.tile.block_plane * steps)
         units = plane_units(plane, kind.vec, kind.channels_last)
         programs = samples * self.blocks * pieces
