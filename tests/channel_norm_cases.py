@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as TF
 
+from tests.layouts import Layout
 from tests.norm_cases import Case, drawn
 
 Tensor = torch.Tensor
@@ -80,23 +80,7 @@ def make_case(
     return ChannelCase(function=function, groups=groups, **{**tensors, **fields})
 
 
-# --- layouts -------------------------------------------------------------------------------------------------------
-
-
-def channels_last(tensor: Tensor) -> Tensor:
-    """The channels of a position side by side, in any number of dims."""
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def with_layout(case: ChannelCase, layout: Callable[[Tensor], Tensor], *names: str) -> ChannelCase:
+def with_layout(case: ChannelCase, layout: Layout, *names: str) -> ChannelCase:
     """The case with those of its tensors, or with all that have x's shape, lain out anew."""
     given = {name: tensor for name in names or ACTIVATION_SIZED if (tensor := getattr(case, name)) is not None}
     return replace(case, **{name: layout(tensor) for name, tensor in given.items()})
-
-
-def lies_as(tensor: Tensor, layout: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a tensor's strides are those that `layout` gives, but for dims of one element."""
-    expected = layout(torch.empty(tensor.shape, device="meta")).stride()
-    return all(
-        size == 1 or own == other for size, own, other in zip(tensor.shape, tensor.stride(), expected, strict=True)
-    )

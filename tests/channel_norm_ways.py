@@ -14,8 +14,8 @@ import fused_ops.kernels.channel_norm.backward as backward_module
 import fused_ops.kernels.channel_norm.forward as forward_module
 import fused_ops.kernels.column_sum as column_sum_module
 from fused_ops.kernels.channel_norm.config import PieceTile
-from tests.channel_norm_cases import ChannelCase, channels_last, make_case, with_layout
-from tests.layouts import Layout
+from tests.channel_norm_cases import ChannelCase, make_case, with_layout
+from tests.layouts import Layout, channels_last
 
 MODULES = (forward_module, backward_module, column_sum_module)
 # Channels of a group, positions, groups. Hardly a size is a power of two.

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tests import channel_norm_cases, row_norm_cases
-from tests.channel_norm_cases import channels_last, with_layout
+from tests.channel_norm_cases import with_layout
+from tests.layouts import channels_last
 from tests.norm_cases import Case
 
 FUNCTIONS = row_norm_cases.FUNCTIONS + channel_norm_cases.FUNCTIONS

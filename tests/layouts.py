@@ -51,6 +51,53 @@ def outer_dims_swapped(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1).contiguous().transpose(0, 1)
 
 
+# --- of planes -----------------------------------------------------------------------------------------------------
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """The channels of a position side by side, in any number of dims."""
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def samples_apart_channels_last(tensor: Tensor) -> Tensor:
+    return every_third_row(tensor.movedim(1, -1)).movedim(-1, 1)
+
+
+def unaligned_channels_last(tensor: Tensor) -> Tensor:
+    return unaligned(tensor.movedim(1, -1)).movedim(-1, 1)
+
+
+def channels_of_more_channels_last(tensor: Tensor) -> Tensor:
+    """As a chunk or a slice of channels leaves them: gaps between positions."""
+    return left_columns(tensor.movedim(1, -1)).movedim(-1, 1)
+
+
+def channels_of_more(tensor: Tensor) -> Tensor:
+    """The same of a plain tensor: gaps between samples alone."""
+    samples, channels, *positions = tensor.shape
+    return in_buffer(tensor, (samples, channels + 5, *positions), lambda buffer: buffer[:, 3 : 3 + channels])
+
+
+def spatial_dims_swapped(tensor: Tensor) -> Tensor:
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def spatial_dims_swapped_channels_last(tensor: Tensor) -> Tensor:
+    return channels_last(tensor.transpose(-1, -2)).transpose(-1, -2)
+
+
+def samples_last(tensor: Tensor) -> Tensor:
+    return tensor.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+def lies_as(tensor: Tensor, layout: Layout) -> bool:
+    """Whether a tensor's strides are those that `layout` gives, but for dims of one element."""
+    expected = layout(torch.empty(tensor.shape, device="meta")).stride()
+    return all(
+        size == 1 or own == other for size, own, other in zip(tensor.shape, tensor.stride(), expected, strict=True)
+    )
+
+
 # --- drawn at random -----------------------------------------------------------------------------------------------
 
 few = hypothesis.settings(max_examples=30, derandomize=True, deadline=None, database=None)

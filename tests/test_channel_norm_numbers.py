@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from fused_ops import Activation
-from tests.channel_norm_cases import FUNCTIONS, PLACES, ChannelCase, channels_last, make_case, with_layout
-from tests.hard_data import HARD, constant_rows, large_mean
+from tests.channel_norm_cases import FUNCTIONS, PLACES, ChannelCase, make_case, with_layout
+from tests.hard_data import HARD, constant_rows, large_mean, outlier
+from tests.layouts import Layout, channels_last
 from tests.norm_cases import (
     DEVICE,
     DTYPES,
@@ -67,13 +68,17 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 
 
 def ordinary() -> list[Any]:
-    """Every place of the residual, activation of each kind, type and way; all of the quickest way are quick, and of the
-    others each place and each activation once in half."""
+    """Every place of the residual, activation of each kind, type and way. Quick are of the quickest way all in float32
+    and each once in half, and of the others each place and each activation once in half."""
     calls = []
     for (index, place), (offset, activation), dtype, (turn, way) in itertools.product(
         enumerate(PLACES), enumerate((None, "relu", "gelu")), DTYPES, enumerate(WAYS)
     ):
-        is_quick = way == "whole" or (dtype == HALF[turn % 2] and (index + offset + turn) % 3 == 0)
+        half = HALF[(index + offset + turn) % 2]
+        if way == "whole":
+            is_quick = dtype in (torch.float32, half) or (dtype == torch.float64 and (index + offset) % 3 == 0)
+        else:
+            is_quick = dtype == half and (index + offset + turn) % 3 == 0
         name = "-".join(map(short, (*place, activation, dtype, way.replace(" ", "-"))))
         calls.append(pytest.param(*place, activation, dtype, way, marks=[] if is_quick else pytest.mark.full, id=name))
     return calls
@@ -148,10 +153,19 @@ SHAPES = [  # shape, groups of group norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=short)
-@pytest.mark.parametrize("layout", [torch.clone, channels_last], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=short)
+@pytest.mark.parametrize(
+    ("shape", "groups", "layout"),
+    [
+        pytest.param(
+            *of, layout, id=f"{short(of[0])}-{of[1]}-{layout.__name__}", marks=pytest.mark.full if slow else []
+        )
+        for index, of in enumerate(SHAPES)
+        for layout in (torch.clone, channels_last)
+        for slow in [index % 2 == 0 and layout is channels_last]
+    ],
+)
 @functions("group_norm")
-def test_shapes(function: str, shape: tuple[int, ...], groups: int, layout: Any, dtype: torch.dtype) -> None:
+def test_shapes(function: str, shape: tuple[int, ...], groups: int, layout: Layout, dtype: torch.dtype) -> None:
     if "instance" in function and math.prod(shape[2:]) == 1:
         pytest.skip("instance norm refuses planes of one element")
     case = make_case(function, *shape, groups=groups, dtype=dtype, residual=True, activation="silu")
@@ -224,12 +238,17 @@ def with_data(case: ChannelCase, data: Callable[[Tensor], Tensor]) -> ChannelCas
     return with_layout(case, channels_last if not case.dy.is_contiguous() else torch.Tensor.contiguous)
 
 
+QUICK_DATA = [
+    (large_mean, torch.float32, "channels_last"),
+    (large_mean, torch.float32, "small pieces"),
+    (outlier, torch.float16, "joined"),
+]
 HARD_CALLS = [
     pytest.param(
         data,
         dtype,
         way,
-        marks=[] if way == "whole" or (data is large_mean and dtype == torch.float32) else pytest.mark.full,
+        marks=[] if way == "whole" or (data, dtype, way) in QUICK_DATA else pytest.mark.full,
         id=f"{data.__name__}-{short(dtype)}-{way.replace(' ', '-')}",
     )
     for data, dtype, way in itertools.product(HARD, DTYPES, WAYS)
@@ -245,7 +264,7 @@ def test_data_that_rounds_badly(function: str, data: Callable[[Tensor], Tensor],
 
 @pytest.mark.parametrize("layout", [torch.clone, channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(1, 4, 75, 80), pytest.param((1, 32, 50, 50), marks=pytest.mark.full)], ids=short)
-def test_large_mean_of_long_groups(shape: tuple[int, ...], layout: Any) -> None:
+def test_large_mean_of_long_groups(shape: tuple[int, ...], layout: Layout) -> None:
     case = make_case("group_norm", *shape, groups=2, frozen=("weight", "bias"))
     check(with_layout(with_data(case, large_mean), layout))
 
@@ -257,7 +276,7 @@ def cliff(x: Tensor) -> Tensor:
 
 @in_ways("small pieces", "channels_last in small pieces", of=("small pieces", "channels_last in small pieces"))
 def test_pieces_that_differ(way: Way) -> None:
-    check(with_data(way.case("group_norm", frozen=("weight", "bias")), cliff))
+    check(with_data(way.case("group_norm", samples=4, frozen=("weight", "bias")), cliff))
 
 
 @in_ways("whole", "channels_last")
@@ -273,13 +292,13 @@ def test_zero_weights(function: str, way: Way) -> None:
 
 @non_finite
 @in_ways("whole", "channels_last")
-@functions("group_norm", "add_instance_norm")
+@functions("group_norm")
 def test_constant_groups_without_eps_are_nan(function: str, way: Way) -> None:
     check(with_data(way.case(function, dtype=torch.float16, eps=0.0), torch.zeros_like))
 
 
 @in_ways("whole", "joined", "channels_last")
-@every_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=short)
 def test_constant_groups_are_their_bias(dtype: torch.dtype, way: Way) -> None:
     case = with_data(way.case("group_norm", dtype=dtype, samples=2), constant_rows)
     y = run_fused(case).outputs["y"]
@@ -311,7 +330,7 @@ NON_FINITE = [  # value, activation
 
 
 @non_finite
-@in_ways("whole", "joined", "channels_last")
+@in_ways("whole", "channels_last")
 @pytest.mark.parametrize(("value", "activation"), NON_FINITE)
 @pytest.mark.parametrize("operand", ["x", pytest.param("residual", marks=pytest.mark.full), "dy"])
 @functions("group_norm")
@@ -343,7 +362,7 @@ def test_non_finite_parameter(operand: str, value: float, way: Way) -> None:
 
 
 @non_finite
-@in_ways("whole", "joined", "channels_last")
+@in_ways("whole", "joined")
 @every_dtype
 def test_overflow_leaves_other_groups_alone(dtype: torch.dtype, way: Way) -> None:
     clean = way.case("group_norm", dtype=dtype, samples=2)

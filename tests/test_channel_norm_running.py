@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as TF
 
 from fused_ops import functional as F
-from tests.channel_norm_cases import channels_last
-from tests.layouts import every_other_column
+from tests.layouts import Layout, channels_last, every_other_column
 from tests.norm_cases import DEVICE, normal, same_bits
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "memory_checked")
@@ -37,7 +36,7 @@ def call(function: str, x: Tensor, residual: Tensor, *running: Tensor, **keyword
 @each_layout
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 1.0])
 @each_function
-def test_they_are_torchs_after_every_call(function: str, momentum: float, layout: Any, launches: list[str]) -> None:
+def test_they_are_torchs_after_every_call(function: str, momentum: float, layout: Layout, launches: list[str]) -> None:
     ours, torchs = statistics(), statistics()
     for seed in range(3):
         x, residual = (normal(3, 4, 5, 6, dtype=torch.float64, seed=seed + i) for i in range(2))
@@ -76,7 +75,7 @@ def test_they_are_used_and_left_alone(function: str, launches: list[str]) -> Non
 
 
 @each_layout
-def test_gradients_are_those_without_them(layout: Any) -> None:
+def test_gradients_are_those_without_them(layout: Layout) -> None:
     x, dy = layout(normal(2, 4, 5, 6)).requires_grad_(), normal(2, 4, 5, 6, seed=1)
     plain, tracked = (
         torch.autograd.grad(F.instance_norm(x, *running, activation="gelu"), x, dy)[0]

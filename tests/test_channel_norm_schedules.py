@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.channel_norm_cases import FUNCTIONS, ChannelCase, channels_last, make_case, with_layout
-from tests.layouts import every_third_row
+from tests.channel_norm_cases import FUNCTIONS, ChannelCase, make_case, with_layout
+from tests.layouts import Layout, channels_last, every_third_row
 from tests.norm_cases import assert_same_bits, check, run_fused, same_bits, short, with_exact_sums, with_fields
 from tests.tolerances import kernels_are_interpreted
 
@@ -76,7 +76,7 @@ def new_schedules() -> Iterator[list[int]]:
 
 
 @either
-def test_batch_sizes_are_of_one_kind(layout: object) -> None:
+def test_batch_sizes_are_of_one_kind(layout: Layout) -> None:
     with new_schedules() as kinds:
         for samples in (1, 2, 3, 7):
             run_fused(with_layout(make_case("group_norm", samples, 6, 5, 5, groups=3, dy=None), layout))
@@ -84,7 +84,7 @@ def test_batch_sizes_are_of_one_kind(layout: object) -> None:
 
 
 @either
-def test_long_planes_are_of_one_kind_for_each_power_of_two(layout: object) -> None:
+def test_long_planes_are_of_one_kind_for_each_power_of_two(layout: Layout) -> None:
     with new_schedules() as kinds:
         for plane in (1028, 1200, 2044):
             run_fused(with_layout(make_case("group_norm", 1, 4, plane, dy=None), layout))
@@ -112,7 +112,7 @@ def everything_forward(case: ChannelCase, samples: slice = slice(None)) -> dict[
 
 
 def assert_same_forward(case: ChannelCase, first: int, end: int | None = None) -> None:
-    """Samples from `first` to `end`, or the one, have the bits that they have in their batch, in all that is written."""
+    """Samples from `first` to `end`, or the one, have the bits that they have in their batch, in all outputs."""
     part = slice(first, first + 1 if end is None else end)
     batch, fewer = everything_forward(case), everything_forward(case, part)
     for name, tensor in fewer.items():
@@ -135,8 +135,7 @@ def assert_same_forward(case: ChannelCase, first: int, end: int | None = None) -
 )
 def test_a_sample_alone_has_the_bits_it_has_in_a_batch(function: str, activation: str | None, way: Way) -> None:
     case = way.case(function, dtype=torch.float16, samples=3, residual=True, activation=activation)
-    for sample in (0, 2):
-        assert_same_forward(case, sample)
+    assert_same_forward(case, 2)
 
 
 AS_CONFIGURED = [  # layout, shape, groups: several samples a tile, several pieces a plane, several blocks of channels
@@ -153,7 +152,7 @@ AS_CONFIGURED = [  # layout, shape, groups: several samples a tile, several piec
     ("layout", "shape", "groups"), AS_CONFIGURED, ids=lambda value: getattr(value, "__name__", short(value))
 )
 def test_a_sample_alone_has_the_bits_it_has_in_a_batch_as_configured(
-    layout: object, shape: tuple[int, ...], groups: int
+    layout: Layout, shape: tuple[int, ...], groups: int
 ) -> None:
     case = make_case("group_norm", *shape, groups=groups, dtype=torch.bfloat16, residual=True, activation="relu")
     assert_same_forward(with_layout(case, layout), 1)
@@ -167,21 +166,14 @@ def test_samples_with_gaps_between_have_the_same_bits_in_any_batch(function: str
 
 
 @every_way
-def test_the_order_of_programs_changes_no_bit(way: Way) -> None:
+def test_the_same_call_has_the_same_bits_whatever_the_order_of_programs(way: Way) -> None:
     if not kernels_are_interpreted():
         pytest.skip("a GPU orders programs as it likes")
-    case = way.case("group_norm", samples=3, residual=True, activation="relu")
+    case = way.case("group_norm", dtype=torch.float16, residual=True, activation="relu")
     in_order = run_fused(case)
-    for seed in (1, 2):
-        with watch(shuffle=seed):
-            assert_same_bits(run_fused(case), in_order)
-
-
-@every_way
-@pytest.mark.parametrize("function", ["group_norm", pytest.param("add_instance_norm", marks=pytest.mark.full)])
-def test_the_same_call_gives_the_same_bits(function: str, way: Way) -> None:
-    case = way.case(function, dtype=torch.float16, residual=True, activation="gelu")
-    assert_same_bits(run_fused(case), run_fused(case))
+    assert_same_bits(run_fused(case), in_order)
+    with watch(shuffle=1):
+        assert_same_bits(run_fused(case), in_order)
 
 
 @pytest.mark.parametrize("way", ["whole", "joined"], indirect=True)
@@ -199,7 +191,9 @@ def test_dx_of_a_whole_group_alone_has_the_bits_it_has_in_a_batch(way: Way) -> N
 PLAIN_DIVISIONS = [(4, 8, 1, 1), (8, 16, 3, 2), (1, 32, 2, 1), (16, 64, 1, 2), (2, 128, 1, 1)]
 LAST_DIVISIONS = [(8, 8, 4, 1), (8, 16, 3, 2), (16, 8, 3, 5), (8, 128, 1, 1)]
 DIVISIONS = [
-    pytest.param(layout, *division, marks=[] if index == 1 else pytest.mark.full)
+    pytest.param(
+        layout, *division, marks=[] if index == 1 else pytest.mark.full, id=short((layout.__name__, *division))
+    )
     for layout, divisions in ((torch.clone, PLAIN_DIVISIONS), (channels_last, LAST_DIVISIONS))
     for index, division in enumerate(divisions)
 ]
@@ -210,14 +204,14 @@ DIVISIONS = [
     ("function", "residual", "activation"),
     [
         ("group_norm", True, "relu"),
-        ("group_norm", True, "silu"),
         ("add_group_norm", True, "silu"),
+        pytest.param("group_norm", True, "silu", marks=pytest.mark.full),
         pytest.param("instance_norm", False, None, marks=pytest.mark.full),
     ],
 )
 def test_every_division_is_right(
     function: str, residual: bool, activation: str | None,
-    layout: object, channels: int, positions: int, steps: int, backward_steps: int,
+    layout: Layout, channels: int, positions: int, steps: int, backward_steps: int,
 ) -> None:  # fmt: skip
     case = make_case(function, 2, 12, 7, 11, groups=4, dtype=torch.float16, residual=residual, activation=activation)
     with in_pieces(channels, positions, steps, backward_steps):

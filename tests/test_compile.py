@@ -17,9 +17,10 @@ import fused_ops
 from fused_ops import Activation
 from fused_ops import functional as F
 from tests.calls import as_tuple, fused, gradients, operands, scalar
-from tests.channel_norm_cases import channels_last, with_layout
 from tests.channel_norm_cases import make_case as make_channel_case
+from tests.channel_norm_cases import with_layout
 from tests.every_norm import FUNCTIONS, small_case
+from tests.layouts import channels_last
 from tests.norm_cases import DEVICE, normal
 from tests.row_norm_cases import FUNCTIONS as ROW_FUNCTIONS
 from tests.row_norm_cases import make_case
@@ -152,7 +153,8 @@ def test_row_counts_compile_once(function, each_backend):
 
 
 @pytest.mark.parametrize("layout", [torch.clone, channels_last], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("function", ["group_norm", "add_instance_norm"])
+@pytest.mark.parametrize("function", ["group_norm", pytest.param("add_instance_norm", marks=pytest.mark.full)])
+@pytest.mark.parametrize("each_backend", ["triton", pytest.param("torch", marks=pytest.mark.full)], indirect=True)
 def test_batch_and_spatial_sizes_compile_once(function, layout, each_backend):
     compiled = None
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_map_only
 import fused_ops
 from fused_ops import Activation
 from tests.calls import as_tuple, composed, fused, gradients, operands, scalar
-from tests.channel_norm_cases import channels_last, with_layout
 from tests.channel_norm_cases import make_case as make_channel_case
+from tests.channel_norm_cases import with_layout
 from tests.every_norm import FUNCTIONS, PLACES, functions, small_case
+from tests.layouts import channels_last
 from tests.norm_cases import DEVICE, OPERANDS, Case, normal
 from tests.row_norm_cases import FUNCTIONS as ROW_FUNCTIONS
 from tests.row_norm_cases import make_case
@@ -35,7 +36,7 @@ NAMES = ("row_norm_forward", "row_norm_backward", "group_norm_forward", "group_n
 FORWARD, BACKWARD, GROUP_FORWARD, GROUP_BACKWARD = (getattr(torch.ops.fused_ops, name).default for name in NAMES)
 SAMPLES = [
     pytest.param(name, *sample, id=f"{name}-{index}", marks=[] if index % every == 0 else pytest.mark.full)
-    for name, every in zip(NAMES, (3, 3, 7, 7), strict=True)
+    for name, every in zip(NAMES, (3, 3, 11, 11), strict=True)
     for index, sample in enumerate(ops.sample_inputs(name, DEVICE))
 ]
 
@@ -124,8 +125,8 @@ def test_an_op_of_mixed_types_is_as_its_fake_says(half):
 
 
 @pytest.mark.parametrize("layout", [torch.clone, channels_last], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("activation", [None, "gelu"])
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", [None, pytest.param("gelu", marks=pytest.mark.full)])
+@pytest.mark.parametrize("half", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=str)
 def test_a_group_norm_op_of_mixed_types_is_as_its_fake_says(half, activation, layout):
     """The launchers return each gradient in its own type, and do not leave that to autograd, which would convert."""
     x, weight, bias = layout(normal(2, 4, 5, dtype=half)), normal(4, dtype=torch.float64), normal(4, dtype=half)
@@ -200,8 +201,9 @@ def channel_layouts(function: str) -> dict[str, Case]:
     return cases
 
 
+LESS_QUICK = ("group_norm", "add_instance_norm")
 LAYOUTS = [
-    pytest.param(case, id=f"{function}-{layout}")
+    pytest.param(case, id=f"{function}-{layout}", marks=pytest.mark.full if function in LESS_QUICK else [])
     for function in FUNCTIONS
     for layout, case in (layouts if function in ROW_FUNCTIONS else channel_layouts)(function).items()
 ]

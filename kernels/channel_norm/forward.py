@@ -167,9 +167,9 @@ class _Pieces:
         def launcher(kernel: Any, *constants: Any) -> Launcher:
             return Launcher(kernel, tile.num_warps, *constants, most_registers=tile.most_registers)
 
-        self.moments = launcher(channel_moments_kernel, kind.channels, length, kind.vec, kind.channels_last, *block)
-        constants = (kind.channels, kind.groups, length, kind.vec, kind.channels_last, tile.block_plane, COMBINED)
-        self.combine = Launcher(combine_moments_kernel, 4, *constants)
+        of_plane = (kind.channels, kind.groups, length, kind.vec, kind.channels_last)
+        self.moments = launcher(channel_moments_kernel, *of_plane, *block)
+        self.combine = Launcher(combine_moments_kernel, 4, *of_plane, tile.block_plane, COMBINED)
         # The total that it reads has no gaps.
         self.apply_vec = kind.dense_vec if kind.add_first else kind.vec
         self.apply = launcher(
@@ -195,7 +195,7 @@ class _Pieces:
             mean = torch.empty(samples * kind.groups, dtype=means.dtype, device=device)
             rstd = torch.empty_like(mean)
         added = residual if kind.add_first else None
-        self.moments(programs, device, (x, added), (total, means, m2s), *strides, units, pieces, steps)
+        self.moments(programs, device, (x, added), (total, means, m2s, mean), *strides, units, pieces, steps)
         self.combine(samples * kind.groups, device, (), (means, m2s, mean, rstd), units, pieces, steps, eps)
         if kind.add_first:
             x, residual, strides = total, None, (kind.channels * plane // self.apply_vec, 0)

@@ -82,18 +82,33 @@ def channel_norm_forward_kernel(
 
 @triton.jit(do_not_specialize=["x_stride", "residual_stride", "plane_units", "pieces", "steps"])
 def channel_moments_kernel(
-    X_ptr, Residual_ptr, Total_ptr, Means_ptr, M2s_ptr,
+    X_ptr, Residual_ptr, Total_ptr, Means_ptr, M2s_ptr, Mean_ptr,
     x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int64, steps: tl.int64,
-    CHANNELS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One piece of a block of planes a program: its moments into Means_ptr and M2s_ptr, both [samples, pieces,
-    CHANNELS]. Stores the total as it goes."""
+    CHANNELS]. Stores the total as it goes.
+
+    All of a group is taken as differences from its first element, which goes into Mean_ptr [samples * GROUPS]: at a
+    large mean these are small. The means of pieces would be rounded to what is no small part of a small deviation.
+    """
     COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
     plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
     sample, first_channel, piece = piece_of_planes(tl.program_id(0), pieces, CHANNELS, BLOCK_CHANNELS)
     channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
     x_base, residual_base = sample * x_stride * VEC, sample * residual_stride * VEC
+
+    GROUP_CHANNELS: tl.constexpr = CHANNELS // GROUPS
+    group = channel // GROUP_CHANNELS
+    first_base, first_col = places(group * GROUP_CHANNELS, tl.zeros([1, 1], tl.int64), plane, CHANNELS, CHANNELS_LAST)
+    in_channels = channel < CHANNELS
+    origin = load_input(
+        X_ptr, Residual_ptr, Total_ptr, x_base + first_base, residual_base + first_base, first_col,
+        in_channels[:, None], COMPUTE,
+    )  # fmt: skip
+    first_of_group = (piece == 0) & in_channels & (channel % GROUP_CHANNELS == 0)
+    tl.store(Mean_ptr + sample * GROUPS + group, tl.reshape(origin, [BLOCK_CHANNELS]), mask=first_of_group)
 
     count = tl.zeros([BLOCK_CHANNELS], COMPUTE)
     mean = tl.zeros([BLOCK_CHANNELS], COMPUTE)
@@ -106,7 +121,7 @@ def channel_moments_kernel(
         x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base + base, residual_base + base, col, mask, COMPUTE)
         store_tile(Total_ptr, x, sample * CHANNELS * plane + base, col, mask)
         tile_count = tl.minimum(plane - first, BLOCK_PLANE).to(COMPUTE)
-        tile_mean, tile_m2, _ = tile_moments(x, mask, 1.0 / tile_count, True)
+        tile_mean, tile_m2, _ = tile_moments(tl.where(mask, x - origin, 0.0), mask, 1.0 / tile_count, True)
         count, mean, m2 = merge_moments(count, mean, m2, tile_count, tile_mean, tile_m2)
     partial = (sample * pieces + piece) * CHANNELS + channel
     tl.store(Means_ptr + partial, mean, mask=channel < CHANNELS)
@@ -141,33 +156,29 @@ def combine_moments_kernel(
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_PLANE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One group of one sample a program: mean and rstd [samples * GROUPS] from the moments of its channels' pieces.
-
-    Means are taken as differences from the first: at a large mean these are small, so that their sum rounds less.
-    """
+    """One group of one sample a program: mean and rstd [samples * GROUPS] from the moments of its channels' pieces,
+    and from what they are differences from, in the place of the mean."""
     COMPUTE: tl.constexpr = Means_ptr.dtype.element_ty
     plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
     partials = pieces * (CHANNELS // GROUPS)
     piece_length = steps * BLOCK_PLANE
     inv_count = 1.0 / scalar(plane * (CHANNELS // GROUPS), COMPUTE)
-    origin_place, _first_piece = partials_of_group(tl.zeros([1], tl.int64), pieces, CHANNELS, GROUPS)
-    origin = tl.load(Means_ptr + origin_place)
 
     shifts = tl.zeros([BLOCK], COMPUTE)
     for first in tl.range(0, partials, BLOCK):
         count, mean, place = partial_means(Means_ptr, first, pieces, piece_length, plane, CHANNELS, GROUPS, BLOCK)
-        shifts += tl.where(count > 0, (mean - origin) * (count * inv_count), 0.0)
+        shifts += tl.where(count > 0, mean * (count * inv_count), 0.0)
     shift = tl.sum(shifts, axis=0, keep_dims=True)
 
     m2s = tl.zeros([BLOCK], COMPUTE)
     for first in tl.range(0, partials, BLOCK):
         count, mean, place = partial_means(Means_ptr, first, pieces, piece_length, plane, CHANNELS, GROUPS, BLOCK)
-        deviation = mean - origin - shift
+        deviation = mean - shift
         m2 = tl.load(M2s_ptr + place, mask=count > 0, other=0.0)
         m2s += m2 + tl.where(count > 0, count * (deviation * deviation), 0.0)
     variance = tl.sum(m2s, axis=0, keep_dims=True) * inv_count
     group = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    tl.store(Mean_ptr + group, origin + shift)
+    tl.store(Mean_ptr + group, tl.load(Mean_ptr + group) + shift)
     tl.store(Rstd_ptr + group, reciprocal_deviation(variance, 1.0, scalar(eps, COMPUTE)))
 
 

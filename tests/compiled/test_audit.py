@@ -19,15 +19,22 @@ FEW = (
     "add_rms_norm_8192",
     "layer_norm_65536",
 )
+CHANNELS = (
+    "sd_unet_2560_group_norm",
+    "sd_unet_320_group_norm_channels_last",
+    "bit_2048_group_norm",
+    "cyclegan_256_instance_norm_residual",
+)
 CASES = [
     *((name, "bfloat16", "sm_90") for name in FEW),
     *(("layer_norm_residual_gelu", "float32", target) for target in ("sm_80", "sm_90", "sm_100", "gfx942")),
     *(("add_rms_norm_32768", "bfloat16", target) for target in ("sm_80", "sm_100", "gfx942")),
+    *((name, "bfloat16", target) for name in CHANNELS for target in ("sm_90", "gfx942")),
 ]
 
 
 @pytest.mark.parametrize(("name", "dtype", "target"), CASES, ids=["-".join(case) for case in CASES])
-def test_row_norms_hold_their_allowances_as_compiled(name: str, dtype: str, target: str) -> None:
+def test_workloads_hold_their_allowances_as_compiled(name: str, dtype: str, target: str) -> None:
     compiled = jobs.compile_workload(name, dtype, target)
     assert [str(finding) for finding in compiled.findings] == []
     assert set(compiled.compilations.values()) == {1}
