@@ -171,6 +171,8 @@ def row_forward_config(
     if ragged or wide_residual:
         most_registers = 255 if ragged else 168
         return replace(tile, most_registers=min(most_registers, 65536 // (tile.num_warps * THREADS_PER_WARP)))
+    if itemsize == 2 and operands >= 3 and tile.num_warps == 4:
+        return replace(tile, most_registers=96)  # without, ptxas spills some bytes to fit one more of six programs
     return tile
 
 
@@ -216,8 +218,9 @@ def row_backward_config(
 def column_block_config(span: int, itemsize: int, loaded_bytes: int) -> RowConfig:
     """Block of columns that a program of the chunked backward goes down the rows with: 4 KB, or 2 KB where elements
     take more registers. loaded_bytes as in `row_backward_config`."""
-    crowded = _ragged(span, itemsize) or _mixed(itemsize, loaded_bytes)
-    return RowConfig(1, (2048 if crowded else 4096) // itemsize, num_warps=4, stages=3, most_registers=168)
+    ragged = _ragged(span, itemsize)
+    block_span = (2048 if ragged or _mixed(itemsize, loaded_bytes) else 4096) // itemsize
+    return RowConfig(1, block_span, num_warps=4, stages=3, most_registers=200 if ragged else 168)
 
 
 def resident_programs(config: RowConfig, facts: DeviceFacts) -> int:
@@ -236,10 +239,10 @@ def column_stripes(rows: int, blocks: int, config: RowConfig, facts: DeviceFacts
 MOST_CHUNKS = 256
 
 
-def _chunks(span: int, itemsize: int, num_warps: int) -> ChunkConfig:
+def _chunks(span: int, itemsize: int, num_warps: int, most_registers: int = 128, least_steps: int = 1) -> ChunkConfig:
     block_span = num_warps * THREADS_PER_WARP * 32 // itemsize  # 32 bytes a thread: 64 spill
-    steps = cdiv(span, block_span * MOST_CHUNKS)
-    most_registers = min(128, 65536 // (num_warps * THREADS_PER_WARP))
+    steps = max(least_steps, cdiv(span, block_span * MOST_CHUNKS))
+    most_registers = min(most_registers, 65536 // (num_warps * THREADS_PER_WARP))
     return ChunkConfig(block_span, steps, cdiv(span, block_span * steps), num_warps, most_registers)
 
 
@@ -264,8 +267,8 @@ def walk_stages(config: ChunkConfig, loaded_itemsize: int, shared_bytes: int) ->
 
 
 def backward_chunk_config(span: int, itemsize: int) -> ChunkConfig:
-    """Chunks of a row that is too long for the backward to hold: 8 KB, several programs a multiprocessor."""
-    return _chunks(span, itemsize, num_warps=8)
+    """Chunks of a row that is too long for the backward to hold: 8 KB in two steps, several programs at once."""
+    return _chunks(span, itemsize, num_warps=4, most_registers=168, least_steps=2)
 
 
 def walks_rows(rows: int, span: int, itemsize: int, loaded_itemsize: int, facts: DeviceFacts) -> bool:

@@ -32,6 +32,7 @@ WAYS = tuple(SHAPES)
 # Of few elements and few statistics the largest error would be chance, and torch's no measure of ours, but where the
 # type's own rounding is far larger than any other error. More samples take more programs, and an interpreter long.
 SAMPLES = {torch.float32: 10, torch.float64: 4, torch.float16: 2, torch.bfloat16: 2}
+SAMPLES_IN_PIECES = {**SAMPLES, torch.float32: 5}
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Way:
 
     def shape(self, function: str, dtype: torch.dtype = torch.float32, samples: int | None = None) -> tuple[int, ...]:
         channels, positions, groups = SHAPES[self.name]
-        return (samples or SAMPLES[dtype], groups * (channels if "group" in function else 1), *positions)
+        enough = SAMPLES if self.name in ("whole", "joined") else SAMPLES_IN_PIECES
+        return (samples or enough[dtype], groups * (channels if "group" in function else 1), *positions)
 
     def case(
         self, function: str, *, dtype: torch.dtype = torch.float32, samples: int | None = None, **fields: Any

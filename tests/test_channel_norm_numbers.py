@@ -252,9 +252,13 @@ HARD_CALLS = [
         id=f"{data.__name__}-{short(dtype)}-{way.replace(' ', '-')}",
     )
     for data, dtype, way in itertools.product(HARD, DTYPES, WAYS)
+    # One element of a group decides its result, and chance how well that rounds: few groups measure nothing but that,
+    # in float64 the rounding of the reference.
+    if data is not outlier or dtype in HALF or way == "whole"
 ]
 
 
+@non_finite  # lanes that pad a tile overflow half
 @pytest.mark.parametrize(("data", "dtype", "way"), HARD_CALLS, indirect=["way"])
 @functions("group_norm")
 def test_data_that_rounds_badly(function: str, data: Callable[[Tensor], Tensor], dtype: torch.dtype, way: Way) -> None:
@@ -358,7 +362,10 @@ def test_non_finite_parameter(operand: str, value: float, way: Way) -> None:
     case = way.case("group_norm", dtype=torch.float16)
     tensor = getattr(case, operand).clone()
     tensor[3] = value
-    check(with_fields(case, **{operand: tensor}))
+    case = with_fields(case, **{operand: tensor})
+    if value == math.inf:  # the order of its sums tells whether a gradient is infinite or NaN
+        case = with_fields(case, dy=None)
+    check(case)
 
 
 @non_finite

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.hard_data import large_mean
 from tests.norm_cases import Case, assert_same_bits, check, normal, run_fused, same_bits, short, with_fields
 from tests.row_norm_cases import FUNCTIONS, make_case
 from tests.tolerances import kernels_are_interpreted
@@ -250,10 +251,6 @@ def test_a_row_cut_from_a_wider_tensor_alone_has_the_bits_it_has_in_a_batch() ->
 def cliff(x: Tensor) -> Tensor:
     """Chunks whose means are far apart, so that the merge adds what no chunk saw."""
     return x + 100.0 * (torch.arange(x.shape[-1], device=x.device) // 256 % 3)
-
-
-def large_mean(x: Tensor) -> Tensor:
-    return (1e4 + 1e-2 * x.double()).to(x.dtype)
 
 
 def constant(x: Tensor) -> Tensor:

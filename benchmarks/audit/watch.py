@@ -203,7 +203,7 @@ class _Watcher:
         assert self.launch is not None
         addresses = pointers.data.reshape(-1)
         # A mask may hold integers: what the interpreter makes of a scalar and a vector.
-        lanes = None if mask is None else np.broadcast_to(mask.data.astype(bool), pointers.data.shape).reshape(-1)
+        lanes = None if mask is None else np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape).reshape(-1)
         if lanes is not None and lanes.all():
             lanes = None
         wanted = addresses if lanes is None else addresses[lanes]
