@@ -172,7 +172,7 @@ def row_forward_config(
         most_registers = 255 if ragged else 168
         return replace(tile, most_registers=min(most_registers, 65536 // (tile.num_warps * THREADS_PER_WARP)))
     if itemsize == 2 and operands >= 3 and tile.num_warps == 4:
-        return replace(tile, most_registers=96)  # without, ptxas spills some bytes to fit one more of six programs
+        return replace(tile, most_registers=112)  # without, ptxas spills some bytes to fit one more of six programs
     return tile
 
 
@@ -185,7 +185,8 @@ def row_backward_config(
     weight, bias, the sums for dweight and dbias, and the bit mask. A bias is kept only to compute z again. loaded_bytes
     are those of an element of every tensor of x's size that it reads, shared_bytes what a program may have.
     """
-    crowded = operands >= 4
+    # Without parameters a residual is read only where z is computed again.
+    crowded = operands >= 4 or (operands == 0 and itemsize == 2 and loaded_bytes > 2 * itemsize)
     longest = {2: 4096 if crowded else 8192, 4: 4096 if crowded else 8192, 8: 1024}[itemsize]
     if _ragged(span, itemsize):
         longest = min(longest, 2048)

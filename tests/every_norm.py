@@ -29,13 +29,12 @@ def add_functions(*quick: str) -> pytest.MarkDecorator:
     return functions(*quick, of=tuple(function for function in FUNCTIONS if function.startswith("add_")))
 
 
-def small_case(function: str, *sizes: int, **fields: Any) -> Case:
-    """A case of x [samples, 5], or [samples, 4, 3] in two groups; group norm's lies channels_last.
+def small_case(function: str, samples: int = 2, length: int | None = None, **fields: Any) -> Case:
+    """A case of x [samples, 5], or [samples, 4, 3] in two groups, or so many elements instead of 5 or 3.
 
-    `sizes` are the samples, 2 if not given, and the span or the positions where these are not to be 5 or 3.
+    Group norm's lies channels_last, so that both layouts are met.
     """
-    samples, length = (*sizes, *(2, None)[len(sizes) :])
     if function in row_norm_cases.FUNCTIONS:
-        return row_norm_cases.make_case(function, samples, 5 if length is None else length, **fields)
-    case = channel_norm_cases.make_case(function, samples, 4, 3 if length is None else length, groups=2, **fields)
+        return row_norm_cases.make_case(function, samples, length or 5, **fields)
+    case = channel_norm_cases.make_case(function, samples, 4, length or 3, groups=2, **fields)
     return with_layout(case, channels_last) if "group" in function else case

@@ -43,12 +43,11 @@ def kept_case(function: str, residual: bool, activation: str | None) -> Case:
 
 EVERY_CASE = [
     pytest.param(
-        kept_case(function, residual, activation),
-        id=f"{function}-{'residual' if residual else 'alone'}-{activation}",
-        marks=[] if function in ROW_FUNCTIONS or place in QUICK_CHANNEL_NORMS else pytest.mark.full,
+        kept_case(*place, activation),
+        id=f"{place[0]}-{'residual' if place[1] else 'alone'}-{activation}",
+        marks=[] if place[0] in ROW_FUNCTIONS or (*place, activation) in QUICK_CHANNEL_NORMS else pytest.mark.full,
     )
-    for place in [(*place, activation) for place, activation in itertools.product(PLACES, EACH_KIND)]
-    for function, residual, activation in [place]
+    for place, activation in itertools.product(PLACES, EACH_KIND)
 ]
 every_case = pytest.mark.parametrize("case", EVERY_CASE)
 
