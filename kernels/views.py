@@ -73,7 +73,10 @@ def lies_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether the channels of a position are neighbours; so are those of a plane of one element."""
     if math.prod(shape[2:]) == 1:
         return True
-    return _sample_stride(shape, strides, False) is None and _sample_stride(shape, strides, True) is not None
+    if _sample_stride(shape, strides, False) is not None:
+        return False
+    # A slice of channels, or of positions, of such a tensor lies so, too: what is made of it keeps the layout.
+    return _sample_stride(shape, strides, True) is not None or strides[1] == 1
 
 
 def sample_view(tensor: torch.Tensor, channels_last: bool) -> tuple[torch.Tensor, int]:

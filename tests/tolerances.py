@@ -40,8 +40,15 @@ def kernels_are_interpreted() -> bool:
     return fused_ops.backend.interpreted()
 
 
-def allowed_error(eager: Tensor, expected: np.ndarray | Tensor, dtype: torch.dtype, terms: int = 1) -> float:
-    """The budget of one output: `eager` is torch's result for it, `terms` the length of a sum over rows (else 1)."""
+def allowed_error(
+    eager: Tensor,
+    expected: np.ndarray | Tensor,
+    dtype: torch.dtype,
+    terms: int = 1,
+    stored: torch.dtype | None = None,
+) -> float:
+    """The budget of one output: `eager` is torch's result for it, `terms` the length of a sum over rows (else 1),
+    `stored` the type of what was summed, where that was stored before."""
     want = torch.as_tensor(expected).double()
     finite = want[want.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
@@ -50,17 +57,22 @@ def allowed_error(eager: Tensor, expected: np.ndarray | Tensor, dtype: torch.dty
         budget += 2 * rounding(dtype) * largest
     if terms > 1:
         budget += 2 * rounding(torch.float64 if dtype == torch.float64 else torch.float32) * terms**0.5 * largest
-    if dtype == torch.bfloat16 and kernels_are_interpreted():
+    if torch.bfloat16 in (dtype, stored) and kernels_are_interpreted():
         budget *= INTERPRETED_BFLOAT16
     return budget
 
 
 def assert_within_budget(
-    name: str, actual: Tensor, eager: Tensor, expected: np.ndarray | Tensor, terms: int = 1
+    name: str,
+    actual: Tensor,
+    eager: Tensor,
+    expected: np.ndarray | Tensor,
+    terms: int = 1,
+    stored: torch.dtype | None = None,
 ) -> None:
     """Fails with both figures where `actual` is further from the float64 reference than its budget allows."""
     error = largest_error(actual, expected)
-    allowed = allowed_error(eager, expected, actual.dtype, terms)
+    allowed = allowed_error(eager, expected, actual.dtype, terms, stored)
     assert error <= allowed, (
         f"{name} ({actual.dtype}): error {error:.3e} against float64, allowed {allowed:.3e}; "
         f"torch eager's own is {largest_error(eager, expected):.3e}"

@@ -46,7 +46,7 @@ HELD_BACKWARD_CROWDED = {2: 4096, 4: 4096, 8: 1024}
 HELD_GROUP_FORWARD = {2: 16384, 4: 8192, 8: 2048}
 HELD_GROUP_BACKWARD = {2: 8192, 4: 8192, 8: 1024}
 # Of the activations' bytes, what partial results of shared groups may add.
-PARTIAL_SHARE = 0.03
+PARTIAL_SHARE = 0.04
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ SIZES: dict[str, Size] = {
     **dict.fromkeys(("Weight", "Bias", "DWeight", "DBias"), "parameter"),
     **dict.fromkeys(("PartialDWeight", "PartialDBias"), "partial"),
     **dict.fromkeys(("Mean", "Rstd", "Means", "M2s", "GSums", "GXHatSums"), "statistics"),
-    **dict.fromkeys(("DZSums", "DZXHatSums", "MeanG", "MeanGXHat"), "statistics"),
+    **dict.fromkeys(("Origins", "DZSums", "DZXHatSums", "MeanG", "MeanGXHat"), "statistics"),
 }
 
 

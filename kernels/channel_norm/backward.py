@@ -14,7 +14,7 @@ from ..column_sum import column_sum
 from ..launch import cdiv, device_facts
 from ..launcher import Launcher, Tensors
 from ..problem import Gradients, GroupNorm, Tensor, Wanted, compute_dtype, parameter_zeros
-from ..views import columns, empty_samples, sample_view, vector_length
+from ..views import columns, empty_samples, sample_view
 from .backward_kernels import (
     channel_gradient_apply_kernel,
     channel_gradient_sums_kernel,
@@ -26,10 +26,12 @@ from .config import (
     PlaneKind,
     backward_steps,
     group_backward_tile,
+    group_planes,
     longest_of,
     piece_tile,
     plane_kind,
     plane_units,
+    widest_access,
 )
 from .forward import COMBINED
 
@@ -74,13 +76,11 @@ def group_norm_backward(
     for index, tensor in enumerate(activations):
         if tensor is not None:
             activations[index], strides[index] = sample_view(tensor, channels_last)
-    run = channels if channels_last else plane
-    vec = vector_length(dy.element_size(), run, *strides)
+    vec = widest_access(dy.element_size(), channels, plane, channels_last, *strides)
     # What was saved may come back in another layout, from whoever packed it.
     given = (*activations, columns(bits), columns(weight), bias_read, columns(mean), columns(rstd))
     dtypes = [None if tensor is None else tensor.dtype for tensor in (*given, bias)]  # bias: read or not, dbias's type
-    dense = all(t is None or s == channels * plane for t, s in zip(activations, strides, strict=True))
-    kind = (channels, groups, plane_kind(plane), channels_last, dense, vec, add_first, activation, wanted)
+    kind = (channels, groups, plane_kind(plane), channels_last, vec, add_first, activation, wanted)
     schedule = _schedule(*kind, *dtypes)
     units = [stride // vec for stride in strides]
     return Gradients(dx, dresidual, *schedule(samples, plane, given, (dx, dresidual), units, (alpha, beta)))
@@ -103,7 +103,6 @@ class _Kind(NamedTuple):
     groups: int
     plane: PlaneKind
     channels_last: bool
-    dense: bool
     vec: int
     add_first: bool
     activation: str | None
@@ -122,8 +121,7 @@ class _Kind(NamedTuple):
     @property
     def group_planes(self) -> GroupPlanes:
         """The groups, as their tile depends on them."""
-        short = self.plane[0] is not None and self.vec * self.dy.itemsize < 16
-        return GroupPlanes(self.groups, self.channels // self.groups, longest_of(self.plane), self.dense and short)
+        return group_planes(self.channels, self.groups, self.plane, self.dy.itemsize)
 
     @property
     def needs_dx(self) -> bool:

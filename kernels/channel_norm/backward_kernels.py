@@ -65,8 +65,12 @@ def channel_norm_backward_kernel(
     if RUN > 0:
         SLOTS: tl.constexpr = triton.next_power_of_2(RUN)
         col, slot = places_in_run(PLANE, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_PLANES, BLOCK_PLANE, SLOTS)
-        first = tl.program_id(0).to(tl.int64) * RUN
-        base, dy_base, dtotal_base, x_base, residual_base = first, first, first, first, first
+        RUNS: tl.constexpr = GROUPS // BLOCK_GROUPS  # of a sample
+        run_sample = tl.program_id(0).to(tl.int64) // RUNS
+        run = (tl.program_id(0) % RUNS).to(tl.int64) * RUN
+        base = run_sample * (CHANNELS * PLANE) + run
+        dy_base, dtotal_base = run_sample * dy_stride * VEC + run, run_sample * dtotal_stride * VEC + run
+        x_base, residual_base = run_sample * x_stride * VEC + run, run_sample * residual_stride * VEC + run
     mean = load_of_channels(Mean_ptr, group, in_planes, COMPUTE, AXIS)
     rstd = load_of_channels(Rstd_ptr, group, in_planes, COMPUTE, AXIS)
     weight = load_of_channels(Weight_ptr, channel, in_planes, COMPUTE, AXIS)
@@ -136,6 +140,8 @@ def channel_gradient_sums_kernel(
             sample * x_stride * VEC + base, sample * residual_stride * VEC + base, col, mask, alpha, beta,
             SLOPE, PASSES, COMPUTE,
         )  # fmt: skip
+        if DResidual_ptr is not None:  # dx will be that of dz as it is rounded there, and so are its means
+            dz = dz.to(DResidual_ptr.dtype.element_ty).to(COMPUTE)
         sums_dz += dz
         if DZXHatSums_ptr is not None:
             sums_dz_x_hat += dz * x_hat

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import triton
 
 from ..launch import THREADS_PER_WARP, DeviceFacts, cdiv
+from ..views import vector_length
 
 # Planes below this many elements compile for their length; longer ones take it at run time, and compile once for each
 # power of two up to a tile. A run-time length costs a mask and an addition a tile, which short planes would notice.
@@ -70,14 +71,27 @@ def _padded(length: int) -> int:
 
 
 class GroupPlanes(NamedTuple):
-    """The groups of a sample: how many, and the planes of each.
-
-    joinable: samples follow one another without gaps, and the start of a plane allows no 16-byte access."""
+    """The groups of a sample: how many, and the planes of each; joinable: these are short, and begin between 16-byte
+    boundaries."""
 
     groups: int
     channels: int
     plane: int
     joinable: bool
+
+
+def group_planes(channels: int, groups: int, kind: PlaneKind, itemsize: int) -> GroupPlanes:
+    """The groups of a sample whose planes lie one after the other."""
+    plane = longest_of(kind)
+    return GroupPlanes(groups, channels // groups, plane, kind[0] is not None and plane * itemsize % 16 != 0)
+
+
+def widest_access(itemsize: int, channels: int, plane: int, channels_last: bool, *strides: int) -> int:
+    """Elements of the widest access, 16 bytes at most, that run-time numbers of the kernels allow: the strides of
+    samples, and the length of a plane where that is one."""
+    if channels_last:
+        return vector_length(itemsize, channels, *strides)
+    return vector_length(itemsize, *strides) if plane < SHORT_PLANE else vector_length(itemsize, plane, *strides)
 
 
 def _group_tile(of: GroupPlanes, itemsize: int, elements_per_thread: int, longest: int) -> GroupTile | None:

@@ -13,16 +13,18 @@ from ..activations import ACTIVATIONS
 from ..launch import cdiv
 from ..launcher import Launcher, Tensors
 from ..problem import Forward, GroupNorm, Tensor, compute_dtype
-from ..views import columns, empty_samples, sample_view, vector_length
+from ..views import columns, empty_samples, sample_view
 from .config import (
     GroupPlanes,
     PlaneKind,
     forward_steps,
     group_forward_tile,
+    group_planes,
     longest_of,
     piece_tile,
     plane_kind,
     plane_units,
+    widest_access,
 )
 from .forward_kernels import (
     channel_apply_kernel,
@@ -61,10 +63,10 @@ def group_norm_forward(
     residual, residual_stride = (None, 0) if residual is None else sample_view(residual, channels_last)
     given = (x, residual, columns(weight), columns(bias))
     dtypes = [None if tensor is None else tensor.dtype for tensor in given]
-    run = channels if channels_last else plane
-    vec = vector_length(x.element_size(), run, x_stride, residual_stride)
-    dense = all(t is None or s == channels * plane for t, s in ((x, x_stride), (residual, residual_stride)))
-    kind = (channels, groups, plane_kind(plane), channels_last, dense, vec, vector_length(x.element_size(), run))
+    itemsize = x.element_size()
+    vec = widest_access(itemsize, channels, plane, channels_last, x_stride, residual_stride)
+    dense_vec = widest_access(itemsize, channels, plane, channels_last, channels * plane)
+    kind = (channels, groups, plane_kind(plane), channels_last, vec, dense_vec)
     schedule = _schedule(*kind, add_first, activation, save_bits, save_statistics, *dtypes)
     schedule(samples, plane, given, out, (x_stride // vec, residual_stride // vec), (eps, alpha, beta))
     return out
@@ -93,14 +95,13 @@ def allocate(x: Tensor, residual: Tensor | None, norm: GroupNorm, save_statistic
 class _Kind(NamedTuple):
     """What the calls that one schedule serves have in common; the last four are types, None without the tensor.
 
-    dense: samples follow one another without gaps; dense_vec: elements of the widest access where they do.
+    dense_vec: elements of the widest access where samples follow one another without gaps.
     """
 
     channels: int
     groups: int
     plane: PlaneKind
     channels_last: bool
-    dense: bool
     vec: int
     dense_vec: int
     add_first: bool
@@ -115,8 +116,7 @@ class _Kind(NamedTuple):
     @property
     def group_planes(self) -> GroupPlanes:
         """The groups, as their tile depends on them."""
-        short = self.plane[0] is not None and self.dense_vec * self.x.itemsize < 16
-        return GroupPlanes(self.groups, self.channels // self.groups, longest_of(self.plane), self.dense and short)
+        return group_planes(self.channels, self.groups, self.plane, self.x.itemsize)
 
     @property
     def functions(self) -> tuple[Any, Any]:
@@ -168,7 +168,7 @@ class _Pieces:
             return Launcher(kernel, tile.num_warps, *constants, most_registers=tile.most_registers)
 
         of_plane = (kind.channels, kind.groups, length, kind.vec, kind.channels_last)
-        self.moments = launcher(channel_moments_kernel, *of_plane, *block)
+        self.moments = launcher(channel_moments_kernel, kind.channels, length, kind.vec, kind.channels_last, *block)
         self.combine = Launcher(combine_moments_kernel, 4, *of_plane, tile.block_plane, COMBINED)
         # The total that it reads has no gaps.
         self.apply_vec = kind.dense_vec if kind.add_first else kind.vec
@@ -190,13 +190,14 @@ class _Pieces:
         units = plane_units(plane, kind.vec, kind.channels_last)
         programs = samples * self.blocks * pieces
         means = torch.empty((samples, pieces, kind.channels), dtype=compute_dtype(y.dtype), device=device)
-        m2s = torch.empty_like(means)
+        origins, m2s = torch.empty_like(means), torch.empty_like(means)
         if mean is None:
             mean = torch.empty(samples * kind.groups, dtype=means.dtype, device=device)
             rstd = torch.empty_like(mean)
         added = residual if kind.add_first else None
-        self.moments(programs, device, (x, added), (total, means, m2s, mean), *strides, units, pieces, steps)
-        self.combine(samples * kind.groups, device, (), (means, m2s, mean, rstd), units, pieces, steps, eps)
+        moments = (origins, means, m2s)
+        self.moments(programs, device, (x, added), (total, *moments), *strides, units, pieces, steps)
+        self.combine(samples * kind.groups, device, (), (*moments, mean, rstd), units, pieces, steps, eps)
         if kind.add_first:
             x, residual, strides = total, None, (kind.channels * plane // self.apply_vec, 0)
             units = plane_units(plane, self.apply_vec, kind.channels_last)

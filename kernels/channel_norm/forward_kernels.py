@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..epilogue import activate, pre_activation, store_bits
-from ..moments import merge_moments, reciprocal_deviation, tile_moments
+from ..moments import corrected_moments, merge_moments, reciprocal_deviation, tile_moments
 from ..tiles import load_added_residual, load_input, load_tile, scalar, store_tile
 from .planes import (
     load_of_channels,
@@ -35,7 +35,7 @@ def channel_norm_forward_kernel(
     RUN: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_GROUPS whole groups a program, each padded to BLOCK_PLANES planes. Strides and plane_units are in units of
-    VEC elements; PLANE is None where a plane's length is known at run time alone. With a RUN, samples have no gaps."""
+    VEC elements; PLANE is None where a plane's length is known at run time alone. With a RUN, see `kernels.tiles`."""
     COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
     GROUP_CHANNELS: tl.constexpr = CHANNELS // GROUPS
     plane = plane_length(plane_units, PLANE, VEC, False)
@@ -55,8 +55,11 @@ def channel_norm_forward_kernel(
     if RUN > 0:
         SLOTS: tl.constexpr = triton.next_power_of_2(RUN)
         col, slot = places_in_run(PLANE, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_PLANES, BLOCK_PLANE, SLOTS)
-        first = tl.program_id(0).to(tl.int64) * RUN
-        x_base, residual_base, y_base = first, first, first
+        RUNS: tl.constexpr = GROUPS // BLOCK_GROUPS  # of a sample
+        run_sample = tl.program_id(0).to(tl.int64) // RUNS
+        run = (tl.program_id(0) % RUNS).to(tl.int64) * RUN
+        y_base = run_sample * (CHANNELS * PLANE) + run
+        x_base, residual_base = run_sample * x_stride * VEC + run, run_sample * residual_stride * VEC + run
     x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, mask, COMPUTE, slot, RUN)
     store_tile(Total_ptr, x, y_base, col, mask, slot, RUN)
     # Everything that will be needed is asked for before the reduction waits for x.
@@ -82,50 +85,44 @@ def channel_norm_forward_kernel(
 
 @triton.jit(do_not_specialize=["x_stride", "residual_stride", "plane_units", "pieces", "steps"])
 def channel_moments_kernel(
-    X_ptr, Residual_ptr, Total_ptr, Means_ptr, M2s_ptr, Mean_ptr,
+    X_ptr, Residual_ptr, Total_ptr, Origins_ptr, Means_ptr, M2s_ptr,
     x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int64, steps: tl.int64,
-    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    CHANNELS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One piece of a block of planes a program: its moments into Means_ptr and M2s_ptr, both [samples, pieces,
-    CHANNELS]. Stores the total as it goes.
+    """One piece of a block of planes a program: its moments, each [samples, pieces, CHANNELS]. Stores the total as it
+    goes.
 
-    All of a group is taken as differences from its first element, which goes into Mean_ptr [samples * GROUPS]: at a
-    large mean these are small. The means of pieces would be rounded to what is no small part of a small deviation.
+    The mean is in two parts, Origins_ptr and the difference from it, Means_ptr: as one number it would be rounded to
+    what is no small part of a small deviation.
     """
     COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
     plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
     sample, first_channel, piece = piece_of_planes(tl.program_id(0), pieces, CHANNELS, BLOCK_CHANNELS)
     channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
+    in_channels = channel < CHANNELS
     x_base, residual_base = sample * x_stride * VEC, sample * residual_stride * VEC
 
-    GROUP_CHANNELS: tl.constexpr = CHANNELS // GROUPS
-    group = channel // GROUP_CHANNELS
-    first_base, first_col = places(group * GROUP_CHANNELS, tl.zeros([1, 1], tl.int64), plane, CHANNELS, CHANNELS_LAST)
-    in_channels = channel < CHANNELS
-    origin = load_input(
-        X_ptr, Residual_ptr, Total_ptr, x_base + first_base, residual_base + first_base, first_col,
-        in_channels[:, None], COMPUTE,
-    )  # fmt: skip
-    first_of_group = (piece == 0) & in_channels & (channel % GROUP_CHANNELS == 0)
-    tl.store(Mean_ptr + sample * GROUPS + group, tl.reshape(origin, [BLOCK_CHANNELS]), mask=first_of_group)
-
+    origin = tl.zeros([BLOCK_CHANNELS], COMPUTE)
     count = tl.zeros([BLOCK_CHANNELS], COMPUTE)
     mean = tl.zeros([BLOCK_CHANNELS], COMPUTE)
     m2 = tl.zeros([BLOCK_CHANNELS], COMPUTE)
     for step in tl.range(steps_of(piece, plane, steps, BLOCK_PLANE, STAGES), num_stages=STAGES):
         first = (piece * steps + step) * BLOCK_PLANE
         position = first + tl.arange(0, BLOCK_PLANE)[None, :]
-        mask = (channel < CHANNELS)[:, None] & (position < plane)
+        mask = in_channels[:, None] & (position < plane)
         base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)
         x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base + base, residual_base + base, col, mask, COMPUTE)
         store_tile(Total_ptr, x, sample * CHANNELS * plane + base, col, mask)
         tile_count = tl.minimum(plane - first, BLOCK_PLANE).to(COMPUTE)
-        tile_mean, tile_m2, _ = tile_moments(tl.where(mask, x - origin, 0.0), mask, 1.0 / tile_count, True)
+        rough_mean, correction, tile_m2, _ = corrected_moments(x, mask, 1.0 / tile_count, 1, 1)
+        origin = tl.where(step == 0, rough_mean, origin)
+        tile_mean = rough_mean - origin + correction
         count, mean, m2 = merge_moments(count, mean, m2, tile_count, tile_mean, tile_m2)
     partial = (sample * pieces + piece) * CHANNELS + channel
-    tl.store(Means_ptr + partial, mean, mask=channel < CHANNELS)
-    tl.store(M2s_ptr + partial, m2, mask=channel < CHANNELS)
+    tl.store(Origins_ptr + partial, origin, mask=in_channels)
+    tl.store(Means_ptr + partial, mean, mask=in_channels)
+    tl.store(M2s_ptr + partial, m2, mask=in_channels)
 
 
 @triton.jit
@@ -141,44 +138,65 @@ def partials_of_group(index, pieces, CHANNELS: tl.constexpr, GROUPS: tl.constexp
 
 @triton.jit
 def partial_means(
-    Means_ptr, first, pieces, piece_length, plane, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr
+    Origins_ptr, Means_ptr, origin, first, pieces, piece_length, plane,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(count, mean, place) of BLOCK pieces of this program's group; the count is 0 behind the last."""
+    """(count, mean, place) of BLOCK pieces of this program's group, means as differences from `origin`; the count is 0
+    behind the last."""
     place, piece = partials_of_group(scalar(first, tl.int64) + tl.arange(0, BLOCK), pieces, CHANNELS, GROUPS)
-    count = tl.where(piece < pieces, tl.minimum(plane - piece * piece_length, piece_length), 0)
-    mean = tl.load(Means_ptr + place, mask=piece < pieces, other=0.0)
+    exists = piece < pieces
+    count = tl.where(exists, tl.minimum(plane - piece * piece_length, piece_length), 0)
+    mean = tl.load(Origins_ptr + place, mask=exists, other=0.0) - origin
+    mean += tl.load(Means_ptr + place, mask=exists, other=0.0)
     return count.to(Means_ptr.dtype.element_ty), mean, place
+
+
+@triton.jit
+def mean_of_group(
+    Origins_ptr, Means_ptr, origin, pieces, piece_length, plane, inv_count,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The mean [1] of this program's group, as a difference from `origin`."""
+    shares = tl.zeros([BLOCK], Means_ptr.dtype.element_ty)
+    for first in tl.range(0, pieces * (CHANNELS // GROUPS), BLOCK):
+        count, mean, _ = partial_means(
+            Origins_ptr, Means_ptr, origin, first, pieces, piece_length, plane, CHANNELS, GROUPS, BLOCK
+        )
+        shares += tl.where(count > 0, mean * (count * inv_count), 0.0)
+    return tl.sum(shares, axis=0, keep_dims=True)
 
 
 @triton.jit(do_not_specialize=["plane_units", "pieces", "steps"])
 def combine_moments_kernel(
-    Means_ptr, M2s_ptr, Mean_ptr, Rstd_ptr, plane_units: tl.int64, pieces: tl.int64, steps: tl.int64, eps: tl.float64,
+    Origins_ptr, Means_ptr, M2s_ptr, Mean_ptr, Rstd_ptr,
+    plane_units: tl.int64, pieces: tl.int64, steps: tl.int64, eps: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_PLANE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One group of one sample a program: mean and rstd [samples * GROUPS] from the moments of its channels' pieces,
-    and from what they are differences from, in the place of the mean."""
+    """One group of one sample a program: mean and rstd [samples * GROUPS] from the moments of its channels' pieces.
+
+    As in a tile, a rough mean comes first, and everything else as differences from it.
+    """
     COMPUTE: tl.constexpr = Means_ptr.dtype.element_ty
     plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
-    partials = pieces * (CHANNELS // GROUPS)
-    piece_length = steps * BLOCK_PLANE
+    length = steps * BLOCK_PLANE
     inv_count = 1.0 / scalar(plane * (CHANNELS // GROUPS), COMPUTE)
-
-    shifts = tl.zeros([BLOCK], COMPUTE)
-    for first in tl.range(0, partials, BLOCK):
-        count, mean, place = partial_means(Means_ptr, first, pieces, piece_length, plane, CHANNELS, GROUPS, BLOCK)
-        shifts += tl.where(count > 0, mean * (count * inv_count), 0.0)
-    shift = tl.sum(shifts, axis=0, keep_dims=True)
+    origin = mean_of_group(
+        Origins_ptr, Means_ptr, tl.zeros([1], COMPUTE), pieces, length, plane, inv_count, CHANNELS, GROUPS, BLOCK
+    )
+    shift = mean_of_group(Origins_ptr, Means_ptr, origin, pieces, length, plane, inv_count, CHANNELS, GROUPS, BLOCK)
 
     m2s = tl.zeros([BLOCK], COMPUTE)
-    for first in tl.range(0, partials, BLOCK):
-        count, mean, place = partial_means(Means_ptr, first, pieces, piece_length, plane, CHANNELS, GROUPS, BLOCK)
+    for first in tl.range(0, pieces * (CHANNELS // GROUPS), BLOCK):
+        count, mean, place = partial_means(
+            Origins_ptr, Means_ptr, origin, first, pieces, length, plane, CHANNELS, GROUPS, BLOCK
+        )
         deviation = mean - shift
         m2 = tl.load(M2s_ptr + place, mask=count > 0, other=0.0)
         m2s += m2 + tl.where(count > 0, count * (deviation * deviation), 0.0)
     variance = tl.sum(m2s, axis=0, keep_dims=True) * inv_count
     group = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    tl.store(Mean_ptr + group, tl.load(Mean_ptr + group) + shift)
+    tl.store(Mean_ptr + group, origin + shift)
     tl.store(Rstd_ptr + group, reciprocal_deviation(variance, 1.0, scalar(eps, COMPUTE)))
 
 

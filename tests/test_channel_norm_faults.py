@@ -1,0 +1,57 @@
+"""Faults that a reading of the channel family found, each by what it did."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as TF
+
+from fused_ops import functional as F
+from tests.norm_cases import DEVICE, normal
+
+pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels")
+
+pytestmark = pytest.mark.usefixtures("triton_backend", "memory_checked")
+
+Tensor = torch.Tensor
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("outlier", [1e4, 3e4])
+def test_an_outlier_in_a_corner_costs_the_others_nothing(outlier: float, channels_last: bool) -> None:
+    """As it did where everything was taken as a difference from the first element of a group."""
+    x = normal(1, 32, 64, 64)
+    x[0, 0, 0, 0] = outlier
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    y = F.group_norm(x, 1, activation="tanh")
+    expected = torch.tanh(TF.group_norm(x.double(), 1))
+    assert (y - expected).abs().max() <= 4 * torch.finfo(torch.float32).eps / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dx_is_that_of_the_dz_it_is_made_of(dtype: torch.dtype) -> None:
+    """Groups of two values have next to no dx, whatever dz is: as long as its means are those of the same dz."""
+    sign = normal(4, 8, 1, 1).sign()
+    x = torch.cat([sign, -sign], 3).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    weight, residual, dy = normal(8, dtype=dtype), normal(4, 8, 1, 2, dtype=dtype, seed=1), normal(4, 8, 1, 2, seed=2)
+    y = F.group_norm(x, 8, weight, residual=residual.requires_grad_(), activation="silu")
+    (dx,) = torch.autograd.grad(y, x, dy.to(dtype))
+    assert dx.abs().max() < 1e-3
+
+
+def test_a_sample_has_the_same_bits_however_far_the_next_one_is() -> None:
+    x, residual = normal(5, 12, 7, 7), normal(1, 12, 7, 7, seed=1)
+    apart = normal(5, 2, 12, 7, 7, seed=2)[:, 0]
+    pairs = [
+        (F.group_norm(x, 3, residual=residual.expand_as(x))[:1], F.group_norm(x[:1], 3, residual=residual)),
+        (F.group_norm(apart, 3)[:1], F.group_norm(apart[:1], 3)),
+        (F.group_norm(residual.expand_as(x), 3)[:1], F.group_norm(residual, 3)),
+    ]
+    for of_batch, alone in pairs:
+        assert torch.equal(of_batch, alone)
+
+
+def test_a_slice_of_a_channels_last_tensor_stays_channels_last() -> None:
+    x = torch.randn(2, 16, 6, 6, device=DEVICE).to(memory_format=torch.channels_last)
+    assert F.group_norm(x[:, :8], 2).stride() == (288, 1, 48, 8)
+    assert F.group_norm(x[:, :, 1:5, 1:5], 2).stride() == (256, 1, 64, 16)
