@@ -104,7 +104,7 @@ def channel_moments_kernel(
     x_base, residual_base = sample * x_stride * VEC, sample * residual_stride * VEC
 
     origin = tl.zeros([BLOCK_CHANNELS], COMPUTE)
-    count = tl.zeros([BLOCK_CHANNELS], COMPUTE)
+    count = scalar(0.0, COMPUTE)  # the same of every channel
     mean = tl.zeros([BLOCK_CHANNELS], COMPUTE)
     m2 = tl.zeros([BLOCK_CHANNELS], COMPUTE)
     for step in tl.range(steps_of(piece, plane, steps, BLOCK_PLANE, STAGES), num_stages=STAGES):
