@@ -37,6 +37,8 @@ row_stride = functools.lru_cache(maxsize=4096)(_row_stride)
 
 def row_view(tensor: torch.Tensor, span: int) -> tuple[torch.Tensor, int]:
     """`tensor` as rows of `span` contiguous elements, with their stride; copied only where its layout is not that."""
+    if tensor.is_neg():  # a view that torch negates as it reads
+        tensor = tensor.resolve_neg()
     if tensor.is_contiguous():
         return tensor, span
     stride = row_stride(tuple(tensor.shape), tensor.stride(), span)
@@ -47,7 +49,11 @@ def row_view(tensor: torch.Tensor, span: int) -> tuple[torch.Tensor, int]:
 
 def columns(parameter: torch.Tensor | None) -> torch.Tensor | None:
     """A weight or bias as one contiguous run of its elements; None stays None."""
-    return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()
+    if parameter is None:
+        return None
+    if parameter.is_neg():
+        parameter = parameter.resolve_neg()
+    return parameter if parameter.is_contiguous() else parameter.contiguous()
 
 
 def vector_length(itemsize: int, *strides: int) -> int:
@@ -81,6 +87,8 @@ def lies_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 def sample_view(tensor: torch.Tensor, channels_last: bool) -> tuple[torch.Tensor, int]:
     """`tensor` in one of the two layouts of `sample_stride`, with its stride; copied only where it has the other."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     stride = sample_stride(tuple(tensor.shape), tensor.stride(), channels_last)
     if stride is None:
         tensor = tensor.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else tensor.contiguous()

@@ -55,3 +55,19 @@ def test_a_slice_of_a_channels_last_tensor_stays_channels_last() -> None:
     x = torch.randn(2, 16, 6, 6, device=DEVICE).to(memory_format=torch.channels_last)
     assert F.group_norm(x[:, :8], 2).stride() == (288, 1, 48, 8)
     assert F.group_norm(x[:, :, 1:5, 1:5], 2).stride() == (256, 1, 64, 16)
+
+
+def test_a_view_that_torch_negates_as_it_reads() -> None:
+    x, weight, dy = torch._neg_view(normal(2, 4, 5, 6)), torch._neg_view(normal(4)), normal(2, 4, 5, 6, seed=1)
+    row, of_row = torch._neg_view(normal(3, 8)), torch._neg_view(normal(8))
+    pairs = [
+        (F.group_norm(x, 2, weight), TF.group_norm(x.clone(), 2, weight.clone())),
+        (F.layer_norm(row, (8,), of_row), TF.layer_norm(row.clone(), (8,), of_row.clone())),
+    ]
+    leaf = normal(2, 4, 5, 6).requires_grad_()
+    ours, torchs = (
+        torch.autograd.grad(norm(leaf, 2), leaf, torch._neg_view(dy))[0] for norm in (F.group_norm, TF.group_norm)
+    )
+    pairs.append((ours, torchs))
+    for actual, expected in pairs:
+        torch.testing.assert_close(actual, expected)
