@@ -125,8 +125,9 @@ def group_backward_tile(of: GroupPlanes, itemsize: int) -> GroupTile | None:
     return _group_tile(of, itemsize, {2: 16, 4: 16, 8: 4}[itemsize], {2: 8192, 4: 8192, 8: 1024}[itemsize])
 
 
-# Bytes of a tensor a piece at least, so that the partial results of pieces weigh little beside what they are made of.
+# Bytes of a tensor a piece at least, and of each of its channels, whose partial results then weigh little beside them.
 LEAST_PIECE_BYTES = 16384
+LEAST_CHANNEL_BYTES = 256
 # Of a sample: enough to fill a device with one, few enough to be merged by one program a group.
 MOST_PIECES = 2048
 BACKWARD_PROGRAMS = 16  # a multiprocessor, where there is work for so many
@@ -165,13 +166,14 @@ def backward_steps(plane: int, itemsize: int, tile: PieceTile, blocks: int, fact
 
 
 def _steps(plane: int, itemsize: int, tile: PieceTile, most_pieces: int) -> int:
-    least = cdiv(LEAST_PIECE_BYTES, tile.block_channels * tile.block_plane * itemsize)
+    of_channel = tile.block_plane * itemsize
+    least = max(cdiv(LEAST_PIECE_BYTES, tile.block_channels * of_channel), cdiv(LEAST_CHANNEL_BYTES, of_channel))
     return max(least, cdiv(cdiv(plane, tile.block_plane), most_pieces))
 
 
 def _block_of_channels(channels: int, itemsize: int) -> int:
-    """Channels side by side in a tile: 128 bytes and more, without a remainder where there is such a power of two."""
+    """Channels side by side in a tile: 128 or 256 bytes, without a remainder where there is such a power of two."""
     divisor = channels & -channels
     if divisor * itemsize >= 128:
-        return min(divisor, 512 // itemsize)
-    return min(_padded(channels), 512 // itemsize)
+        return min(divisor, 256 // itemsize)
+    return min(_padded(channels), 256 // itemsize)
