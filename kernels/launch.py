@@ -272,6 +272,24 @@ def backward_chunk_config(span: int, itemsize: int) -> ChunkConfig:
     return _chunks(span, itemsize, num_warps=4, most_registers=168, least_steps=2)
 
 
+def backward_walk_config(span: int, itemsize: int, loaded_bytes: int, shared_bytes: int) -> RowConfig:
+    """Tile of the backward that walks along a row: 16 KB, loaded ahead where there is room, by a program that has a
+    multiprocessor for itself. loaded_bytes: of an element of every tensor that it reads, weight and bias included."""
+    if _ragged(span, itemsize):  # elements with masks and addresses of their own
+        crowded = itemsize == 2 and loaded_bytes > 12
+        return RowConfig(1, (4096 if crowded else 8192) // itemsize, num_warps=8, most_registers=255)
+    block_span = 16384 // itemsize
+    stages = 3 if _loads_ahead(block_span, loaded_bytes, shared_bytes) else 1
+    return RowConfig(1, block_span, num_warps=16, stages=stages, most_registers=128)
+
+
+def walks_gradients(rows: int, span: int, loaded_bytes: int, facts: DeviceFacts) -> bool:
+    """Whether one program should walk a row of the backward twice: the second walk stays in L2, and there are rows for
+    three fifths of the device, which then moves 3 S as fast as all of it the 5 S of shared rows."""
+    walked_bytes = facts.multiprocessors * span * loaded_bytes
+    return 5 * rows >= 3 * facts.multiprocessors and walked_bytes <= facts.l2_bytes // 2
+
+
 def walks_rows(rows: int, span: int, itemsize: int, loaded_itemsize: int, facts: DeviceFacts) -> bool:
     """Whether one program should walk a chunked row twice: there are rows for all, and the second walk stays in L2."""
     # Walking takes over 40 registers a thread, so no more programs than these fit on a multiprocessor at once.

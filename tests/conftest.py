@@ -64,6 +64,18 @@ def way(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield way
 
 
+@pytest.fixture
+def schedule(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Other schedules for the row norms, until the test ends."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from tests.row_norm_schedule import Schedule
+
+    schedule = Schedule(monkeypatch)
+    yield schedule
+    monkeypatch.undo()
+    schedule.forget_schedules()
+
+
 class FamilyCall(NamedTuple):
     """What autograd asked the launchers of a family for, eagerly, and what they returned."""
 

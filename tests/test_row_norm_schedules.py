@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,101 +16,16 @@ from tests.tolerances import kernels_are_interpreted
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to schedule")
 
-import fused_ops.kernels.column_sum as column_sum_module
-import fused_ops.kernels.row_norm.backward as backward_module
 import fused_ops.kernels.row_norm.forward as forward_module
 from benchmarks.audit.watch import watch
 from fused_ops.kernels import launch
 from fused_ops.kernels.problem import RowNorm, slope_takes_two_values
 from fused_ops.kernels.row_norm import row_norm_forward
+from tests.row_norm_schedule import DIVISIONS, FEW_CALLS, Schedule, calls
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "memory_checked")
 
 Tensor = torch.Tensor
-Call = tuple[str, bool, "str | None"]
-
-# Both norms, every place of the residual, and an activation of each kind: no slope, one of two values (so a bit mask
-# where the residual is added last), one that is computed again.
-CALLS: list[Call] = [
-    *itertools.product(("layer_norm", "rms_norm"), (False, True), (None, "relu", "silu")),
-    *itertools.product(FUNCTIONS[2:], (True,), (None, "relu", "silu")),
-]
-FEW_CALLS: list[Call] = [
-    ("layer_norm", False, "silu"),
-    ("layer_norm", True, "relu"),
-    ("rms_norm", True, None),
-    ("rms_norm", True, "silu"),
-    ("add_layer_norm", True, "relu"),
-    ("add_rms_norm", True, None),
-]
-
-
-def calls(quick: list[Call]) -> pytest.MarkDecorator:
-    """Parametrizes over every call, all but the quick ones in the long sweep: a program takes an interpreter 10 ms."""
-    return pytest.mark.parametrize(
-        ("function", "residual", "activation"),
-        [
-            pytest.param(*call, marks=[] if call in quick else pytest.mark.full, id="-".join(map(str, call)))
-            for call in CALLS
-        ],
-    )
-
-
-class Schedule:
-    """Puts other configurations in the place of the launchers' own until the test ends."""
-
-    MODULES = (forward_module, backward_module, column_sum_module)
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._monkeypatch = monkeypatch
-
-    def replace(self, module: ModuleType, name: str, function: Callable[..., Any]) -> None:
-        self._monkeypatch.setattr(module, name, function)
-        self.forget_schedules()
-
-    def forget_schedules(self) -> None:
-        """Schedules are built once for each kind of call, from the configurations of that moment."""
-        for module in self.MODULES:
-            for member in vars(module).values():
-                if hasattr(member, "cache_clear"):
-                    member.cache_clear()
-
-    def forward(self, kind: str, block_span: int = 256, steps: int = 1) -> None:
-        """Whole rows as configured, or chunks of steps * block_span elements, walked or shared.
-
-        Rows are walked only where they can be read at full width: in these tests a span is a multiple of 8.
-        """
-        if kind == "whole":
-            return
-        self.replace(forward_module, "row_forward_config", lambda *sizes: None)
-        self.replace(forward_module, "chunk_config", chunks_of(block_span, steps))
-        self.replace(forward_module, "walks_rows", lambda *sizes: kind == "walk")
-
-    def backward(self, block_span: int = 256, steps: int = 1, stripes: int | None = None, columns: int = 256) -> None:
-        """Chunks of steps * block_span elements; blocks of so many columns, each shared by `stripes` programs."""
-        self.replace(backward_module, "row_backward_config", lambda *sizes: None)
-        self.replace(backward_module, "backward_chunk_config", chunks_of(block_span, steps))
-        block = launch.RowConfig(1, columns, num_warps=4, stages=2, most_registers=128)
-        self.replace(backward_module, "column_block_config", lambda *sizes: block)
-        if stripes is not None:
-            self.replace(backward_module, "column_stripes", lambda rows, *sizes: min(rows, stripes))
-
-
-def chunks_of(block_span: int, steps: int) -> Callable[..., launch.ChunkConfig]:
-    def config(span: int, *itemsizes: int) -> launch.ChunkConfig:
-        return launch.ChunkConfig(
-            block_span, steps, launch.cdiv(span, block_span * steps), num_warps=4, most_registers=128
-        )
-
-    return config
-
-
-@pytest.fixture
-def schedule(monkeypatch: pytest.MonkeyPatch) -> Iterator[Schedule]:
-    schedule = Schedule(monkeypatch)
-    yield schedule
-    monkeypatch.undo()
-    schedule.forget_schedules()
 
 
 def everything_forward(case: Case, rows: slice = slice(None)) -> dict[str, Tensor | None]:
@@ -142,7 +55,6 @@ def assert_same_forward(actual: dict[str, Tensor | None], expected: dict[str, Te
 
 # (span, block_span, steps): one chunk, a little beyond it, three chunks (no power of two), chunks of several tiles of
 # which the last ones lie beyond the row.
-DIVISIONS = [(256, 256, 1), (264, 256, 1), (712, 256, 1), (712, 64, 4), (392, 64, 3)]
 
 
 @pytest.mark.parametrize("division", DIVISIONS, ids=short)
@@ -285,73 +197,6 @@ def test_non_finite_stays_in_its_row(schedule: Schedule, function: str, forward:
     actual, expected = check(with_fields(clean, x=x)).everything(), run_fused(clean).everything()
     for name in ("y", "dx"):
         assert same_bits(actual[name][::2], expected[name][::2]), name
-
-
-# --- backward ------------------------------------------------------------------------------------------------------
-
-
-@calls([*FEW_CALLS, ("layer_norm", True, None), ("layer_norm", True, "silu"), ("add_layer_norm", True, "silu")])
-def test_chunked_backward_is_right(schedule: Schedule, function: str, residual: bool, activation: str | None) -> None:
-    schedule.backward()
-    check(make_case(function, 5, 700, residual=residual, activation=activation, frozen=("weight",)))
-
-
-@pytest.mark.parametrize("division", DIVISIONS, ids=short)
-@calls([("layer_norm", True, "relu"), ("add_rms_norm", True, None)])
-def test_chunked_backward_of_every_division(
-    schedule: Schedule, function: str, residual: bool, activation: str | None, division: tuple[int, int, int]
-) -> None:
-    span, block_span, steps = division
-    schedule.backward(block_span, steps)
-    check(make_case(function, 3, span, residual=residual, activation=activation, frozen=("bias",)))
-
-
-FROZEN = [("x",), ("x", "residual"), ("weight", "bias"), ("x", "weight"), ("bias", "residual"), ("x", "weight", "bias")]
-
-
-@pytest.mark.parametrize("frozen", FROZEN, ids="-".join)
-@calls([("layer_norm", True, "relu"), ("layer_norm", True, "silu"), ("add_layer_norm", True, "relu")])
-def test_chunked_backward_computes_what_is_asked_for(
-    schedule: Schedule, function: str, residual: bool, activation: str | None, frozen: tuple[str, ...]
-) -> None:
-    schedule.backward(64, columns=64)
-    check(make_case(function, 8, 97, residual=residual, activation=activation, frozen=frozen))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=short)
-@calls([("layer_norm", True, "silu"), ("add_rms_norm", True, None)])
-def test_chunked_backward_of_other_types(
-    schedule: Schedule, function: str, residual: bool, activation: str | None, dtype: torch.dtype
-) -> None:
-    schedule.backward()
-    case = make_case(function, 3, 700, dtype=dtype, residual=residual, activation=activation, frozen=("weight",))
-    check(case)
-    if case.adds_first and dtype != torch.float64:
-        check(with_fields(case, residual=case.residual.float(), dtotal=case.dtotal.float()))
-
-
-@pytest.mark.parametrize("programs", [1, 2, 3])
-@pytest.mark.parametrize("function", ["layer_norm", "add_rms_norm"])
-def test_programs_that_take_many_tiles(schedule: Schedule, function: str, programs: int) -> None:
-    """dx has the same bits however the tiles are dealt out; the partial sums cover every row once."""
-    case = make_case(function, 330, 20, residual=True, activation="silu")
-    usual = run_fused(case)
-    schedule.replace(backward_module, "backward_programs", lambda tiles, *sizes: min(tiles, programs))
-    actual = check(case)
-    for name in ("dx", "dresidual"):
-        assert same_bits(actual.gradients[name], usual.gradients[name]), name
-
-
-@pytest.mark.parametrize("stripes", [2, 5, 100])
-@pytest.mark.parametrize("function", ["layer_norm", "add_rms_norm"])
-def test_programs_that_share_a_block_of_columns(schedule: Schedule, function: str, stripes: int) -> None:
-    case = make_case(function, 7, 97, residual=True, activation="silu")
-    schedule.backward(64, stripes=1, columns=128)
-    alone = run_fused(case)
-    schedule.backward(64, stripes=stripes, columns=64)
-    actual = check(case)
-    for name in ("dx", "dresidual"):
-        assert same_bits(actual.gradients[name], alone.gradients[name]), name
 
 
 # --- reproducibility -----------------------------------------------------------------------------------------------

@@ -40,8 +40,8 @@ MOST_ASKED = (2.0, 3.0)
 HELD_FORWARD = {2: 16384, 4: 8192, 8: 2048}
 HELD_BACKWARD = {2: 8192, 4: 8192, 8: 1024}
 HELD_BACKWARD_CROWDED = {2: 4096, 4: 4096, 8: 1024}
-
-
+# Of a device, which walks rows in 3 S faster than all of it moves the 5 S of shared ones.
+WALKED_SHARE = 0.6
 # Padded elements of a group, as far as a program has to hold it.
 HELD_GROUP_FORWARD = {2: 16384, 4: 8192, 8: 2048}
 HELD_GROUP_BACKWARD = {2: 8192, 4: 8192, 8: 1024}
@@ -66,7 +66,7 @@ class Schedule:
             return _groups_allowed(workload, case)
         programs = {launch.kernel: launch.programs for launch in launches}
         forward = programs.get("row_moments_kernel", 0) if _may_share_forward(workload, case, facts) else 0
-        backward = programs.get("row_gradient_sums_kernel", 0) if _may_share_backward(workload, case) else 0
+        backward = programs.get("row_gradient_sums_kernel", 0) if _may_share_backward(workload, case, facts) else 0
         return cls(forward, backward, MOST_PARTIAL_ROWS * facts.multiprocessors)
 
 
@@ -94,10 +94,17 @@ def _may_share_forward(workload: Workload, case: Case, facts: DeviceFacts) -> bo
     return x.numel() // span < facts.multiprocessors or resident * row_bytes > facts.l2_bytes // 2
 
 
-def _may_share_backward(workload: Workload, case: Case) -> bool:
+def _may_share_backward(workload: Workload, case: Case, facts: DeviceFacts) -> bool:
+    """Whether rows are too long for the chip, and have parameter gradients, or are too few, or too long for the L2, to
+    be walked."""
     x = case.inputs["x"]
+    span = workload.span(tuple(x.shape))
     crowded = workload.activation is not None and len(case.parameters) > 1
-    return bool(workload.span(tuple(x.shape)) > (HELD_BACKWARD_CROWDED if crowded else HELD_BACKWARD)[x.itemsize])
+    if span <= (HELD_BACKWARD_CROWDED if crowded else HELD_BACKWARD)[x.itemsize]:
+        return False
+    walked = 3 if backward_passes(workload) > 3 else 2  # tensors: dy, x, a residual or dtotal
+    fits = facts.multiprocessors * span * walked * x.itemsize <= facts.l2_bytes // 2
+    return bool(case.parameters) or x.numel() // span < WALKED_SHARE * facts.multiprocessors or not fits
 
 
 # A program has whole rows and one sums all parameter gradients: with it an allowance is the least that can be moved.

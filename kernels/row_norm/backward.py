@@ -1,4 +1,4 @@
-"""Launches the backward of the row family: whole rows in one launch, long ones in two, then the sum of partials."""
+"""Launches the backward of the row family: whole rows, a walk along each row, or shared rows; the sum of partials."""
 
 from __future__ import annotations
 
@@ -15,16 +15,23 @@ from ..launch import (
     DeviceFacts,
     backward_chunk_config,
     backward_programs,
+    backward_walk_config,
     cdiv,
     column_block_config,
     column_stripes,
     device_facts,
     row_backward_config,
+    walks_gradients,
 )
 from ..launcher import Launcher, Tensors
 from ..problem import Gradients, RowNorm, Tensor, Wanted, compute_dtype, parameter_zeros
 from ..views import columns, row_view, vector_length
-from .backward_kernels import row_gradient_apply_kernel, row_gradient_sums_kernel, row_norm_backward_kernel
+from .backward_kernels import (
+    row_gradient_apply_kernel,
+    row_gradient_sums_kernel,
+    row_norm_backward_kernel,
+    row_walk_backward_kernel,
+)
 
 Strides = list[int]
 Partials = tuple[Tensor | None, Tensor | None]
@@ -120,6 +127,10 @@ class _Kind(NamedTuple):
         return self.wanted.dx or (self.add_first and self.wanted.dresidual)
 
     @property
+    def needs_partials(self) -> bool:
+        return self.wanted.dweight or self.wanted.dbias
+
+    @property
     def slope(self) -> tuple[Any, Any]:
         """The activation's slope, or which of its two values an element has."""
         _, slope, passes = ACTIVATIONS[self.activation]
@@ -128,7 +139,7 @@ class _Kind(NamedTuple):
     def partials(self, partial_rows: int, device: torch.device) -> Partials:
         """Uninitialized partial sums [partial_rows, span] for dweight and dbias, each only where wanted."""
         _, _, wants_dweight, wants_dbias = self.wanted
-        if not (wants_dweight or wants_dbias):
+        if not self.needs_partials:
             return None, None
         sums = torch.empty((partial_rows, self.span), dtype=compute_dtype(self.dy), device=device)
         if wants_dweight and wants_dbias:
@@ -143,7 +154,7 @@ def _schedule(shared_bytes: int, *fields: Any) -> Schedule:
     operands = sum(dtype is not None for dtype in (kind.bits, kind.weight, kind.bias)) + sum(kind.wanted[2:])
     config = row_backward_config(kind.span, kind.dy.itemsize, operands, kind.loaded_bytes, shared_bytes)
     if config is None:
-        return _LongRows(kind)
+        return _LongRows(kind, shared_bytes)
     tile = (config.block_rows, config.block_span, config.stages)
     constants = (kind.span, kind.vec, kind.subtract_mean, kind.add_first, kind.needs_dx, *kind.slope, *tile)
     launch = Launcher(row_norm_backward_kernel, config.num_warps, *constants, most_registers=config.most_registers)
@@ -161,10 +172,16 @@ def _schedule(shared_bytes: int, *fields: Any) -> Schedule:
 
 
 class _LongRows:
-    """The sums of each chunk of each row; then a block of columns a program, down the rows with those sums."""
+    """A row a program, walked twice; or, where rows are few or too long for the L2, or have partial sums, the sums of
+    each chunk of each row, then a block of columns a program, down the rows with those sums."""
 
-    def __init__(self, kind: _Kind) -> None:
+    def __init__(self, kind: _Kind, shared_bytes: int) -> None:
         self.kind = kind
+        parameter_bytes = sum(dtype.itemsize for dtype in (kind.weight, kind.bias) if dtype is not None)
+        walk = backward_walk_config(kind.span, kind.dy.itemsize, kind.loaded_bytes + parameter_bytes, shared_bytes)
+        walked = (walk.block_span, cdiv(kind.span, walk.block_span), walk.stages)
+        constants = (kind.span, kind.vec, kind.subtract_mean, kind.add_first, *kind.slope, *walked)
+        self.walk = Launcher(row_walk_backward_kernel, walk.num_warps, *constants, most_registers=walk.most_registers)
         config = backward_chunk_config(kind.span, kind.dy.itemsize)
         self.chunks = config.chunks
         chunk = (kind.span, kind.vec, *kind.slope, config.block_span, config.steps, config.chunks)
@@ -172,10 +189,8 @@ class _LongRows:
         self.block = block = column_block_config(kind.span, kind.dy.itemsize, kind.loaded_bytes)
         self.blocks = cdiv(kind.span, block.block_span)
         tile = (block.block_span, self.chunks, triton.next_power_of_2(self.chunks), block.stages)
-        constants = (kind.span, kind.vec, kind.add_first, *kind.slope, *tile)
-        self.apply = Launcher(
-            row_gradient_apply_kernel, block.num_warps, *constants, most_registers=block.most_registers
-        )
+        column = (kind.span, kind.vec, kind.add_first, *kind.slope, *tile)
+        self.apply = Launcher(row_gradient_apply_kernel, block.num_warps, *column, most_registers=block.most_registers)
 
     def __call__(
         self, rows: int, given: Tensors, out: Tensors, strides: Strides, floats: tuple[float, float], facts: DeviceFacts
@@ -183,6 +198,9 @@ class _LongRows:
         kind, device = self.kind, given[0].device  # type: ignore[union-attr]
         g_sums = g_x_hat_sums = None
         if kind.needs_dx:
+            if not kind.needs_partials and walks_gradients(rows, kind.span, kind.loaded_bytes, facts):
+                self.walk(rows, device, given, out, *strides, *floats)
+                return None, None
             g_x_hat_sums = torch.empty((rows, self.chunks), dtype=compute_dtype(kind.dy), device=device)
             g_sums = torch.empty_like(g_x_hat_sums) if kind.subtract_mean else None
             dy, _, *others = given
@@ -190,7 +208,7 @@ class _LongRows:
                 rows * self.chunks, device, (dy, *others), (g_sums, g_x_hat_sums), strides[0], *strides[2:], *floats
             )
         stripes = rows
-        if kind.wanted.dweight or kind.wanted.dbias:
+        if kind.needs_partials:
             stripes = column_stripes(rows, self.blocks, self.block, facts)
         partials = kind.partials(stripes, device)
         allocated = (g_sums, g_x_hat_sums, *out, *partials)

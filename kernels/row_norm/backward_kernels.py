@@ -1,8 +1,10 @@
 """Row family, backward: dx, dresidual and bounded partial sums of dweight and dbias.
 
 `row_norm_backward_kernel` holds whole rows and reads them once; a program takes many tiles, so that the parameter
-gradients build up in registers. Longer rows take two launches: `row_gradient_sums_kernel` reduces each chunk of each
-row, and `row_gradient_apply_kernel`, one block of columns a program, goes down the rows with those sums.
+gradients build up in registers. A longer row is walked twice by one program (`row_walk_backward_kernel`) where there
+are no parameter gradients. Where there are, or rows are few, it takes two launches: `row_gradient_sums_kernel` reduces
+each chunk of each row, and `row_gradient_apply_kernel`, one block of columns a program, goes down the rows with those
+sums.
 """
 
 from __future__ import annotations
@@ -94,21 +96,18 @@ def row_norm_backward_kernel(
     store_column_sums(PartialDBias_ptr, dbias, tl.program_id(0), col, in_span, SPAN)
 
 
-@triton.jit(do_not_specialize=["dy_stride", "x_stride", "residual_stride"])
-def row_gradient_sums_kernel(
-    DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, GSums_ptr, GXHatSums_ptr,
-    dy_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64, alpha: tl.float64, beta: tl.float64,
+@triton.jit
+def sum_row_gradients(
+    DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, row, chunk,
+    dy_stride, x_stride, residual_stride, alpha, beta,
     SPAN: tl.constexpr, VEC: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
-    BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one row a program: its sums of g = dL/dx_hat and of g * x_hat, each [rows, CHUNKS]."""
-    COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
-    program = tl.program_id(0).to(tl.int64)
-    row = program // CHUNKS + tl.arange(0, 1)
+    """Sums [1] of g = dL/dx_hat and of g * x_hat over one chunk of a row: STEPS tiles of BLOCK_SPAN."""
     sum_g = tl.zeros([1], COMPUTE)
     sum_g_x_hat = tl.zeros([1], COMPUTE)
-    for step in tl.range(tiles_of_chunk(program % CHUNKS, SPAN, BLOCK_SPAN, STEPS)):
-        first = (program % CHUNKS * STEPS + step) * BLOCK_SPAN
+    for step in tl.range(tiles_of_chunk(chunk, SPAN, BLOCK_SPAN, STEPS), num_stages=STAGES):
+        first = (scalar(chunk, tl.int64) * STEPS + step) * BLOCK_SPAN
         col = first + tl.arange(0, BLOCK_SPAN)[None, :]
         in_span = col < SPAN
         weight = load_columns(Weight_ptr, col, in_span, COMPUTE)
@@ -120,6 +119,61 @@ def row_gradient_sums_kernel(
         g = dz * weight if weight is not None else dz
         sum_g += tl.sum(g, axis=1)
         sum_g_x_hat += tl.sum(g * x_hat, axis=1)
+    return sum_g, sum_g_x_hat
+
+
+@triton.jit(do_not_specialize=["dy_stride", "dtotal_stride", "x_stride", "residual_stride"])
+def row_walk_backward_kernel(
+    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, DX_ptr, DResidual_ptr,
+    dy_stride: tl.int64, dtotal_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64,
+    alpha: tl.float64, beta: tl.float64,
+    SPAN: tl.constexpr, VEC: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, ADD_FIRST: tl.constexpr,
+    SLOPE: tl.constexpr, PASSES: tl.constexpr, BLOCK_SPAN: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One row a program, too long for its registers: its sums, then its tiles again, last one first, so that the second
+    walk begins with what is still in the cache."""
+    COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    sum_g, sum_g_x_hat = sum_row_gradients(
+        DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, row, 0,
+        dy_stride, x_stride, residual_stride, alpha, beta, SPAN, VEC, SLOPE, PASSES, BLOCK_SPAN, TILES, STAGES, COMPUTE,
+    )  # fmt: skip
+    mean_g = sum_g[:, None] * (1.0 / SPAN) if SUBTRACT_MEAN else None
+    mean_g_x_hat = sum_g_x_hat[:, None] * (1.0 / SPAN)
+
+    for tile in tl.range(TILES, num_stages=STAGES):
+        first = scalar(TILES - 1 - tile, tl.int64) * BLOCK_SPAN
+        col = first + tl.arange(0, BLOCK_SPAN)[None, :]
+        in_span = col < SPAN
+        weight = load_columns(Weight_ptr, col, in_span, COMPUTE)
+        bias = load_columns(Bias_ptr, col, in_span, COMPUTE)
+        x_hat, rstd, dz = load_row_gradients(
+            DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Mean_ptr, Rstd_ptr, weight, bias, row, row >= 0, first, col, in_span,
+            dy_stride, x_stride, residual_stride, alpha, beta, SPAN, VEC, SLOPE, PASSES, COMPUTE,
+        )  # fmt: skip
+        g = dz * weight if weight is not None else dz
+        dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
+        store_gradients(
+            DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, row * SPAN, row * dtotal_stride * VEC, col, in_span,
+            ADD_FIRST, COMPUTE,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["dy_stride", "x_stride", "residual_stride"])
+def row_gradient_sums_kernel(
+    DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, GSums_ptr, GXHatSums_ptr,
+    dy_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64, alpha: tl.float64, beta: tl.float64,
+    SPAN: tl.constexpr, VEC: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
+    BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one row a program: its sums of g and of g * x_hat, each [rows, CHUNKS]."""
+    COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
+    program = tl.program_id(0).to(tl.int64)
+    row = program // CHUNKS + tl.arange(0, 1)
+    sum_g, sum_g_x_hat = sum_row_gradients(
+        DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, row, program % CHUNKS,
+        dy_stride, x_stride, residual_stride, alpha, beta, SPAN, VEC, SLOPE, PASSES, BLOCK_SPAN, STEPS, 1, COMPUTE,
+    )  # fmt: skip
     if GSums_ptr is not None:
         tl.store(GSums_ptr + program + tl.arange(0, 1), sum_g)
     tl.store(GXHatSums_ptr + program + tl.arange(0, 1), sum_g_x_hat)
