@@ -211,17 +211,52 @@ def _by_channel(parameter: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return parameter.to(dtype).view(-1, *(1,) * (x.dim() - 2))
 
 
+def _by_statistics(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    dtype = rstd.dtype
+    scale = rstd if weight is None else rstd * weight.to(dtype)
+    # The mean is taken off first: folded into a shift, as torch has it, a large one cancels.
+    y = (x.to(dtype) - _by_channel(mean, x, dtype)) * _by_channel(scale, x, dtype)
+    y = y if bias is None else y + _by_channel(bias, x, dtype)
+    return y.to(x.dtype)
+
+
+class _ByStatistics(torch.autograd.Function):
+    """`_by_statistics`, which keeps x for backward, as torch does, and not the difference from the mean."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        needs_x = weight is not None and ctx.needs_input_grad[3]
+        ctx.save_for_backward(x if needs_x else None, mean, rstd, weight)
+        ctx.types = x.dtype, None if bias is None else bias.dtype
+        return _by_statistics(x, mean, rstd, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight = ctx.saved_tensors
+        x_dtype, bias_dtype = ctx.types
+        dtype, batch = rstd.dtype, [dim for dim in range(dy.dim()) if dim != 1]
+        dz = dy.to(dtype)
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            scale = rstd if weight is None else rstd * weight.to(dtype)
+            dx = (dz * _by_channel(scale, dz, dtype)).to(x_dtype)
+        if x is not None:
+            x_hat = (x.to(dtype) - _by_channel(mean, x, dtype)) * _by_channel(rstd, x, dtype)
+            dweight = (dz * x_hat).sum(batch).to(weight.dtype)
+        if ctx.needs_input_grad[4]:
+            dbias = dz.sum(batch).to(bias_dtype)
+        return dx, None, None, dweight, dbias
+
+
 def stored_norm(
     x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """Normalizes each channel of x by statistics that are given, which get no gradient; y has x's type and layout."""
     dtype = torch.promote_types(_common_dtype(x, running_mean, running_var, weight, bias), torch.float32)
-    scale = torch.rsqrt(running_var.detach().to(dtype) + eps)
-    scale = scale if weight is None else scale * weight.to(dtype)
-    # The mean is taken off first: folded into a shift, as torch has it, a large one cancels.
-    y = (x.to(dtype) - _by_channel(running_mean.detach(), x, dtype)) * _by_channel(scale, x, dtype)
-    y = y if bias is None else y + _by_channel(bias, x, dtype)
-    return y.to(x.dtype)
+    mean, rstd = running_mean.detach().to(dtype), torch.rsqrt(running_var.detach().to(dtype) + eps)
+    if transformed() or torch.compiler.is_compiling() or not {*map(type, (x, weight, bias))} <= PLAIN:
+        return _by_statistics(x, mean, rstd, weight, bias)
+    return _ByStatistics.apply(x, mean, rstd, weight, bias)
 
 
 @torch.no_grad()

@@ -126,6 +126,10 @@ def planes(
         parameter(function, argument, tensor, (count,), x)
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ArgumentError(f"{function}: {argument} must not require a gradient, but does; detach it")
+        if tensor is not None and use_input_stats and count > 1 and tensor.stride(0) == 0:
+            raise ArgumentError(
+                f"{function}: {argument} must have an element of its own for each channel, but is expanded; clone it"
+            )
     return count
 
 

@@ -279,7 +279,7 @@ def backward_walk_config(span: int, itemsize: int, loaded_bytes: int, shared_byt
         crowded = itemsize == 2 and loaded_bytes > 12
         return RowConfig(1, (4096 if crowded else 8192) // itemsize, num_warps=8, most_registers=255)
     block_span = 16384 // itemsize
-    stages = 3 if _loads_ahead(block_span, loaded_bytes, shared_bytes) else 1
+    stages = 3 if _loads_ahead(block_span, 2 * loaded_bytes, shared_bytes) else 1  # in each of the two walks
     return RowConfig(1, block_span, num_warps=16, stages=stages, most_registers=128)
 
 

@@ -296,3 +296,24 @@ def test_a_large_running_mean_does_not_cancel(affine):
     torch.testing.assert_close(
         F.instance_norm(x, *given, use_input_stats=False).double(), expected, rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_by_running_statistics_no_more_is_kept_than_by_torch(dtype: torch.dtype, affine: bool) -> None:
+    x = normal(2, 6, 8, 8, dtype=dtype).requires_grad_()
+    parameters = [normal(6).requires_grad_(), normal(6, seed=1).requires_grad_()] if affine else [None, None]
+    running = normal(6, seed=2), normal(6, seed=3).square()
+    kept = []
+    for function in (F.instance_norm, TF.instance_norm):
+        stored: dict[int, int] = {}
+
+        def pack(tensor: Tensor, stored: dict[int, int] = stored) -> Tensor:
+            stored[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _y = function(x, *running, *parameters, use_input_stats=False)
+        kept.append(sum(stored.values()))
+    assert kept[0] <= kept[1]
+    assert affine or kept[0] < x.untyped_storage().nbytes()  # without a weight to learn x is not needed

@@ -59,6 +59,18 @@ def test_how_often(shape: tuple[int, ...], last: bool, how: str, frozen: tuple[s
     assert [name.removesuffix("_kernel") for name in launches] == FORWARD[how] + BACKWARD[frozen][how]
 
 
+@pytest.mark.parametrize("shape", [(7, 300), (7, 300, 1, 1)], ids=short)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("function", ["group_norm", "add_group_norm"])
+def test_one_group_of_planes_of_one_element_is_a_row(
+    function: str, residual: bool, shape: tuple[int, ...], launches: list[str]
+) -> None:
+    adds = function.startswith("add_")
+    case = make_case(function, *shape, groups=1, residual=residual or adds, activation="silu")
+    check(with_layout(case, every_third_row) if residual else case)
+    assert launches[:2] == ["row_norm_forward_kernel", "row_norm_backward_kernel"]
+
+
 @pytest.mark.parametrize("frozen", [("x",), ("residual",)], ids="-".join)
 @pytest.mark.parametrize("function", FUNCTIONS[2:])
 def test_one_gradient_of_a_sum_takes_no_more(function: str, frozen: tuple[str, ...], launches: list[str]) -> None:

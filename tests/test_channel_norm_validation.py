@@ -120,6 +120,7 @@ BAD_CALLS = [
     *bad(
         "statistics that learn", "running_var", "gradient", functions=INSTANCE, running_var=tensor(6).requires_grad_()
     ),
+    *bad("statistics that are one", "running_var", "expanded", functions=INSTANCE, running_var=tensor(1).expand(6)),
     *each(*(bad(f"{dtype} input", "input", str(dtype), input=tensor(*SHAPE, dtype=dtype)) for dtype in NOT_FLOATING)),
     *each(*(bad(f"residual of {s}", "residual", str(s), str(SHAPE), residual=tensor(*s)) for s in OTHER_SHAPES)),
     *bad("a wider residual", "residual", "torch.float64", residual=tensor(*SHAPE, dtype=torch.float64)),
