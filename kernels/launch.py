@@ -56,7 +56,10 @@ def _present_facts(device: torch.device) -> DeviceFacts:
     registers = getattr(properties, "regs_per_multiprocessor", 65536)  # an attribute that torch's stubs lack
     # AMD's pipeline keeps tiles in registers.
     shared = 160 << 10 if torch.version.hip else getattr(properties, "shared_memory_per_block_optin", 48 << 10)
-    return DeviceFacts(properties.multi_processor_count, properties.L2_cache_size, registers, shared)
+    l2_bytes = properties.L2_cache_size
+    if torch.version.hip and "gfx942" in properties.gcnArchName:
+        l2_bytes *= cdiv(properties.multi_processor_count, 38)  # of one die, which has 38; a program stays on its own
+    return DeviceFacts(properties.multi_processor_count, l2_bytes, registers, shared)
 
 
 # --- configurations ------------------------------------------------------------------------------------------------
@@ -278,7 +281,8 @@ def backward_walk_config(span: int, itemsize: int, loaded_bytes: int, shared_byt
     if _ragged(span, itemsize):  # elements with masks and addresses of their own
         crowded = itemsize == 2 and loaded_bytes > 12
         return RowConfig(1, (4096 if crowded else 8192) // itemsize, num_warps=8, most_registers=255)
-    block_span = 16384 // itemsize
+    crowded = itemsize == 2 and loaded_bytes > 16
+    block_span = (8192 if crowded else 16384) // itemsize
     stages = 3 if _loads_ahead(block_span, 2 * loaded_bytes, shared_bytes) else 1  # in each of the two walks
     return RowConfig(1, block_span, num_warps=16, stages=stages, most_registers=128)
 

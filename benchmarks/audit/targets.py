@@ -106,8 +106,8 @@ DEVICES: Mapping[str, Device] = {
         Device("H100", "sm_90", DeviceFacts(132, 50 * MIB), 3.35e12, 5.5e12, 1.98e9),
         Device("H200", "sm_90", DeviceFacts(132, 50 * MIB), 4.8e12, 5.5e12, 1.98e9),
         Device("B200", "sm_100", DeviceFacts(148, 126 * MIB), 8.0e12, 10e12, 1.85e9),
-        # Each of the eight dies has an L2 of 4 MiB, which is what torch reports; the 256 MiB behind them are left out.
-        Device("MI300X", "gfx942", DeviceFacts(304, 4 * MIB, 4 * 512 * 64, 160 * KIB), 5.3e12, 17e12, 2.1e9),
+        # An L2 of 4 MiB on each of the eight dies; the 256 MiB behind them are left out.
+        Device("MI300X", "gfx942", DeviceFacts(304, 32 * MIB, 4 * 512 * 64, 160 * KIB), 5.3e12, 17e12, 2.1e9),
     )
 }
 

@@ -1,0 +1,203 @@
+"""The calls that the sweep of the launch tables chooses from: of both families, at spans and planes on either side of
+every bound of the tables, aligned and ragged."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from fused_ops import functional as F
+from fused_ops.kernels.activations import ACTIVATIONS
+
+Tensor = torch.Tensor
+Residual = Literal["none", "after", "before"]
+Parameters = Literal["float32", "same type", "none", "frozen float32"]
+
+RESIDUALS: tuple[Residual, ...] = ("none", "after", "before")
+PARAMETERS: tuple[Parameters, ...] = ("float32", "same type", "none")
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (*HALF, torch.float32, torch.float64)
+# Above, chunks of a row only get more steps of the same tile: 2^20 has the most chunks, 2^23 several steps.
+WHOLE_ROWS = tuple(2**k for k in range(3, 16))
+LONG_ROWS = (40_960, 2**16, 2**20, 2**23)
+FEW, MANY = 8, 512  # rows: those that may have to be shared, and enough for a program each
+WALKED_ROWS = tuple(2**k for k in range(11, 17))
+# Channels of a group, groups, positions.
+Planes = tuple[int, int, tuple[int, ...]]
+WHOLE_GROUPS: tuple[Planes, ...] = (
+    (1, 32, (4, 4)), (1, 64, (7, 7)), (1, 64, (32, 32)), (1, 64, (64, 64)), (1, 64, (128, 128)), (1, 32, (27, 37)),
+    (2, 32, (64, 64)), (3, 10, (333,)), (8, 32, (7, 7)), (8, 32, (14, 14)), (8, 32, (28, 28)), (10, 32, (8, 8)),
+    (16, 32, (16, 32)), (32, 32, (14, 14)), (40, 32, (16, 16)), (64, 32, (7, 7)), (4, 32, (32, 64)),
+)  # fmt: skip
+CUT_GROUPS: tuple[Planes, ...] = (
+    (1, 32, (512, 256)), (1, 32, (181, 181)), (8, 32, (56, 56)), (80, 32, (16, 16)), (30, 3, (10, 100)),
+    (30, 3, (25, 37)), (2048, 2, (3, 3)),
+)  # fmt: skip
+CHANNELS_LAST: tuple[Planes, ...] = (
+    (1, 32, (64, 64)), (1, 3, (128, 128)), (10, 32, (64, 64)), (40, 32, (16, 16)), (8, 32, (7, 7)), (10, 3, (9, 37)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What calls have in common that share no entry with others."""
+
+    dtype: torch.dtype
+    activation: str | None
+    residual: Residual
+    wide_residual: bool = False  # float32, with half x
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a norm, forward and backward, whose kernels are to be compiled; a subclass says which and how large."""
+
+    kind: Kind
+    parameters: Parameters
+
+    @property
+    def norm(self) -> str:
+        """The norm's name, without the residual's place."""
+        raise NotImplementedError
+
+    @property
+    def size(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def own_argument(self) -> Any:
+        """What the norm takes before its weight."""
+        raise NotImplementedError
+
+    @property
+    def channels(self) -> int:
+        """Elements of weight and of bias."""
+        raise NotImplementedError
+
+    @property
+    def function(self) -> str:
+        """Its name in fused_ops.functional."""
+        return ("add_" if self.kind.residual == "before" else "") + self.norm
+
+    def __str__(self) -> str:
+        kind = self.kind
+        residual = "float32" if kind.wide_residual else "after" if kind.residual == "after" else None
+        named = {
+            "": f"{self.function}, {self.size}, {str(kind.dtype).removeprefix('torch.')}",
+            "activation": kind.activation,
+            "residual": residual,
+            "parameters": None if self.parameters == "same type" else self.parameters,
+        }
+        return ", ".join(f"{name} {value}".strip() for name, value in named.items() if value)
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        return x
+
+    def run(self) -> None:
+        """Forward and backward on tensors with nothing in them."""
+        kind = self.kind
+        x = self.laid_out(torch.empty(self.shape, dtype=kind.dtype)).requires_grad_()
+        residual = None
+        if kind.residual != "none":
+            residual = torch.empty_like(x, dtype=torch.float32 if kind.wide_residual else None, requires_grad=True)
+        parameters = self._parameters()
+        norm: Callable[..., Any] = getattr(F, self.function)
+        if kind.residual == "before":
+            outputs = norm(x, residual, self.own_argument, *parameters, activation=kind.activation)
+        else:
+            outputs = (norm(x, self.own_argument, *parameters, residual=residual, activation=kind.activation),)
+        inputs = [t for t in (x, residual, *parameters) if t is not None and t.requires_grad]
+        torch.autograd.grad(outputs, inputs, [torch.empty_like(output) for output in outputs])
+
+    def _parameters(self) -> list[Tensor | None]:
+        count = 1 if self.norm == "rms_norm" else 2
+        if self.parameters == "none":
+            return [None] * count
+        dtype = torch.float32 if "float32" in self.parameters and self.kind.dtype in HALF else self.kind.dtype
+        learn = not self.parameters.startswith("frozen")
+        return [torch.empty(self.channels, dtype=dtype, requires_grad=learn) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class RowCall(Call):
+    span: int
+    subtract_mean: bool
+    rows: int = FEW
+
+    @property
+    def norm(self) -> str:
+        return "layer_norm" if self.subtract_mean else "rms_norm"
+
+    @property
+    def size(self) -> str:
+        return f"span {self.span}" + ("" if self.rows == FEW else f", {self.rows} rows")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows, self.span
+
+    @property
+    def own_argument(self) -> tuple[int, ...]:
+        return (self.span,)
+
+    @property
+    def channels(self) -> int:
+        return self.span
+
+
+@dataclass(frozen=True)
+class ChannelCall(Call):
+    planes: Planes
+    channels_last: bool
+
+    norm = "group_norm"
+
+    @property
+    def size(self) -> str:
+        return f"{self.shape} in {self.own_argument} groups" + (", channels_last" if self.channels_last else "")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return 2, self.channels, *self.planes[2]
+
+    @property
+    def own_argument(self) -> int:
+        return self.planes[1]
+
+    @property
+    def channels(self) -> int:
+        return self.planes[0] * self.planes[1]
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1) if self.channels_last else x
+
+
+def kinds() -> Iterator[Kind]:
+    """Every type, place of the residual and activation."""
+    for dtype, residual, wide in itertools.product(DTYPES, RESIDUALS, (False, True)):
+        if not wide or (dtype in HALF and residual == "before"):
+            for activation in ACTIVATIONS:
+                yield Kind(dtype, activation, residual, wide)
+
+
+def candidates(kind: Kind) -> Iterator[Call]:
+    """Calls of a kind, those with the most operands and the longest spans of each family first."""
+    own = PARAMETERS if kind.dtype in HALF else PARAMETERS[1:]
+    spans = sorted({span - odd for span in (*WHOLE_ROWS, *LONG_ROWS) for odd in (0, 1)}, reverse=True)
+    for parameters, span, subtract_mean in itertools.product(own, spans, (True, False)):
+        yield RowCall(kind, parameters, span, subtract_mean)
+    # A program walks a row: backward, where no parameter learns.
+    walked = [span - odd for span in reversed(WALKED_ROWS) for odd in (0, 1)]
+    for parameters, span, subtract_mean in itertools.product(("frozen float32", *own), walked, (True, False)):
+        yield RowCall(kind, parameters, span, subtract_mean, MANY)
+    for parameters in own:
+        yield from (ChannelCall(kind, parameters, planes, False) for planes in (*WHOLE_GROUPS, *CUT_GROUPS))
+        yield from (ChannelCall(kind, parameters, planes, True) for planes in CHANNELS_LAST)

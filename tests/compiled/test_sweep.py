@@ -1,0 +1,69 @@
+"""The sweep of the launch tables reaches every kernel, and names what spills."""
+
+from __future__ import annotations
+
+import importlib
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks.audit import sweep
+from benchmarks.audit.inert import compiling_for
+from benchmarks.audit.sweep_calls import FEW, ChannelCall, Kind, RowCall
+from benchmarks.audit.targets import TARGETS
+from fused_ops.kernels.launcher import Launcher
+
+KIND = Kind(torch.bfloat16, "gelu", "after")
+MODULES = (
+    "row_norm.forward_kernels",
+    "row_norm.backward_kernels",
+    "channel_norm.forward_kernels",
+    "channel_norm.backward_kernels",
+    "column_sum",
+)
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of gigabytes that nothing reads or writes."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+
+
+def test_it_reaches_every_kernel() -> None:
+    modules = [importlib.import_module(f"fused_ops.kernels.{name}") for name in MODULES]
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    reached: set[str] = set()
+    some_calls = sweep.calls("sm_90", [KIND])
+    with compiling_for(TARGETS["sm_90"]):
+        for call in some_calls:
+            reached |= {name for name, *_ in sweep.entries_of(call)}
+    assert reached == kernels
+    assert len(set(map(str, some_calls))) == len(some_calls)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [RowCall(KIND, "same type", 1024, True, FEW), ChannelCall(KIND, "same type", (8, 32, (28, 28)), False)],
+    ids=["rows", "channels"],
+)
+def test_it_names_what_spills(call: RowCall | ChannelCall) -> None:
+    assert sweep.spills([call], "sm_90") == []
+    original = Launcher.__init__
+
+    def with_few_registers(launcher: Launcher, *arguments: object, most_registers: int | None = None) -> None:
+        original(launcher, *arguments, most_registers=24)  # type: ignore[arg-type]
+
+    forget_schedules()
+    with mock.patch.object(Launcher, "__init__", with_few_registers):
+        found = sweep.spills([call], "sm_90")
+    forget_schedules()
+    assert found and all(f"sm_90: {spill.kernel} spills {spill.bytes} bytes" in str(spill) for spill in found)
+    assert str(call) in str(found[0])
+
+
+def forget_schedules() -> None:
+    """They hold launchers, which are made once for each kind of call."""
+    for family in ("row_norm", "channel_norm"):
+        for direction in ("forward", "backward"):
+            importlib.import_module(f"fused_ops.kernels.{family}.{direction}")._schedule.cache_clear()
