@@ -175,7 +175,10 @@ class _Pieces:
     def __init__(self, kind: _Kind) -> None:
         self.kind = kind
         length = kind.plane[0]
-        self.tile = tile = piece_tile(kind.channels, longest_of(kind.plane), kind.dy.itemsize, kind.channels_last)
+        mixed = kind.x is not None and kind.x.itemsize > kind.dy.itemsize
+        self.tile = tile = piece_tile(
+            kind.channels, longest_of(kind.plane), kind.dy.itemsize, kind.channels_last, mixed
+        )
         self.blocks = cdiv(kind.channels, tile.block_channels)
         # Where dresidual is wanted it is dz, which the sums leave there: read again, it is all that dx needs of dy.
         # But for groups of one value, whose dx is 0, and would be how dz was rounded.

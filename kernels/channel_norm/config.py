@@ -4,7 +4,7 @@ not depend on the batch around it."""
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import triton
@@ -112,11 +112,14 @@ def _group_tile(of: GroupPlanes, itemsize: int, elements_per_thread: int, longes
 
 
 @functools.cache
-def group_forward_tile(of: GroupPlanes, itemsize: int, waiting: int) -> GroupTile | None:
+def group_forward_tile(of: GroupPlanes, itemsize: int, waiting: int, added: bool = False) -> GroupTile | None:
     """Tile of the forward that reads a group once, or None where it has to be cut into pieces. waiting: the tensors of
-    x's size that are in registers at once, x and a residual."""
+    x's size that are in registers at once, x and a residual. added: the residual is a part of what is normalized."""
     longest = {2: 16384, 4: 16384 if waiting == 1 else 8192, 8: 2048}[itemsize]
-    return _group_tile(of, itemsize, {2: 32, 4: 16, 8: 4}[itemsize], longest)
+    tile = _group_tile(of, itemsize, {2: 32, 4: 16, 8: 4}[itemsize], longest)
+    if tile is not None and itemsize == 2 and added and tile.num_warps == 16:
+        return replace(tile, most_registers=128)  # with half of them, of two programs, ptxas spills some bytes
+    return tile
 
 
 @functools.cache
@@ -134,11 +137,11 @@ BACKWARD_PROGRAMS = 16  # a multiprocessor, where there is work for so many
 
 
 @functools.cache
-def piece_tile(channels: int, plane: int, itemsize: int, channels_last: bool) -> PieceTile:
+def piece_tile(channels: int, plane: int, itemsize: int, channels_last: bool, mixed: bool = False) -> PieceTile:
     """Tile of the passes over pieces: 8 KB of a tensor, 32 bytes a thread.
 
     channels_last, a thread has eight channels and the values of each, which takes registers: smaller programs, of which
-    more fit, and which load tiles ahead.
+    more fit, and which load tiles ahead. mixed: beside 16-bit tensors float32 ones are read, which take more.
     """
     tile = (4096 if channels_last else 8192) // itemsize
     elements_per_thread = 32 // itemsize
@@ -152,6 +155,9 @@ def piece_tile(channels: int, plane: int, itemsize: int, channels_last: bool) ->
     stages = 0 if plane <= block_plane else 3 if channels_last else 1
     num_warps = max(1, threads // THREADS_PER_WARP)
     most_registers = 144 if channels_last else _most_registers(itemsize, num_warps)
+    if mixed:
+        ragged = channels * itemsize % 16 != 0
+        most_registers = 128 if not channels_last else 255 if ragged else 184
     return PieceTile(block_channels, block_plane, num_warps, most_registers, stages)
 
 

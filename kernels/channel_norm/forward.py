@@ -131,7 +131,7 @@ def _schedule(*fields: Any) -> Schedule:
     tile = None
     if not kind.channels_last:
         waiting = 2 if kind.residual is not None and not kind.add_first else 1
-        tile = group_forward_tile(kind.group_planes, kind.x.itemsize, waiting)
+        tile = group_forward_tile(kind.group_planes, kind.x.itemsize, waiting, kind.add_first)
     if tile is None:
         return _Pieces(kind)
     block_groups = tile.block_groups
