@@ -75,10 +75,17 @@ def _sample_stride(shape: Sequence[int], strides: Sequence[int], channels_last: 
 sample_stride = functools.lru_cache(maxsize=4096)(_sample_stride)
 
 
-def lies_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether the channels of a position are neighbours; so are those of a plane of one element."""
+LONGEST_OF_SINGLES = 512  # channels of a group
+
+
+def lies_channels_last(shape: Sequence[int], strides: Sequence[int], groups: int) -> bool:
+    """Whether the channels of a position are neighbours in memory.
+
+    Planes of one element lie either way. Short groups of them are held whole, as contiguous ones are; longer ones would
+    be padded there, to eight elements a plane.
+    """
     if math.prod(shape[2:]) == 1:
-        return True
+        return shape[1] > LONGEST_OF_SINGLES * groups
     if _sample_stride(shape, strides, False) is not None:
         return False
     # A slice of channels, or of positions, of such a tensor lies so, too: what is made of it keeps the layout.

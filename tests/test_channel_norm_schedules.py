@@ -47,6 +47,8 @@ LAUNCHED = [  # shape, channels_last, how: well on either side of what is held w
     ((1, 4, 40, 40), False, "whole"),
     ((1, 2, 32, 640), False, "pieces"),
     ((2, 6, 9, 9), True, "pieces"),
+    ((5, 40), False, "whole"),
+    ((2, 2200), False, "pieces"),
 ]
 
 
@@ -109,7 +111,7 @@ def test_long_planes_are_of_one_kind_for_each_power_of_two(layout: Layout) -> No
 def everything_forward(case: ChannelCase, samples: slice = slice(None)) -> dict[str, Tensor | None]:
     """y, total, statistics and, for a slope of two values, the mask: all that a forward can write."""
     assert case.activation is None or isinstance(case.activation, str)
-    layout = lies_channels_last(tuple(case.x.shape), case.x.stride())
+    layout = lies_channels_last(tuple(case.x.shape), case.x.stride(), case.groups)
     norm = GroupNorm(case.groups, layout, case.eps, case.adds_first, case.activation)
     out = group_norm_forward(
         case.x[samples],

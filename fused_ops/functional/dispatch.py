@@ -116,9 +116,8 @@ def _channel_norm(
             return run(x, residual, weight, bias, _kernel_norm(x.shape[1], eps, True, add_first, activation))
         layout = _layout_of if run is autograd.run else lies_channels_last  # a tracer looks through a cache, and warns
         fused = () if activation is None else (activation.name, *activation.scalars)
-        return run(
-            x, residual, weight, bias, GroupNorm(groups, layout(tuple(x.shape), x.stride()), eps, add_first, *fused)
-        )
+        channels_last = layout(tuple(x.shape), x.stride(), groups)
+        return run(x, residual, weight, bias, GroupNorm(groups, channels_last, eps, add_first, *fused))
     return _composed(x, residual, add_first, activation, lambda x: fallback.group_norm(x, groups, weight, bias, eps))
 
 
