@@ -45,6 +45,7 @@ WALKED_SHARE = 0.6
 # Padded elements of a group, as far as a program has to hold it.
 HELD_GROUP_FORWARD = {2: 16384, 4: 8192, 8: 2048}
 HELD_GROUP_BACKWARD = {2: 8192, 4: 8192, 8: 1024}
+HELD_GROUP_BACKWARD_CROWDED = {2: 8192, 4: 4096, 8: 1024}
 # Of the activations' bytes, what partial results of shared groups may add.
 PARTIAL_SHARE = 0.04
 
@@ -76,8 +77,10 @@ def _groups_allowed(workload: Workload, case: Case) -> Schedule:
     plane = elements(tuple(x.shape[2:]))
     planes = workload.span(tuple(x.shape)) // plane
     padded = triton.next_power_of_2(planes) * triton.next_power_of_2(plane)
+    crowded = backward_passes(workload) == 5
+    held_backward = HELD_GROUP_BACKWARD_CROWDED if crowded else HELD_GROUP_BACKWARD
     forward, backward = (
-        workload.channels_last or padded > held[x.itemsize] for held in (HELD_GROUP_FORWARD, HELD_GROUP_BACKWARD)
+        workload.channels_last or padded > held[x.itemsize] for held in (HELD_GROUP_FORWARD, held_backward)
     )
     return Schedule(int(forward), int(backward), x.shape[0])
 

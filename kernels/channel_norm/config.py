@@ -123,9 +123,14 @@ def group_forward_tile(of: GroupPlanes, itemsize: int, waiting: int, added: bool
 
 
 @functools.cache
-def group_backward_tile(of: GroupPlanes, itemsize: int) -> GroupTile | None:
-    """Tile of the backward that reads a group once, or None where it has to be cut into pieces."""
-    return _group_tile(of, itemsize, {2: 16, 4: 16, 8: 4}[itemsize], {2: 8192, 4: 8192, 8: 1024}[itemsize])
+def group_backward_tile(of: GroupPlanes, itemsize: int, residual: bool = False) -> GroupTile | None:
+    """Tile of the backward that reads a group once, or None where it has to be cut into pieces. residual: one is read,
+    to compute z again."""
+    longest = {2: 8192, 4: 4096 if residual else 8192, 8: 1024}[itemsize]
+    tile = _group_tile(of, itemsize, {2: 16, 4: 16, 8: 4}[itemsize], longest)
+    if tile is not None and residual and itemsize < 8:  # left alone, ptxas spills some bytes to fit one program more
+        return replace(tile, most_registers=min(168, 65536 // (tile.num_warps * THREADS_PER_WARP)))
+    return tile
 
 
 # Bytes of a tensor a piece at least, and of each of its channels, whose partial results then weigh little beside them.
@@ -141,9 +146,9 @@ def piece_tile(channels: int, plane: int, itemsize: int, channels_last: bool, mi
     """Tile of the passes over pieces: 8 KB of a tensor, 32 bytes a thread.
 
     channels_last, a thread has eight channels and the values of each, which takes registers: smaller programs, of which
-    more fit, and which load tiles ahead. mixed: beside 16-bit tensors float32 ones are read, which take more.
+    more fit, and which load tiles ahead. mixed: beside 16-bit tensors float32 ones are read, which take more, too.
     """
-    tile = (4096 if channels_last else 8192) // itemsize
+    tile = (4096 if channels_last or mixed else 8192) // itemsize
     elements_per_thread = 32 // itemsize
     if channels_last:
         block_channels = _block_of_channels(channels, itemsize)
@@ -157,7 +162,7 @@ def piece_tile(channels: int, plane: int, itemsize: int, channels_last: bool, mi
     most_registers = 144 if channels_last else _most_registers(itemsize, num_warps)
     if mixed:
         ragged = channels * itemsize % 16 != 0
-        most_registers = 128 if not channels_last else 255 if ragged else 184
+        most_registers = 184 if channels_last and not ragged else 255
     return PieceTile(block_channels, block_plane, num_warps, most_registers, stages)
 
 
