@@ -226,7 +226,8 @@ class _ByStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         needs_x = weight is not None and ctx.needs_input_grad[3]
-        ctx.save_for_backward(x if needs_x else None, mean, rstd, weight)
+        # A copy, as torch's: a running mean may have moved on when backward comes.
+        ctx.save_for_backward(x if needs_x else None, mean.clone() if needs_x else None, rstd, weight)
         ctx.types = x.dtype, None if bias is None else bias.dtype
         return _by_statistics(x, mean, rstd, weight, bias)
 
@@ -254,7 +255,10 @@ def stored_norm(
     """Normalizes each channel of x by statistics that are given, which get no gradient; y has x's type and layout."""
     dtype = torch.promote_types(_common_dtype(x, running_mean, running_var, weight, bias), torch.float32)
     mean, rstd = running_mean.detach().to(dtype), torch.rsqrt(running_var.detach().to(dtype) + eps)
-    if transformed() or torch.compiler.is_compiling() or not {*map(type, (x, weight, bias))} <= PLAIN:
+    operands = (x, weight, bias)
+    learns = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in operands)
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transformed()
+    if not learns or traced or not {*map(type, operands)} <= PLAIN:
         return _by_statistics(x, mean, rstd, weight, bias)
     return _ByStatistics.apply(x, mean, rstd, weight, bias)
 

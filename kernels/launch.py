@@ -2,7 +2,7 @@
 
 Configurations are pure functions of span, element size and the operands; of the device, only how many programs share
 the work and how many tiles are loaded ahead. None looks at the number of rows to choose a warp count or a block size:
-the bits of a row must not depend on the batch around it.
+the bits that forward gives a row must not depend on the batch around it.
 """
 
 from __future__ import annotations
@@ -276,8 +276,9 @@ def backward_chunk_config(span: int, itemsize: int) -> ChunkConfig:
 
 
 def backward_walk_config(span: int, itemsize: int, loaded_bytes: int, shared_bytes: int) -> RowConfig:
-    """Tile of the backward that walks along a row: 16 KB, loaded ahead where there is room, by a program that has a
-    multiprocessor for itself. loaded_bytes: of an element of every tensor that it reads, weight and bias included."""
+    """Tile of the backward that walks along a row: 16 KB, loaded ahead where there is room, or less where registers are
+    short, by a program that has a multiprocessor for itself. loaded_bytes: of an element of every tensor that it reads,
+    weight and bias included."""
     if _ragged(span, itemsize) or itemsize == 8:  # elements with masks and addresses of their own, or twice as wide
         crowded = itemsize == 2 and loaded_bytes > 12
         return RowConfig(1, (4096 if crowded else 8192) // itemsize, num_warps=8, most_registers=255)

@@ -75,7 +75,7 @@ def _sample_stride(shape: Sequence[int], strides: Sequence[int], channels_last: 
 sample_stride = functools.lru_cache(maxsize=4096)(_sample_stride)
 
 
-LONGEST_OF_SINGLES = 512  # channels of a group
+LONGEST_OF_SINGLES = 128  # channels of a group, of any type
 
 
 def lies_channels_last(shape: Sequence[int], strides: Sequence[int], groups: int) -> bool:
@@ -104,8 +104,11 @@ def sample_view(tensor: torch.Tensor, channels_last: bool) -> tuple[torch.Tensor
 
 
 def empty_samples(like: torch.Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An uninitialized tensor of the same shape without any gaps in one of the two layouts."""
+    """An uninitialized tensor of the same shape without any gaps in one of the two layouts. Where planes are of one
+    element these are one, and it has the strides that `like` has."""
     dtype = dtype or like.dtype
+    if like.dim() > 2 and math.prod(like.shape[2:]) == 1:
+        channels_last = like.stride(1) == 1 and like.stride(-1) == like.shape[1]
     if not channels_last:
         return torch.empty(like.shape, dtype=dtype, device=like.device)
     _, step, *positions = like.shape

@@ -32,7 +32,8 @@ FEW_CALLS: list[Call] = [
     ("add_rms_norm", True, None),
 ]
 
-# Of a row: its span, a tile, and the tiles of a chunk.
+# (span, block_span, steps): one chunk, a little beyond it, three chunks (no power of two), chunks of several tiles of
+# which the last ones lie beyond the row.
 DIVISIONS = [(256, 256, 1), (264, 256, 1), (712, 256, 1), (712, 64, 4), (392, 64, 3)]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as TF
 
+import fused_ops
 from fused_ops import functional as F
 from tests.layouts import Layout, channels_last, every_other_column
 from tests.norm_cases import DEVICE, normal, same_bits
@@ -109,3 +111,24 @@ def test_they_are_updated_by_a_compiled_function() -> None:
         torch.testing.assert_close(compiled(x, *ours), F.instance_norm(x, *eager))
     torch.testing.assert_close(ours, eager)
     torch._dynamo.reset()
+
+
+@each_function
+def test_a_backward_comes_after_they_have_moved_on(function: str) -> None:
+    """With their values at the time of the forward, as torch's."""
+    leaves = [normal(3, 4, 5, 6, seed=seed).requires_grad_() for seed in range(2)]
+    weight = normal(4, seed=2).requires_grad_()
+    running = statistics(torch.float32)
+    gradients = []
+    for moves in (False, True):
+        y, _ = call(function, *leaves, *running, weight=weight, use_input_stats=False)
+        if moves:
+            call(function, *(leaf.detach() for leaf in leaves), *running)
+        gradients.append(torch.autograd.grad(y, (leaves[0], weight), normal(3, 4, 5, 6, seed=3)))
+    assert all(same_bits(*pair) for pair in zip(*gradients, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_of_them_can_be_saved() -> None:
+    norm = fused_ops.InstanceNorm2d(4, affine=True, track_running_stats=True).to(DEVICE).eval()
+    torch.jit.save(torch.jit.trace(norm, normal(3, 4, 5, 6)), io.BytesIO())

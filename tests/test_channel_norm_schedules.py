@@ -10,12 +10,13 @@ import torch
 
 from tests.channel_norm_cases import FUNCTIONS, ChannelCase, make_case, with_layout
 from tests.layouts import Layout, channels_last, every_third_row
-from tests.norm_cases import assert_same_bits, check, run_fused, same_bits, short, with_exact_sums, with_fields
+from tests.norm_cases import DEVICE, assert_same_bits, check, run_fused, same_bits, short, with_exact_sums, with_fields
 from tests.tolerances import kernels_are_interpreted
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to schedule")
 
 from benchmarks.audit.watch import watch
+from fused_ops import functional as F
 from fused_ops.kernels.channel_norm import forward as forward_module
 from fused_ops.kernels.channel_norm import group_norm_forward
 from fused_ops.kernels.problem import GroupNorm, slope_takes_two_values
@@ -71,6 +72,14 @@ def test_one_group_of_planes_of_one_element_is_a_row(
     case = make_case(function, *shape, groups=1, residual=residual or adds, activation="silu")
     check(with_layout(case, every_third_row) if residual else case)
     assert launches[:2] == ["row_norm_forward_kernel", "row_norm_backward_kernel"]
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_planes_of_one_element_keep_their_strides(groups: int) -> None:
+    for strides in ((8, 1, 1, 1), (8, 1, 8, 8)):
+        x = torch.empty_strided((3, 8, 1, 1), strides).normal_().to(DEVICE)
+        y, total = F.add_group_norm(x, x.clone(), groups)
+        assert y.stride() == total.stride() == strides
 
 
 @pytest.mark.parametrize("frozen", [("x",), ("residual",)], ids="-".join)

@@ -101,13 +101,19 @@ def test_walked_backward_is_right(
 @pytest.mark.parametrize("division", DIVISIONS, ids=short)
 @calls([("layer_norm", True, "relu"), ("add_rms_norm", True, None)])
 def test_walked_backward_of_every_division(
-    schedule: Schedule, function: str, residual: bool, activation: str | None, division: tuple[int, int, int]
+    schedule: Schedule,
+    launches: list[str],
+    function: str,
+    residual: bool,
+    activation: str | None,
+    division: tuple[int, int, int],
 ) -> None:
     span, block_span, _ = division
     for odd in (0, 3):
         schedule.backward_walk(block_span, stages=2)
         frozen = NO_PARAMETER_GRADIENTS
         check(make_case(function, 3, span - odd, residual=residual, activation=activation, frozen=frozen))
+    assert launches.count("row_walk_backward_kernel") == 2
 
 
 @pytest.mark.parametrize("frozen", [("x",), ("residual",)], ids="-".join)
@@ -123,7 +129,7 @@ def test_walked_backward_computes_what_is_asked_for(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=short)
 @calls([("layer_norm", True, "silu"), ("add_rms_norm", True, None)])
 def test_walked_backward_of_other_types(
-    schedule: Schedule, function: str, residual: bool, activation: str | None, dtype: torch.dtype
+    schedule: Schedule, launches: list[str], function: str, residual: bool, activation: str | None, dtype: torch.dtype
 ) -> None:
     schedule.backward_walk()
     frozen = NO_PARAMETER_GRADIENTS
@@ -131,6 +137,7 @@ def test_walked_backward_of_other_types(
     check(case)
     if case.adds_first and dtype != torch.float64:
         check(with_fields(case, residual=case.residual.float(), dtotal=case.dtotal.float()))
+    assert "row_walk_backward_kernel" in launches
 
 
 @pytest.mark.parametrize(("filters", "walks"), [(3, True), (2, False)])
@@ -142,8 +149,12 @@ def test_long_filters_take_one_launch_where_they_occupy_a_device(
     schedule.replace(backward_module, "device_facts", lambda device: facts)
     weight = normal(filters, 1030, 3, 3).requires_grad_()
     standardized = F.weight_standardize(weight)
+    dy = normal(filters, 1030, 3, 3, seed=1)
     launches.clear()
-    (dweight,) = torch.autograd.grad(standardized, weight, torch.ones_like(standardized))
+    (dweight,) = torch.autograd.grad(standardized, weight, dy)
     shared = ["row_gradient_sums_kernel", "row_gradient_apply_kernel"]
     assert launches == (["row_walk_backward_kernel"] if walks else shared)
-    assert dweight.abs().max() < 1e-4  # a shift of all changes nothing
+    exact = weight.detach().double().flatten(1).requires_grad_()
+    normalized = torch.nn.functional.layer_norm(exact, (9270,))
+    (expected,) = torch.autograd.grad(normalized, exact, dy.double().flatten(1))
+    torch.testing.assert_close(dweight.flatten(1).double(), expected, rtol=1e-5, atol=1e-5)

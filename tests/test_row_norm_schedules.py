@@ -53,9 +53,6 @@ def assert_same_forward(actual: dict[str, Tensor | None], expected: dict[str, Te
 
 # --- forward -------------------------------------------------------------------------------------------------------
 
-# (span, block_span, steps): one chunk, a little beyond it, three chunks (no power of two), chunks of several tiles of
-# which the last ones lie beyond the row.
-
 
 @pytest.mark.parametrize("division", DIVISIONS, ids=short)
 @calls(FEW_CALLS)

@@ -1,8 +1,8 @@
 """Every entry of the launch tables x type x activation x residual x target, compiled, to see that none spills.
 
 An entry is what tells one compiled kernel from another apart from its span or planes: warps, registers, tile, stages,
-access width, norm. Which entry a call gets is seen by making it and launching nothing. Each is compiled at the longest
-span, aligned or ragged, and with the most operands that get it.
+access width, norm. Which entry a call gets is seen by making it and launching nothing. Each is compiled once, with the
+most operands that get it: of rows at the longest span, aligned or ragged, of planes at the first of those listed.
 """
 
 from __future__ import annotations

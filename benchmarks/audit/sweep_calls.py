@@ -190,7 +190,7 @@ def kinds() -> Iterator[Kind]:
 
 
 def candidates(kind: Kind) -> Iterator[Call]:
-    """Calls of a kind, those with the most operands and the longest spans of each family first."""
+    """Calls of a kind, those with the most operands and of rows the longest spans first."""
     own = PARAMETERS if kind.dtype in HALF else PARAMETERS[1:]
     spans = sorted({span - odd for span in (*WHOLE_ROWS, *LONG_ROWS) for odd in (0, 1)}, reverse=True)
     for parameters, span, subtract_mean in itertools.product(own, spans, (True, False)):

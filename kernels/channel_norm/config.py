@@ -143,7 +143,7 @@ BACKWARD_PROGRAMS = 16  # a multiprocessor, where there is work for so many
 
 @functools.cache
 def piece_tile(channels: int, plane: int, itemsize: int, channels_last: bool, mixed: bool = False) -> PieceTile:
-    """Tile of the passes over pieces: 8 KB of a tensor, 32 bytes a thread.
+    """Tile of the passes over pieces: 8 KB of a tensor, 4 KB where registers are short, 32 bytes a thread.
 
     channels_last, a thread has eight channels and the values of each, which takes registers: smaller programs, of which
     more fit, and which load tiles ahead. mixed: beside 16-bit tensors float32 ones are read, which take more, too.
@@ -183,7 +183,7 @@ def _steps(plane: int, itemsize: int, tile: PieceTile, most_pieces: int) -> int:
 
 
 def _block_of_channels(channels: int, itemsize: int) -> int:
-    """Channels side by side in a tile: 128 or 256 bytes, without a remainder where there is such a power of two."""
+    """Channels side by side in a tile: 128 or 256 bytes where there are so many, without a remainder where there is such a power of two."""
     divisor = channels & -channels
     if divisor * itemsize >= 128:
         return min(divisor, 256 // itemsize)

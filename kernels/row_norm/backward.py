@@ -51,7 +51,7 @@ def row_norm_backward(
     norm: RowNorm,
     wanted: Wanted,
 ) -> Gradients:
-    """The wanted gradients, in one launch (two for a long row) and one more that sums dweight and dbias.
+    """The wanted gradients, in one launch (two for long rows that are shared) and one more that sums dweight and dbias.
 
     x is what was normalized (with norm.add_first the total), or None where nothing wanted depends on it. With
     norm.add_first, dx and dresidual are the same values: ask for both only where their types differ.
