@@ -183,7 +183,7 @@ def _steps(plane: int, itemsize: int, tile: PieceTile, most_pieces: int) -> int:
 
 
 def _block_of_channels(channels: int, itemsize: int) -> int:
-    """Channels side by side in a tile: 128 or 256 bytes where there are so many, without a remainder where there is such a power of two."""
+    """Channels side by side in a tile: up to 256 bytes, without a remainder where a power of two allows."""
     divisor = channels & -channels
     if divisor * itemsize >= 128:
         return min(divisor, 256 // itemsize)
