@@ -36,6 +36,14 @@ def left_a_transform(*tensors: Tensor | None) -> bool:
     return True in [tensor is not None and wrapped(tensor) for tensor in tensors]
 
 
+def _takes_function(*tensors: Tensor | None) -> bool:
+    """Whether a Function of ours may stand for operations on these: something learns, and nobody traces or transforms
+    them, who could not look into it."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transformed():
+        return False
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 class _Hardsigmoid(torch.autograd.Function):
     """F.hardsigmoid with a gradient that can be differentiated, as torch's own cannot."""
 
@@ -55,7 +63,7 @@ class _Hardsigmoid(torch.autograd.Function):
 def _hardsigmoid(z: Tensor) -> Tensor:
     if transformed():  # the same for a transform, which cannot look into a Function
         return F.relu6(z + 3) / 6
-    if z.requires_grad and not torch.compiler.is_compiling():
+    if _takes_function(z):
         return _Hardsigmoid.apply(z)
     return F.hardsigmoid(z)
 
@@ -242,7 +250,7 @@ class _ByStatistics(torch.autograd.Function):
             scale = rstd if weight is None else rstd * weight.to(dtype)
             dx = (dz * _by_channel(scale, dz, dtype)).to(x_dtype)
         if x is not None:
-            x_hat = (x.to(dtype) - _by_channel(mean, x, dtype)) * _by_channel(rstd, x, dtype)
+            x_hat = _by_statistics(x.to(dtype), mean, rstd, None, None)
             dweight = (dz * x_hat).sum(batch).to(weight.dtype)
         if ctx.needs_input_grad[4]:
             dbias = dz.sum(batch).to(bias_dtype)
@@ -256,11 +264,9 @@ def stored_norm(
     dtype = torch.promote_types(_common_dtype(x, running_mean, running_var, weight, bias), torch.float32)
     mean, rstd = running_mean.detach().to(dtype), torch.rsqrt(running_var.detach().to(dtype) + eps)
     operands = (x, weight, bias)
-    learns = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in operands)
-    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transformed()
-    if not learns or traced or not {*map(type, operands)} <= PLAIN:
-        return _by_statistics(x, mean, rstd, weight, bias)
-    return _ByStatistics.apply(x, mean, rstd, weight, bias)
+    if _takes_function(*operands) and {*map(type, operands)} <= PLAIN:
+        return _ByStatistics.apply(x, mean, rstd, weight, bias)
+    return _by_statistics(x, mean, rstd, weight, bias)
 
 
 @torch.no_grad()

@@ -92,6 +92,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def registers_a_thread(num_warps: int, most: int = 255) -> int:
+    """`most`, or as many as a program of so many warps can have."""
+    return min(most, 65536 // (num_warps * THREADS_PER_WARP))
+
+
 def _padded_span(span: int) -> int:
     return max(8, triton.next_power_of_2(span))  # 8: the bits of a mask fill whole bytes
 
@@ -173,7 +178,7 @@ def row_forward_config(
     tile = _row_tile(span, elements_per_thread, least_rows=2 if two_rows else 1)
     if ragged or wide_residual:
         most_registers = 255 if ragged else 168
-        return replace(tile, most_registers=min(most_registers, 65536 // (tile.num_warps * THREADS_PER_WARP)))
+        return replace(tile, most_registers=registers_a_thread(tile.num_warps, most_registers))
     if itemsize == 2 and operands >= 3 and tile.num_warps == 4:
         return replace(tile, most_registers=112)  # without, ptxas spills some bytes to fit one more of six programs
     return tile
@@ -246,7 +251,7 @@ MOST_CHUNKS = 256
 def _chunks(span: int, itemsize: int, num_warps: int, most_registers: int = 128, least_steps: int = 1) -> ChunkConfig:
     block_span = num_warps * THREADS_PER_WARP * 32 // itemsize  # 32 bytes a thread: 64 spill
     steps = max(least_steps, cdiv(span, block_span * MOST_CHUNKS))
-    most_registers = min(most_registers, 65536 // (num_warps * THREADS_PER_WARP))
+    most_registers = registers_a_thread(num_warps, most_registers)
     return ChunkConfig(block_span, steps, cdiv(span, block_span * steps), num_warps, most_registers)
 
 

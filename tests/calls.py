@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -65,3 +66,16 @@ def gradients(function: Function, tensors: dict[str, Tensor]) -> dict[str, Tenso
     wanted = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
     found = torch.autograd.grad(scalar(function(*tensors.values())), list(wanted.values()))
     return dict(zip(wanted, found, strict=True))
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Tensor]]:
+    """Collects the tensors that autograd keeps meanwhile."""
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept

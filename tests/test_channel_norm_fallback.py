@@ -13,7 +13,7 @@ import torch.nn.functional as TF
 
 import fused_ops
 from fused_ops import functional as F
-from tests.calls import scalar
+from tests.calls import recorded, scalar
 from tests.channel_norm_calls import (
     FUNCTIONS,
     LAYOUTS,
@@ -306,14 +306,9 @@ def test_by_running_statistics_no_more_is_kept_than_by_torch(dtype: torch.dtype,
     running = normal(6, seed=2), normal(6, seed=3).square()
     kept = []
     for function in (F.instance_norm, TF.instance_norm):
-        stored: dict[int, int] = {}
-
-        def pack(tensor: Tensor, stored: dict[int, int] = stored) -> Tensor:
-            stored[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with recorded() as tensors_kept:
             _y = function(x, *running, *parameters, use_input_stats=False)
-        kept.append(sum(stored.values()))
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors_kept}
+        kept.append(sum(storage.nbytes() for storage in storages.values()))
     assert kept[0] <= kept[1]
     assert affine or kept[0] < x.untyped_storage().nbytes()  # without a weight to learn x is not needed

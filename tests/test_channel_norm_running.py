@@ -128,7 +128,7 @@ def test_a_backward_comes_after_they_have_moved_on(function: str) -> None:
     assert all(same_bits(*pair) for pair in zip(*gradients, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")  # torch's own
 def test_a_trace_of_them_can_be_saved() -> None:
     norm = fused_ops.InstanceNorm2d(4, affine=True, track_running_stats=True).to(DEVICE).eval()
     torch.jit.save(torch.jit.trace(norm, normal(3, 4, 5, 6)), io.BytesIO())

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fused_ops
-from tests.calls import composed, fused, gradients, operands, scalar
+from tests.calls import composed, fused, gradients, operands, recorded, scalar
 from tests.every_norm import FUNCTIONS, PLACES, small_case
 from tests.norm_cases import DEVICE, TORCH_ACTIVATIONS, Case, assert_same_bits, run_fused
 from tests.row_norm_cases import FUNCTIONS as ROW_FUNCTIONS
@@ -62,19 +60,6 @@ def finish(outputs: tuple[Tensor, ...], tensors: dict[str, Tensor]) -> dict[str,
 
 
 # --- what is kept --------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def recorded() -> Iterator[list[Tensor]]:
-    """Collects the tensors that autograd keeps meanwhile."""
-    kept: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
 
 
 def distinct_bytes(kept: list[Tensor], case_tensors: dict[str, Tensor]) -> int:

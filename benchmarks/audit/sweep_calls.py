@@ -99,13 +99,14 @@ class Call:
         }
         return ", ".join(f"{name} {value}".strip() for name, value in named.items() if value)
 
-    def laid_out(self, x: Tensor) -> Tensor:
-        return x
+    def input(self) -> Tensor:
+        """x, with nothing in it."""
+        return torch.empty(self.shape, dtype=self.kind.dtype)
 
     def run(self) -> None:
         """Forward and backward on tensors with nothing in them."""
         kind = self.kind
-        x = self.laid_out(torch.empty(self.shape, dtype=kind.dtype)).requires_grad_()
+        x = self.input().requires_grad_()
         residual = None
         if kind.residual != "none":
             residual = torch.empty_like(x, dtype=torch.float32 if kind.wide_residual else None, requires_grad=True)
@@ -177,8 +178,11 @@ class ChannelCall(Call):
     def channels(self) -> int:
         return self.planes[0] * self.planes[1]
 
-    def laid_out(self, x: Tensor) -> Tensor:
-        return x.movedim(1, -1).contiguous().movedim(-1, 1) if self.channels_last else x
+    def input(self) -> Tensor:
+        if not self.channels_last:
+            return super().input()
+        samples, channels, *positions = self.shape
+        return torch.empty((samples, *positions, channels), dtype=self.kind.dtype).movedim(-1, 1)
 
 
 def kinds() -> Iterator[Kind]:

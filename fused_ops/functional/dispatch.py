@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -112,7 +113,7 @@ def _channel_norm(
     """y, or (y, total) where the residual is added first, in x's layout; instance norm has a group for each channel."""
     run = _kernel(x, residual, weight, bias)
     if run is not None:
-        if groups == 1 and x.numel() == x.shape[0] * x.shape[1] and (x.dim() == 2 or x.stride(-1) == 1):  # rows
+        if groups == 1 and math.prod(x.shape[2:]) == 1 and (x.dim() == 2 or x.stride(-1) == 1):  # rows
             return run(x, residual, weight, bias, _kernel_norm(x.shape[1], eps, True, add_first, activation))
         layout = _layout_of if run is autograd.run else lies_channels_last  # a tracer looks through a cache, and warns
         fused = () if activation is None else (activation.name, *activation.scalars)

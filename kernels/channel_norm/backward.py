@@ -144,11 +144,9 @@ class _Kind(NamedTuple):
 @functools.cache
 def _schedule(*fields: Any) -> Schedule:
     kind = _Kind(*fields)
-    tile = (
-        None
-        if kind.channels_last
-        else group_backward_tile(kind.group_planes, kind.dy.itemsize, kind.residual is not None)
-    )
+    tile = None
+    if not kind.channels_last:
+        tile = group_backward_tile(kind.group_planes, kind.dy.itemsize, kind.residual is not None)
     if tile is None:
         return _Pieces(kind)
     block_groups = tile.block_groups

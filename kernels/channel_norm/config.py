@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import triton
 
-from ..launch import THREADS_PER_WARP, DeviceFacts, cdiv
+from ..launch import THREADS_PER_WARP, DeviceFacts, cdiv, registers_a_thread
 from ..views import vector_length
 
 # Planes below this many elements compile for their length; longer ones take it at run time, and compile once for each
@@ -63,7 +63,7 @@ class PieceTile:
 def _most_registers(itemsize: int, num_warps: int) -> int | None:
     """What there is for float64, of which ptxas spills some bytes in order to fit one more program; for other types it
     finds a better balance than one number for every activation does."""
-    return min(255, 65536 // (num_warps * THREADS_PER_WARP)) if itemsize == 8 else None
+    return registers_a_thread(num_warps) if itemsize == 8 else None
 
 
 def _padded(length: int) -> int:
@@ -129,7 +129,7 @@ def group_backward_tile(of: GroupPlanes, itemsize: int, residual: bool = False) 
     longest = {2: 8192, 4: 4096 if residual else 8192, 8: 1024}[itemsize]
     tile = _group_tile(of, itemsize, {2: 16, 4: 16, 8: 4}[itemsize], longest)
     if tile is not None and residual and itemsize < 8:  # left alone, ptxas spills some bytes to fit one program more
-        return replace(tile, most_registers=min(168, 65536 // (tile.num_warps * THREADS_PER_WARP)))
+        return replace(tile, most_registers=registers_a_thread(tile.num_warps, 168))
     return tile
 
 

@@ -97,6 +97,26 @@ def row_norm_backward_kernel(
 
 
 @triton.jit
+def load_part_of_row(
+    DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, row, first,
+    dy_stride, x_stride, residual_stride, alpha, beta,
+    SPAN: tl.constexpr, VEC: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
+    BLOCK_SPAN: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """(col, in_span, x_hat, rstd, g, dz) of BLOCK_SPAN elements of a row [1], from column `first` on; g = dL/dx_hat."""
+    col = first + tl.arange(0, BLOCK_SPAN)[None, :]
+    in_span = col < SPAN
+    weight = load_columns(Weight_ptr, col, in_span, COMPUTE)
+    bias = load_columns(Bias_ptr, col, in_span, COMPUTE)
+    x_hat, rstd, dz = load_row_gradients(
+        DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Mean_ptr, Rstd_ptr, weight, bias, row, row >= 0, first, col, in_span,
+        dy_stride, x_stride, residual_stride, alpha, beta, SPAN, VEC, SLOPE, PASSES, COMPUTE,
+    )  # fmt: skip
+    g = dz * weight if weight is not None else dz
+    return col, in_span, x_hat, rstd, g, dz
+
+
+@triton.jit
 def sum_row_gradients(
     DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, row, chunk,
     dy_stride, x_stride, residual_stride, alpha, beta,
@@ -108,15 +128,10 @@ def sum_row_gradients(
     sum_g_x_hat = tl.zeros([1], COMPUTE)
     for step in tl.range(tiles_of_chunk(chunk, SPAN, BLOCK_SPAN, STEPS), num_stages=STAGES):
         first = (scalar(chunk, tl.int64) * STEPS + step) * BLOCK_SPAN
-        col = first + tl.arange(0, BLOCK_SPAN)[None, :]
-        in_span = col < SPAN
-        weight = load_columns(Weight_ptr, col, in_span, COMPUTE)
-        bias = load_columns(Bias_ptr, col, in_span, COMPUTE)
-        x_hat, _, dz = load_row_gradients(
-            DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Mean_ptr, Rstd_ptr, weight, bias, row, row >= 0, first, col, in_span,
-            dy_stride, x_stride, residual_stride, alpha, beta, SPAN, VEC, SLOPE, PASSES, COMPUTE,
+        _, _, x_hat, _, g, _ = load_part_of_row(
+            DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, row, first,
+            dy_stride, x_stride, residual_stride, alpha, beta, SPAN, VEC, SLOPE, PASSES, BLOCK_SPAN, COMPUTE,
         )  # fmt: skip
-        g = dz * weight if weight is not None else dz
         sum_g += tl.sum(g, axis=1)
         sum_g_x_hat += tl.sum(g * x_hat, axis=1)
     return sum_g, sum_g_x_hat
@@ -143,15 +158,10 @@ def row_walk_backward_kernel(
 
     for tile in tl.range(TILES, num_stages=STAGES):
         first = scalar(TILES - 1 - tile, tl.int64) * BLOCK_SPAN
-        col = first + tl.arange(0, BLOCK_SPAN)[None, :]
-        in_span = col < SPAN
-        weight = load_columns(Weight_ptr, col, in_span, COMPUTE)
-        bias = load_columns(Bias_ptr, col, in_span, COMPUTE)
-        x_hat, rstd, dz = load_row_gradients(
-            DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Mean_ptr, Rstd_ptr, weight, bias, row, row >= 0, first, col, in_span,
-            dy_stride, x_stride, residual_stride, alpha, beta, SPAN, VEC, SLOPE, PASSES, COMPUTE,
+        col, in_span, x_hat, rstd, g, dz = load_part_of_row(
+            DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, row, first,
+            dy_stride, x_stride, residual_stride, alpha, beta, SPAN, VEC, SLOPE, PASSES, BLOCK_SPAN, COMPUTE,
         )  # fmt: skip
-        g = dz * weight if weight is not None else dz
         dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
         store_gradients(
             DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, row * SPAN, row * dtotal_stride * VEC, col, in_span,

@@ -52,7 +52,7 @@ def test_it_names_what_spills(call: RowCall | ChannelCall) -> None:
     original = Launcher.__init__
 
     def with_few_registers(launcher: Launcher, *arguments: object, most_registers: int | None = None) -> None:
-        original(launcher, *arguments, most_registers=24)  # type: ignore[arg-type]
+        original(launcher, *arguments, most_registers=24)
 
     forget_schedules()
     with mock.patch.object(Launcher, "__init__", with_few_registers):
