@@ -6,7 +6,9 @@ MAKE_VENV = @$(PYTHON) tools/make_venv.py
 
 # One worker a core, and no more than four: each holds torch, and on a GPU a context of its own. One thread a worker, or
 # they would compete for the same cores. pytest-benchmark has nothing to time under tests/.
-PYTEST := OMP_NUM_THREADS=1 $(IN_VENV) pytest -p no:benchmark -n auto --maxprocesses=4
+# A test that hangs shows where, in every thread, and fails after five minutes; the longest takes seconds.
+PYTEST := OMP_NUM_THREADS=1 $(IN_VENV) pytest -p no:benchmark -n auto --maxprocesses=4 \
+	-o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
