@@ -12,7 +12,8 @@ import torch
 from . import backend, fallback
 from .activation import Activation
 from .kernels.families import family_of
-from .kernels.problem import Gradients, GroupNorm, Norm, Wanted, slope_takes_two_values
+from .kernels.problem import BatchNorm, Gradients, Norm, RowNorm, Wanted, slope_takes_two_values
+from .kernels.views import pooled_planes
 
 Tensor = torch.Tensor
 Backward = Callable[..., Gradients]
@@ -30,10 +31,11 @@ class Needs(NamedTuple):
 class Saving(NamedTuple):
     """What forward keeps for backward beside parameters, all of it decided before the launch.
 
-    statistics: the normalized tensor with its mean and rstd; bits: the mask of a two-valued slope; residual: where z
-    has to be computed again with it.
+    x: the tensor that was normalized; statistics: its mean and rstd; bits: the mask of a two-valued slope; residual:
+    where z has to be computed again with it.
     """
 
+    x: bool
     statistics: bool
     bits: bool
     residual: bool
@@ -45,8 +47,14 @@ def what_to_save(norm: Norm, needs: Needs, has_residual: bool) -> Saving:
     needs_slope = norm.activation is not None and any(needs)
     bits = needs_slope and added_after and slope_takes_two_values(norm.activation)
     recomputes_z = needs_slope and not bits
-    needs_x_hat = needs.x or needs.weight or (needs.residual and norm.add_first)
-    return Saving(needs_x_hat or recomputes_z, bits, recomputes_z and added_after)
+    needs_dx = needs.x or (needs.residual and norm.add_first)
+    needs_x = needs.weight or recomputes_z or (needs_dx and not is_frozen(norm))
+    return Saving(needs_x, needs_x or needs_dx, bits, recomputes_z and added_after)
+
+
+def is_frozen(norm: Norm) -> bool:
+    """Whether mean and rstd are no functions of x, so that dx does not depend on it."""
+    return isinstance(norm, BatchNorm) and not norm.training
 
 
 _what_to_save = functools.lru_cache(maxsize=4096)(what_to_save)  # a tracer would look through the cache, and warn
@@ -69,13 +77,20 @@ class NormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: Norm
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: Norm,
+        *running: Tensor | None,
     ) -> Any:
         needs = ctx.needs_input_grad
-        statistics, bits, keeps_residual = _what_to_save(norm, Needs(*needs[:4]), residual is not None)
-        out = family_of(norm).forward(x, residual, weight, bias, norm, save_statistics=statistics, save_bits=bits)
-        y, total, mean, rstd, mask = out
-        normalized = None if not statistics else x if total is None else total
+        keeps_x, statistics, bits, keeps_residual = _what_to_save(norm, Needs(*needs[:4]), residual is not None)
+        y, total, mean, rstd, mask = family_of(norm).forward(
+            x, residual, weight, bias, norm, *running, save_statistics=statistics, save_bits=bits
+        )
+        normalized = None if not keeps_x else x if total is None else total
         # In the order of Saved.
         ctx.save_for_backward(normalized, residual if keeps_residual else None, weight, bias, mean, rstd, mask)
         ctx.set_materialize_grads(False)
@@ -95,7 +110,8 @@ class NormFunction(torch.autograd.Function):
             from . import ops
 
             run = ops.backward
-        return *gradients(Saved(*ctx.saved_tensors), dy, dtotal, ctx.norm, ctx.x_dtype, needs, run), None
+        found = gradients(Saved(*ctx.saved_tensors), dy, dtotal, ctx.norm, ctx.x_dtype, needs, run)
+        return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
 
 
 def gradients(
@@ -174,8 +190,10 @@ def _composed(saved: Saved, dy: Tensor, dtotal: Tensor | None, norm: Norm, creat
     dx = dresidual = dweight = dbias = None
     if x is None:
         dbias = _summed_to_parameter(dz, norm) if bias is not None else None
+        if saved.rstd is not None:  # frozen, so that dx does not depend on x
+            dx = fallback.by_statistics(dz.to(saved.rstd.dtype), torch.zeros_like(saved.rstd), saved.rstd, weight, None)
     else:
-        z = _differentiable_norm(x, weight, bias, norm)
+        z = _differentiable_norm(x, weight, bias, saved, norm)
         if residual is not None:
             z = z + residual
         if saved.bits is None and norm.activation is not None:
@@ -192,30 +210,40 @@ def _composed(saved: Saved, dy: Tensor, dtotal: Tensor | None, norm: Norm, creat
     return Gradients(dx, dresidual, dweight, dbias)
 
 
-def _differentiable_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> Tensor:
-    if not isinstance(norm, GroupNorm):
+def _differentiable_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, saved: Saved, norm: Norm) -> Tensor:
+    if isinstance(norm, RowNorm):
         rows = x.reshape(-1, norm.span) if x.numel() else x.reshape(0, norm.span)
         return fallback.differentiable_norm(rows, weight, bias, norm.eps, norm.subtract_mean).view(x.shape)
-    grouped = x.reshape(x.shape[0], norm.groups, -1) if x.numel() else x.reshape(0, norm.groups, 1)
-    y = fallback.differentiable_norm(grouped, None, None, norm.eps, True).view(x.shape)
+    if is_frozen(norm):
+        assert saved.mean is not None and saved.rstd is not None
+        return fallback.by_statistics(x.to(saved.rstd.dtype), saved.mean, saved.rstd, weight, bias)
+    if isinstance(norm, BatchNorm):
+        of_channels = x.transpose(0, 1)
+        y = fallback.differentiable_norm(of_channels.flatten(1), None, None, norm.eps, True)
+        y = y.view(of_channels.shape).transpose(0, 1)
+    else:
+        grouped = x.reshape(x.shape[0], norm.groups, -1) if x.numel() else x.reshape(0, norm.groups, 1)
+        y = fallback.differentiable_norm(grouped, None, None, norm.eps, True).view(x.shape)
     weight, bias = (None if t is None else t.to(y.dtype).view(-1, *(1,) * (x.dim() - 2)) for t in (weight, bias))
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
 
 
 def _summed_to_parameter(dz: Tensor, norm: Norm) -> Tensor:
-    if isinstance(norm, GroupNorm):
-        return dz.transpose(0, 1).flatten(1).sum(1)
-    return dz.reshape(dz.numel() // max(1, norm.span), norm.span).sum(0)
+    if isinstance(norm, RowNorm):
+        return dz.reshape(dz.numel() // max(1, norm.span), norm.span).sum(0)
+    return dz.transpose(0, 1).flatten(1).sum(1)
 
 
 def _unpack(bits: Tensor, norm: Norm, shape: Sequence[int]) -> Tensor:
     """The mask of a tensor of this shape as booleans, from the bytes of each of its runs, lowest bit first."""
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     flags = ((bits.unsqueeze(-1) >> places) & 1).flatten(1).bool()
-    if not isinstance(norm, GroupNorm):
+    if isinstance(norm, RowNorm):
         return flags[:, : norm.span].reshape(shape)
     samples, channels, *positions = shape
+    if isinstance(norm, BatchNorm) and not norm.channels_last:
+        return flags[:, : pooled_planes(shape, False).runs[1]].reshape(shape)
     if norm.channels_last:
         return flags[:, :channels].reshape(samples, *positions, channels).movedim(-1, 1)
     return flags[:, : math.prod(positions)].reshape(shape)
@@ -227,12 +255,18 @@ _apply = super(torch.autograd.Function, NormFunction).apply
 
 
 def run(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: Norm
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: Norm,
+    *running: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """y, or (y, total) where the residual is added first; through autograd only where something requires it."""
+    """y, or (y, total) where the residual is added first; through autograd only where something requires it. Batch
+    norm's running statistics, if any, follow the norm."""
     if torch.is_grad_enabled():
         for tensor in (x, residual, weight, bias):
             if tensor is not None and tensor.requires_grad:
-                return _apply(x, residual, weight, bias, norm)
-    out = family_of(norm).forward(x, residual, weight, bias, norm)
+                return _apply(x, residual, weight, bias, norm, *running)
+    out = family_of(norm).forward(x, residual, weight, bias, norm, *running)
     return out.y if out.total is None else (out.y, out.total)

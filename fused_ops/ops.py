@@ -1,33 +1,42 @@
 """torch.library ops over the launchers, for what traces: torch.compile, export, make_fx, FakeTensor.
 
 Eager calls go to the launchers directly, which costs a quarter of going through an op. An op may not return an input or
-None, so what is absent is an empty tensor.
+None, so what is absent is an empty tensor; nor may one that changes an argument have a gradient, so batch norm's
+forward returns the running statistics as they are afterwards, and `run` stores them.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from .autograd import Needs, Saved, gradients, what_to_save
-from .kernels.families import GROUP_NORM, ROW_NORM, Family, family_of
-from .kernels.problem import Gradients, GroupNorm, Norm, RowNorm, Wanted
+from .autograd import Needs, Saved, gradients, is_frozen, what_to_save
+from .kernels.families import BATCH_NORM, GROUP_NORM, ROW_NORM, Family, family_of
+from .kernels.problem import BatchNorm, Gradients, GroupNorm, Norm, RowNorm, Wanted
 
 Tensor = torch.Tensor
+Tensors = tuple[Tensor | None, ...]
 
 _FUSED = "bool add_first, str? activation, float alpha, float beta"
+NormType = type[RowNorm] | type[GroupNorm] | type[BatchNorm]
 # A norm's own arguments, as fields of what the launchers take.
-_NORMS: dict[str, tuple[Family, type[RowNorm] | type[GroupNorm], str]] = {
+_NORMS: dict[str, tuple[Family, NormType, str]] = {
     "row_norm": (ROW_NORM, RowNorm, f"int span, float eps, bool subtract_mean, {_FUSED}"),
     "group_norm": (GROUP_NORM, GroupNorm, f"int groups, bool channels_last, float eps, {_FUSED}"),
+    "batch_norm": (
+        BATCH_NORM,
+        BatchNorm,
+        f"bool channels_last, bool training, float momentum, float eps, {_FUSED}",
+    ),
 }
 _FORWARD = (
-    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, {norm}, bool save_statistics, bool save_bits) -> "
-    "(Tensor y, Tensor total, Tensor mean, Tensor rstd, Tensor bits)"
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, {running}{norm}, bool save_statistics, bool save_bits) "
+    "-> (Tensor y, Tensor total, Tensor mean, Tensor rstd, Tensor bits{moved})"
 )
+_RUNNING = ("Tensor? running_mean, Tensor? running_var, ", ", Tensor moved_mean, Tensor moved_var")
 _BACKWARD = (
     "(Tensor dy, Tensor? dtotal, Tensor? x, Tensor? residual, Tensor? bits, Tensor? weight, Tensor? bias, "
     "Tensor? mean, Tensor? rstd, {norm}, "
@@ -46,17 +55,32 @@ def _or_none(*tensors: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(tensor if tensor.numel() else None for tensor in tensors)
 
 
-def _define(name: str, family: Family, norm_type: type[RowNorm] | type[GroupNorm], fields: str) -> None:
+def _parts(norm_type: NormType, arguments: tuple[Any, ...]) -> tuple[Tensors, Norm, bool, bool]:
+    """(running statistics, norm, save_statistics, save_bits) of a forward op's arguments behind the bias."""
+    count = 2 if norm_type is BatchNorm else 0
+    return arguments[:count], norm_type(*arguments[count:-2]), *arguments[-2:]
+
+
+def _moved(norm: Norm, running: Tensors, make: Callable[[Tensor], Tensor]) -> Tensors:
+    """Tensors for the running statistics after the call, where it moves them."""
+    moves = isinstance(norm, BatchNorm) and norm.training
+    return tuple(make(tensor) if moves and tensor is not None else None for tensor in running)
+
+
+def _define(name: str, family: Family, norm_type: NormType, fields: str) -> None:
     """The forward and the backward op of a norm: schema, implementation, fake and autograd."""
 
     def forward(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *arguments: Any):  # type: ignore[no-untyped-def]
-        *norm, statistics, bits = arguments
-        out = family.forward(x, residual, weight, bias, norm_type(*norm), save_statistics=statistics, save_bits=bits)
-        return _or_empty(x, *out)
+        running, norm, statistics, bits = _parts(norm_type, arguments)
+        moved = _moved(norm, running, torch.clone)
+        given = [old if new is None else new for old, new in zip(running, moved, strict=True)]
+        out = family.forward(x, residual, weight, bias, norm, *given, save_statistics=statistics, save_bits=bits)
+        return _or_empty(x, *out, *moved)
 
     def forward_fake(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *arguments: Any):  # type: ignore[no-untyped-def]
-        *norm, statistics, bits = arguments
-        return _or_empty(x, *family.allocate(x, residual, norm_type(*norm), statistics, bits))
+        running, norm, statistics, bits = _parts(norm_type, arguments)
+        moved = _moved(norm, running, torch.empty_like)
+        return _or_empty(x, *family.allocate(x, residual, norm, statistics, bits), *moved)
 
     def backward(dy: Tensor, *arguments: Any):  # type: ignore[no-untyped-def]
         norm, wanted = norm_type(*arguments[8:-4]), Wanted(*arguments[-4:])
@@ -74,11 +98,12 @@ def _define(name: str, family: Family, norm_type: type[RowNorm] | type[GroupNorm
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         _setup_context(ctx, norm_type, inputs, output)
 
+    running, moved = _RUNNING if norm_type is BatchNorm else ("", "")
     for op, schema, run, fake in (
-        (f"{name}_forward", _FORWARD, forward, forward_fake),
-        (f"{name}_backward", _BACKWARD, backward, backward_fake),
+        (f"{name}_forward", _FORWARD.format(norm=fields, running=running, moved=moved), forward, forward_fake),
+        (f"{name}_backward", _BACKWARD.format(norm=fields), backward, backward_fake),
     ):
-        _library.define(op + schema.format(norm=fields))
+        _library.define(op + schema)
         _library.impl(op, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fused_ops::{op}", fake, lib=_library)
     torch.library.register_autograd(
@@ -89,19 +114,21 @@ def _define(name: str, family: Family, norm_type: type[RowNorm] | type[GroupNorm
 # --- autograd of the forward ops -----------------------------------------------------------------------------------
 
 
-def _setup_context(ctx: Any, norm_type: type[RowNorm] | type[GroupNorm], inputs: tuple, output: tuple) -> None:
-    x, residual, weight, bias, *fields, save_statistics, save_bits = inputs
-    _, total, mean, rstd, bits = output
-    norm = norm_type(*fields)
-    ctx.mark_non_differentiable(mean, rstd, bits)
+def _setup_context(ctx: Any, norm_type: NormType, inputs: tuple, output: tuple) -> None:
+    x, residual, weight, bias, *arguments = inputs
+    _, norm, save_statistics, save_bits = _parts(norm_type, tuple(arguments))
+    _, total, mean, rstd, bits, *_ = output
+    ctx.mark_non_differentiable(*output[2:])
     mean, rstd, bits = _or_none(mean, rstd, bits)
     saving = what_to_save(norm, Needs(*ctx.needs_input_grad[:4]), residual is not None)
-    normalized = (total if norm.add_first else x) if saving.statistics else None
+    normalized = (total if norm.add_first else x) if saving.x else None
     residual = residual if saving.residual else None
     if (saving.statistics and not save_statistics) or (saving.bits and not save_bits):
         # Traced for inference, run for training: keep what backward can compute everything from.
         normalized, residual = (total, None) if norm.add_first else (x, inputs[1])
-        mean = rstd = bits = None
+        bits = None
+        if not is_frozen(norm):  # its statistics are always saved: they are no functions of x
+            mean = rstd = None
     ctx.save_for_backward(*Saved(normalized, residual, weight, bias, mean, rstd, bits))
     ctx.norm, ctx.x_dtype, ctx.inputs = norm, x.dtype, len(inputs)
     ctx.set_materialize_grads(False)
@@ -127,7 +154,12 @@ def backward(dy: Tensor, *arguments: Any) -> Gradients:
 
 
 def run(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: Norm
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: Norm,
+    *running: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`autograd.run`, as an op that a tracer sees."""
     tensors = (x, residual, weight, bias)
@@ -135,7 +167,10 @@ def run(
     needs = Needs(*(tracked and tensor is not None and tensor.requires_grad for tensor in tensors))
     saving = what_to_save(norm, needs, residual is not None)
     op = getattr(torch.ops.fused_ops, f"{family_of(norm).name}_forward")
-    y, total, *_ = op(*tensors, *norm, saving.statistics, saving.bits)
+    y, total, _, _, _, *moved = op(*tensors, *running, *norm, saving.statistics or is_frozen(norm), saving.bits)
+    for statistic, values in zip(running, moved, strict=True):
+        if statistic is not None and not is_frozen(norm):
+            statistic.copy_(values)
     return (y, total) if norm.add_first else y
 
 
@@ -159,6 +194,9 @@ def _norms(family: str, add_first: bool, activation: str | None) -> list[tuple[N
     """Norms of a family, each with the shape of an x and the length of a weight."""
     if family == "row_norm":
         return [(RowNorm(20, 1e-5, mean, add_first, activation), (2, 3, 20), 20) for mean in (True, False)]
+    if family == "batch_norm":
+        ways = ((True, True), (False, True), (False, False))
+        return [(BatchNorm(*way, 0.1, 1e-5, add_first, activation), (2, 4, 3, 5), 4) for way in ways]
     return [(GroupNorm(2, last, 1e-5, add_first, activation), (2, 4, 3, 5), 4) for last in (True, False)]
 
 
@@ -172,16 +210,23 @@ def _samples(family: str, forward: bool, device: torch.device | str) -> Iterator
         for norm, shape, length in _norms(family, added == "first", activation):
             x, residual = (draw(*shape, requires_grad=forward) for _ in range(2))
             weight, bias = (draw(length, requires_grad=forward) if affine else None for _ in range(2))
+            running: Tensors = ()
+            if isinstance(norm, BatchNorm):
+                known = affine or not norm.training
+                running = tuple(draw(length, requires_grad=False).abs() if known else None for _ in range(2))
             has_residual = added is not None
             saving = what_to_save(norm, Needs(True, has_residual, affine, affine), has_residual)
             tensors = (x, residual if has_residual else None, weight, bias)
             if forward:
-                yield (*tensors, *norm, saving.statistics, saving.bits), {}
+                yield (*tensors, *running, *norm, saving.statistics, saving.bits), {}
                 if not affine:  # for inference, where nothing is saved
-                    yield (x.detach(), residual.detach() if has_residual else None, None, None, *norm, False, False), {}
+                    tensors = (x.detach(), residual.detach() if has_residual else None, None, None)
+                    yield (*tensors, *running, *norm, is_frozen(norm), False), {}
                 continue
-            out = family_of(norm).forward(*tensors, norm, save_statistics=saving.statistics, save_bits=saving.bits)
-            normalized = out.total if norm.add_first else x
+            out = family_of(norm).forward(
+                *tensors, norm, *running, save_statistics=saving.statistics, save_bits=saving.bits
+            )
+            normalized = (out.total if norm.add_first else x) if saving.x else None
             kept = residual if saving.residual else None
             dy, dtotal = draw(*shape, requires_grad=False), draw(*shape, requires_grad=False)
             wanted = Wanted(True, added == "after" and activation is not None, affine, affine)

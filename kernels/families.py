@@ -1,4 +1,4 @@
-"""The two kernel families as one interface: which launchers a norm has."""
+"""The kernel families as one interface: which launchers a norm has."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .channel_norm import backward as channel_backward
+from .channel_norm import batch_backward, batch_forward
 from .channel_norm import forward as channel_forward
-from .problem import Forward, Gradients, GroupNorm, Norm, Tensor
+from .problem import BatchNorm, Forward, Gradients, GroupNorm, Norm, RowNorm, Tensor
 from .row_norm import backward as row_backward
 from .row_norm import forward as row_forward
 
@@ -37,7 +38,16 @@ GROUP_NORM = Family(
     channel_backward.allocate_gradients,
 )
 
+BATCH_NORM = Family(
+    "batch_norm",
+    batch_forward.batch_norm_forward,
+    batch_backward.batch_norm_backward,
+    batch_forward.allocate,
+    channel_backward.allocate_gradients,
+)
+_FAMILIES: dict[type, Family] = {RowNorm: ROW_NORM, GroupNorm: GROUP_NORM, BatchNorm: BATCH_NORM}
+
 
 def family_of(norm: Norm) -> Family:
-    """The family that computes a norm."""
-    return GROUP_NORM if isinstance(norm, GroupNorm) else ROW_NORM
+    """The launchers that compute a norm."""
+    return _FAMILIES[type(norm)]

@@ -11,10 +11,16 @@ def sum_in_groups(values, PLANES: tl.constexpr):
     """Sums of neighbouring PLANES values of a vector, each in all their places."""
     if PLANES == 1:
         return values
-    else:
+    elif values.shape[0] % PLANES == 0:
         GROUPS: tl.constexpr = values.shape[0] // PLANES
         sums = tl.sum(tl.reshape(values, [GROUPS, PLANES]), axis=1, keep_dims=True)
         return tl.reshape(tl.broadcast_to(sums, [GROUPS, PLANES]), [GROUPS * PLANES])
+    else:
+        OWNERS: tl.constexpr = triton.next_power_of_2((values.shape[0] + PLANES - 1) // PLANES)
+        owner = tl.arange(0, values.shape[0])[:, None] // PLANES
+        owns = owner == tl.arange(0, OWNERS)[None, :]
+        sums = tl.sum(tl.where(owns, values[:, None], 0.0), axis=0, keep_dims=True)
+        return tl.sum(tl.where(owns, sums, 0.0), axis=1)
 
 
 @triton.jit

@@ -41,12 +41,28 @@ class GroupNorm(NamedTuple):
     beta: float = 0.0
 
 
-Norm = RowNorm | GroupNorm
+class BatchNorm(NamedTuple):
+    """One norm of x [samples, channels, *positions] over all samples and positions of each channel, or, not training,
+    by running statistics, which else move by `momentum` towards those of the call. The formulas are `RowNorm`'s,
+    weight and bias go by channel, channels_last is `GroupNorm`'s."""
+
+    channels_last: bool
+    training: bool
+    momentum: float
+    eps: float
+    add_first: bool = False
+    activation: str | None = None
+    alpha: float = 0.0
+    beta: float = 0.0
+
+
+Norm = RowNorm | GroupNorm | BatchNorm
 
 
 class Forward(NamedTuple):
-    """Outputs of a forward, None where not asked for. mean and rstd are [rows], or [samples * groups]; bits are those
-    of each run of neighbouring elements, a row, a plane or a position's channels, in ceil(length / 8) bytes."""
+    """Outputs of a forward, None where not asked for. mean and rstd are [rows], [samples * groups], or batch norm's
+    [channels]; bits are those of each run of neighbouring elements, a row, a plane, a position's channels or (see
+    `views.pooled_planes`) a sample, in ceil(length / 8) bytes."""
 
     y: Tensor
     total: Tensor | None

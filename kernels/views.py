@@ -1,10 +1,11 @@
-"""Tensor -> the two-dimensional view that a row kernel sees; every layout case ends here."""
+"""Tensor -> the view that a kernel sees: rows, samples of planes, or a matrix; every layout case ends here."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -118,3 +119,54 @@ def empty_samples(like: torch.Tensor, channels_last: bool, dtype: torch.dtype | 
         step *= size
     # No view of another tensor: autograd would forbid users to change it in place.
     return torch.empty_strided(like.shape, (step, 1, *strides), dtype=dtype, device=like.device)
+
+
+# --- planes whose statistics all samples share ---------------------------------------------------------------------
+
+
+# Most planes shorter than this begin between 16-byte boundaries, and partial results of each would weigh too much.
+SHORTEST_POOLED = 256
+
+
+class PooledPlanes(NamedTuple):
+    """[samples, channels, plane] as a kernel takes it: where it can, as one sample, which is a matrix of rows."""
+
+    samples: int
+    channels: int
+    plane: int
+    channels_last: bool
+
+    @property
+    def runs(self) -> tuple[int, int]:
+        """How many runs of neighbouring elements there are, and their length."""
+        if self.channels_last:
+            return self.samples * self.plane, self.channels
+        return self.samples * self.channels, self.plane
+
+
+def pooled_planes(shape: Sequence[int], channels_last: bool) -> PooledPlanes:
+    """The view of a tensor [samples, channels, *positions] by a kernel whose statistics go by channel alone.
+
+    channels_last it is a matrix, a row a position. So it is where planes are short: a row is then a sample, and a plane
+    is as many columns, which are one channel's.
+    """
+    samples, channels, *positions = shape
+    plane = math.prod(positions)
+    if channels_last:
+        return PooledPlanes(1, channels, samples * plane, True)
+    if plane < SHORTEST_POOLED:
+        return PooledPlanes(1, channels * plane, samples, True)
+    return PooledPlanes(samples, channels, plane, False)
+
+
+def lies_pooled_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """`lies_channels_last`, of which planes of one element always are."""
+    return math.prod(shape[2:]) == 1 or lies_channels_last(shape, strides, 1)
+
+
+def pooled_view(tensor: torch.Tensor, channels_last: bool, planes: PooledPlanes) -> tuple[torch.Tensor, int]:
+    """`tensor` as its `pooled_planes`, with the stride of its samples; copied where it cannot lie so."""
+    tensor, stride = sample_view(tensor, channels_last)
+    if planes.samples == 1 and tensor.shape[0] != 1 and stride != math.prod(tensor.shape[1:]):
+        tensor = empty_samples(tensor, channels_last).copy_(tensor)
+    return tensor, 0 if planes.samples == 1 else stride

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import fused_ops.kernels.channel_norm.backward as backward_module
+import fused_ops.kernels.channel_norm.backward_pieces as backward_pieces
 import fused_ops.kernels.channel_norm.forward as forward_module
+import fused_ops.kernels.channel_norm.forward_pieces as forward_pieces
 import fused_ops.kernels.column_sum as column_sum_module
 from fused_ops.kernels.channel_norm.config import PieceTile
 from tests.channel_norm_cases import ChannelCase, make_case, with_layout
@@ -86,10 +88,10 @@ def in_pieces(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forward_module, "group_forward_tile", lambda *sizes: None)
         patch.setattr(backward_module, "group_backward_tile", lambda *sizes: None)
-        for module in (forward_module, backward_module):
+        for module in (forward_pieces, backward_pieces):
             patch.setattr(module, "piece_tile", tile(module.piece_tile))
-        patch.setattr(forward_module, "forward_steps", lambda *sizes: steps)
-        patch.setattr(backward_module, "backward_steps", lambda *sizes: backward_steps or steps)
+            patch.setattr(module, "backward_steps", lambda *sizes: backward_steps or steps)
+        patch.setattr(forward_pieces, "forward_steps", lambda *sizes: steps)
         forget_schedules()
         try:
             yield

@@ -1,8 +1,9 @@
-"""What the reference is judged by: torch's activations, a derived tolerance, finite differences, exact arithmetic."""
+"""What the reference is judged by: torch's activations and norms, derived tolerances, finite differences, exact
+arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from math import isqrt
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
+from fused_ops import reference
 
 Arrays = dict[str, np.ndarray]
 EPS = float(np.finfo(np.float64).eps)
@@ -130,10 +133,14 @@ def difference(
     index: Any,
     step: float,
 ) -> float:
-    up, down = arrays[name].copy(), arrays[name].copy()
-    up[index] += step
-    down[index] -= step
-    return (of({**arrays, name: up}) - of({**arrays, name: down})) / (up[index] - down[index])
+    up, down = stepped(arrays, name, index, step), stepped(arrays, name, index, -step)
+    return (of(up) - of(down)) / (up[name][index] - down[name][index])
+
+
+def stepped(arrays: Arrays, name: str, index: Any, step: float) -> Arrays:
+    changed = arrays[name].copy()
+    changed[index] += step
+    return {**arrays, name: changed}
 
 
 # ---- spans that are hard to normalize ----
@@ -162,3 +169,146 @@ def exactly_standardized(span: np.ndarray) -> np.ndarray:
     variance = sum(value**2 for value in deviation) / len(exact)
     root = Fraction(isqrt(int(variance * 10**60)), 10**30)  # good to 1e-28 of a spread of 1e-2
     return np.array([float(value / root) for value in deviation])
+
+
+# ---- norms whose parameters have one element a channel ----
+
+# A kind is the name of a function, and after a space, if it normalizes in more than one way, in which.
+AFFINE = {"bare": (), "weight": ("weight",), "bias": ("bias",), "affine": ("weight", "bias")}
+
+
+def parametrized_kinds(kinds: list[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("kind", kinds, ids=lambda kind: kind.replace(" ", "-"))
+
+
+def parametrized_cases(kinds: list[str], affine: Sequence[str] = tuple(AFFINE)) -> pytest.MarkDecorator:
+    """Every kind with every choice of parameters, with and without a residual."""
+    cases = [
+        pytest.param(kind, each, residual, id=f"{kind}-{each}{'-residual' * residual}".replace(" ", "-"))
+        for kind in kinds
+        for each in affine
+        for residual in ((True,) if kind.startswith("add_") else (False, True))
+    ]
+    return pytest.mark.parametrize(("kind", "affine", "residual"), cases)
+
+
+def draw(seed: int, shape: tuple[int, ...], affine: str, residual: bool) -> Arrays:
+    rng = np.random.default_rng(seed)
+    arrays = {"x": rng.normal(0.5, 2.0, shape)}
+    if residual:
+        arrays["residual"] = rng.normal(0.0, 4.0, shape)
+    for name in AFFINE[affine]:
+        arrays[name] = rng.normal(0.0, 4.0, shape[1:2])
+    return arrays
+
+
+def call(kind: str, arrays: Arrays, *gradients: Any, backward: bool = False, **options: Any) -> Any:
+    arguments = dict(arrays)
+    x = [arguments.pop("x")] + ([arguments.pop("residual")] if kind.startswith("add_") else [])
+    function = getattr(reference, kind.split()[0] + "_backward" * backward)
+    return function(*gradients, *x, **{**options, **arguments})
+
+
+def outputs_of(kind: str, arrays: Arrays, **options: Any) -> tuple[np.ndarray, ...]:
+    """(y,) or (y, total)."""
+    outputs = call(kind, arrays, **options)
+    return outputs[: 1 + kind.startswith("add_")] if isinstance(outputs, tuple) else (outputs,)
+
+
+def total_of(kind: str, arrays: Arrays) -> np.ndarray:
+    return arrays["x"] + arrays["residual"] if kind.startswith("add_") else arrays["x"]
+
+
+def drawn_off_kinks(kind: str, activation: Any, draw_with: Callable[[int], Arrays], options: dict[str, Any]) -> Arrays:
+    """The first draw that reaches every piece of the activation, with no kink where a step could cross it.
+
+    Whether one could is tried out, with steps twice as large in every element of every argument.
+    """
+
+    def pieces(arrays: Arrays) -> np.ndarray:
+        return np.digitize(outputs_of(kind, arrays, **options)[0], kinks(activation))
+
+    for seed in range(1000):
+        arrays = draw_with(seed)
+        scaled = "weight" in arrays or "bias" in arrays or ("residual" in arrays and not kind.startswith("add_"))
+        here = pieces(arrays)
+        if scaled and len(np.unique(here)) <= len(kinks(activation)):
+            continue
+        steps = ((name, index, side) for name in arrays for index in np.ndindex(arrays[name].shape) for side in (-2, 2))
+        if all((pieces(stepped(arrays, name, index, side * STEP)) == here).all() for name, index, side in steps):
+            return arrays
+    raise AssertionError("no draw is clear of the kinks")
+
+
+def as_torch(options: dict[str, Any]) -> dict[str, Any]:
+    """The same with tensors, which torch may change, in place of arrays."""
+    return {name: torch.tensor(value) if isinstance(value, np.ndarray) else value for name, value in options.items()}
+
+
+def torch_outputs(
+    kind: str, norm: Callable[..., torch.Tensor], leaves: dict[str, torch.Tensor], activation: Any = None
+) -> tuple[torch.Tensor, ...]:
+    """The outputs of torch's composition around `norm`, which takes the total and all leaves but x and residual."""
+    learned = dict(leaves)
+    x, residual = learned.pop("x"), learned.pop("residual", None)
+    added = kind.startswith("add_")
+    total = x + residual if added and residual is not None else x
+    y = norm(total, **learned)
+    y = float64_activation(activation, y if added or residual is None else y + residual)
+    return (y, total) if added else (y,)
+
+
+def assert_norm_matches_torch(
+    kind: str,
+    arrays: Arrays,
+    norm: Callable[..., torch.Tensor],
+    means: list[np.ndarray],
+    spread: np.ndarray,
+    span: int,
+    activation: Any,
+    options: dict[str, Any],
+) -> None:
+    """Outputs and gradients against torch's. The tolerance follows the errors through the formulas.
+
+    `means` are all that are subtracted, `spread` is the root of the variance and of eps, as they broadcast to x;
+    `span` is the largest number of elements that a mean is taken of.
+
+    Each of the two results takes at most span + terms + 20 roundings one after another, terms being those of
+    dweight. An element of x_hat is as uncertain as x and its means are in units of the spread, whence an error of z.
+    Slopes and their own slopes are below 2. A term of dx or dweight is a product of dz, weight, x_hat twice, and
+    rstd or terms; one of the gradient of a share of a mean has that mean, in units of the spread.
+    """
+    leaves = {name: torch.tensor(array, requires_grad=True) for name, array in arrays.items()}
+    expected = torch_outputs(kind, norm, leaves, activation)
+    rng = np.random.default_rng(3)
+    d_outputs = [rng.normal(size=arrays["x"].shape) for _ in expected]
+    expected_gradients = torch.autograd.grad(expected, list(leaves.values()), list(map(torch.tensor, d_outputs)))
+    outputs = outputs_of(kind, arrays, activation=activation, **options)
+    gradients = call(kind, arrays, *d_outputs, backward=True, activation=activation, **options)
+
+    total = total_of(kind, arrays)
+    learns_shares = "mean_weight" in arrays
+    terms = total.size if learns_shares else total.size // total.shape[1]
+    with np.errstate(invalid="ignore"):
+        x_hat = largest(np.sqrt(span), *((total - mean) / spread for mean in means))
+        uncertainty = largest(total / spread, *(mean / spread for mean in means))
+    weight = largest(arrays.get("weight", 1.0))
+    added = largest(arrays.get("residual", 0.0), arrays.get("bias", 0.0))
+    z_error = 2 * (span + terms + 20) * EPS * (uncertainty * x_hat * weight + added)
+    for e, y in zip(expected, outputs, strict=True):
+        assert_within(2 * z_error, e, y)
+    assert set(gradients) == {f"d{name}" for name in arrays}
+    gradient_error = 8 * z_error * largest(*d_outputs) * weight * x_hat**2 * max(largest(1 / spread), terms)
+    for name, e in zip(leaves, expected_gradients, strict=True):
+        error = gradient_error * (uncertainty if name == "mean_weight" else 1.0)
+        assert_within(error, e, gradients[f"d{name}"])
+
+
+def assert_running_statistics_match(
+    expected: dict[str, Any], statistics: Sequence[np.ndarray], count: int, *values: Any
+) -> None:
+    """Sums of at most `count` terms and some 10 roundings more; every term of a variance is below 4 x^2."""
+    mean, var = statistics
+    error, size = 2 * (count + 10) * EPS, largest(*values)
+    assert_within(error * size, expected["running_mean"], mean)
+    assert_within(error * largest(4 * size**2), expected["running_var"], var)

@@ -24,13 +24,17 @@ FILES = sorted(Path(reference.__file__).parent.glob("*.py"))
 ROW_FUNCTIONS = ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"]
 GROUP_FUNCTIONS = ["group_norm", "add_group_norm"]
 INSTANCE_FUNCTIONS = ["instance_norm", "add_instance_norm"]
-FUNCTIONS = [*ROW_FUNCTIONS, *GROUP_FUNCTIONS, *INSTANCE_FUNCTIONS]
+BATCH_FUNCTIONS = ["batch_norm", "add_batch_norm"]
+SWITCH_FUNCTIONS = ["switch_norm", "add_switch_norm"]
+TRAINING_FUNCTIONS = [*BATCH_FUNCTIONS, *SWITCH_FUNCTIONS]
+RUNNING_FUNCTIONS = [*INSTANCE_FUNCTIONS, *TRAINING_FUNCTIONS]
+FUNCTIONS = [*ROW_FUNCTIONS, *GROUP_FUNCTIONS, *RUNNING_FUNCTIONS]
 ADD_FUNCTIONS = [function for function in FUNCTIONS if function.startswith("add_")]
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
 every_add_function = pytest.mark.parametrize("function", ADD_FUNCTIONS)
 every_row_function = pytest.mark.parametrize("function", ROW_FUNCTIONS)
 every_group_function = pytest.mark.parametrize("function", GROUP_FUNCTIONS)
-every_instance_function = pytest.mark.parametrize("function", INSTANCE_FUNCTIONS)
+every_running_function = pytest.mark.parametrize("function", RUNNING_FUNCTIONS)
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 SHAPE = (3, 4, 5)
 
@@ -40,18 +44,38 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 
 def parameters(function: str) -> list[str]:
+    if function in SWITCH_FUNCTIONS:
+        return ["weight", "bias", "mean_weight", "var_weight"]
     return ["weight"] if "rms" in function else ["weight", "bias"]
 
 
-def parameter_shape(function: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def parameter_shape(function: str, argument: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if argument in ("mean_weight", "var_weight"):
+        return (3,) if len(shape) > 2 else (2,)
     return shape[-1:] if function in ROW_FUNCTIONS else shape[1:2]
 
 
+def drawn_parameters(function: str, seed: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    return {name: normal(seed, *parameter_shape(function, name, shape)) for name in parameters(function)}
+
+
 def own(function: str, x: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that only this norm takes, unless `options` brings them."""
+    """The arguments that this norm alone cannot do without, unless `options` brings them."""
     if function in ROW_FUNCTIONS:
         return {"normalized_shape": np.shape(x)[-1:], **options}
-    return {"num_groups": 2, **options} if function in GROUP_FUNCTIONS else options
+    if function in GROUP_FUNCTIONS:
+        return {"num_groups": 2, **options}
+    if function in TRAINING_FUNCTIONS:
+        options = {"running_mean": None, "running_var": None, "training": True, **options}
+    if function in SWITCH_FUNCTIONS:
+        shares = {name: np.ones(parameter_shape(function, name, np.shape(x))) for name in ("mean_weight", "var_weight")}
+        options = {"weight": None, "bias": None, **shares, **options}
+    return options
+
+
+def flag(function: str) -> str:
+    """The argument that says whether the statistics are x's own."""
+    return "training" if function in TRAINING_FUNCTIONS else "use_input_stats"
 
 
 def outputs(function: str, x: Any, residual: Any, **options: Any) -> tuple[np.ndarray, ...]:
@@ -82,7 +106,7 @@ def test_backward_takes_the_gradients_and_then_what_forward_takes(function: str)
 @every_function
 def test_half_input_is_computed_in_float64(function: str) -> None:
     half = {name: normal(seed, *SHAPE).astype(np.float16) for seed, name in enumerate(("x", "residual"))}
-    half["weight"] = normal(2, *parameter_shape(function, SHAPE)).astype(np.float16)
+    half |= {name: array.astype(np.float16) for name, array in drawn_parameters(function, 2, SHAPE).items()}
     wide = {name: array.astype(np.float64) for name, array in half.items()}
     options = {"eps": 1e-5, "activation": "gelu"}
     for y, expected in zip(outputs(function, **half, **options), outputs(function, **wide, **options), strict=True):
@@ -93,7 +117,7 @@ def test_half_input_is_computed_in_float64(function: str) -> None:
 @every_add_function
 def test_a_gradient_that_did_not_arrive_counts_as_zero(function: str, given: tuple[bool, bool]) -> None:
     x, residual, d = normal(0, *SHAPE), normal(1, *SHAPE), normal(2, *SHAPE)
-    affine = {name: normal(3, *parameter_shape(function, SHAPE)) for name in parameters(function)}
+    affine = drawn_parameters(function, 3, SHAPE)
     actual = gradients(function, [d if is_given else None for is_given in given], x, residual, **affine)
     expected = gradients(function, [d * is_given for is_given in given], x, residual, **affine)
     assert set(actual) == {"dx", "dresidual", *(f"d{name}" for name in affine)}
@@ -114,7 +138,7 @@ def test_empty(function: str, shape: tuple[int, ...]) -> None:
     if function in INSTANCE_FUNCTIONS and len(shape) == 2:
         shape = (*shape, 2)
     x = np.zeros(shape)
-    affine = {name: np.ones(parameter_shape(function, shape)) for name in parameters(function)}
+    affine = drawn_parameters(function, 0, shape)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = outputs(function, x, x, activation="gelu", **affine)
@@ -154,15 +178,18 @@ def test_num_groups_is_an_integer(num_groups: Any) -> None:
 @pytest.mark.parametrize(
     ("function", "shape"),
     [
-        *((function, shape) for function in GROUP_FUNCTIONS for shape in ((), (4,))),
+        *((function, shape) for function in [*GROUP_FUNCTIONS, *TRAINING_FUNCTIONS] for shape in ((), (4,))),
         *((function, shape) for function in INSTANCE_FUNCTIONS for shape in ((), (4,), (3, 4))),
     ],
 )
 def test_too_few_dimensions_name_the_shape(function: str, shape: tuple[int, ...]) -> None:
-    least = 2 if function in GROUP_FUNCTIONS else 3
+    least = 3 if function in INSTANCE_FUNCTIONS else 2
     with pytest.raises(ValueError, match=f"{function}: x must have {least} dimensions at least") as error:
         outputs(function, np.ones(shape), np.ones(shape))
     assert str(error.value).endswith(f"has shape {shape}")
+
+
+TRAINING = {"running_mean": None, "running_var": None, "training": True}
 
 
 @pytest.mark.parametrize(
@@ -172,33 +199,35 @@ def test_too_few_dimensions_name_the_shape(function: str, shape: tuple[int, ...]
         *((function, (1, 3, 1, 1), {"num_groups": 3}) for function in GROUP_FUNCTIONS),
         *((function, (2, 3, 1), {}) for function in INSTANCE_FUNCTIONS),
         *((function, (2, 3, 1, 1), {}) for function in INSTANCE_FUNCTIONS),
+        *((function, (1, 3), TRAINING) for function in BATCH_FUNCTIONS),
+        *((function, (1, 3, 1, 1), TRAINING) for function in BATCH_FUNCTIONS),
     ],
 )
 def test_a_single_value_is_refused_where_torch_refuses_it(function: str, shape: Any, options: Any) -> None:
     with pytest.raises(ValueError, match="more than 1"):
         getattr(torch.nn.functional, function.removeprefix("add_"))(torch.ones(shape), **options)
-    with pytest.raises(ValueError, match=f"{function}: .* must have 2 .*{re.escape(str(shape))}$"):
+    with pytest.raises(ValueError, match=f"{function}: .*(must have 2|more than 1) .*{re.escape(str(shape))}$"):
         outputs(function, np.ones(shape), np.ones(shape), **options)
 
 
-@every_instance_function
+@every_running_function
 @pytest.mark.parametrize("missing", ["running_mean", "running_var"])
 @pytest.mark.parametrize("use_input_stats", [True, False])
 def test_one_running_statistic_alone_is_refused(function: str, missing: str, use_input_stats: bool) -> None:
-    running = {name: np.ones(4) for name in ("running_mean", "running_var") if name != missing}
+    options = {"running_mean": np.ones(4), "running_var": np.ones(4), missing: None, flag(function): use_input_stats}
     with pytest.raises(ValueError, match=f"{function}: .* must both be given .*, but {missing} alone is None"):
-        outputs(function, np.ones(SHAPE), np.ones(SHAPE), use_input_stats=use_input_stats, **running)
+        outputs(function, np.ones(SHAPE), np.ones(SHAPE), **options)
 
 
-@every_instance_function
+@every_running_function
 def test_no_statistics_at_all_are_refused(function: str) -> None:
     x = np.ones(SHAPE)
     for call in (outputs, lambda function, *arrays, **options: gradients(function, [x, x], *arrays, **options)):
         with pytest.raises(ValueError, match=f"{function}: running_mean and running_var must be given where"):
-            call(function, x, x, use_input_stats=False)
+            call(function, x, x, **{flag(function): False})
 
 
-@every_instance_function
+@every_running_function
 @pytest.mark.parametrize("argument", ["running_mean", "running_var"])
 def test_wrong_shape_of_a_running_statistic_names_both(function: str, argument: str) -> None:
     running = {"running_mean": np.ones(4), "running_var": np.ones(4), argument: np.ones(5)}
@@ -209,8 +238,8 @@ def test_wrong_shape_of_a_running_statistic_names_both(function: str, argument: 
 @pytest.mark.parametrize(
     ("function", "argument"), [(function, argument) for function in FUNCTIONS for argument in parameters(function)]
 )
-def test_wrong_shape_of_weight_and_bias_names_both(function: str, argument: str) -> None:
-    x, expected = np.ones(SHAPE), parameter_shape(function, SHAPE)
+def test_wrong_shape_of_a_parameter_names_both(function: str, argument: str) -> None:
+    x, expected = np.ones(SHAPE), parameter_shape(function, argument, SHAPE)
     with pytest.raises(ValueError) as error:
         outputs(function, x, x, **{argument: np.ones((1, *expected))})
     assert f"{function}: {argument} must have shape {expected}, but has shape {(1, *expected)}" in str(error.value)
@@ -248,8 +277,12 @@ def test_dropout_is_refused_while_training_only(function: str) -> None:
         gradients(function, (x, x), x, residual, dropout_p=0.5)
     with pytest.raises(ValueError, match=r"between 0 and 1, but is 1\.5"):
         outputs(function, x, residual, dropout_p=1.5)
-    evaluated = outputs(function, x, residual, dropout_p=0.5, training=False)
-    np.testing.assert_array_equal(evaluated, outputs(function, x, residual))
+    options = {"training": False}
+    if function in TRAINING_FUNCTIONS:
+        options |= {"running_mean": np.zeros(4), "running_var": np.ones(4)}
+    evaluated = outputs(function, x, residual, dropout_p=0.5, **options)
+    for actual, expected in zip(evaluated, outputs(function, x, residual, **options), strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
 @every_function

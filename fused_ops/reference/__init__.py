@@ -7,6 +7,10 @@ It shares no code with what it judges, and is itself judged by finite difference
 from .activations import ACTIVATIONS as ACTIVATIONS
 from .activations import activation_slope as activation_slope
 from .activations import activation_value as activation_value
+from .batch_norms import add_batch_norm as add_batch_norm
+from .batch_norms import add_batch_norm_backward as add_batch_norm_backward
+from .batch_norms import batch_norm as batch_norm
+from .batch_norms import batch_norm_backward as batch_norm_backward
 from .group_norms import add_group_norm as add_group_norm
 from .group_norms import add_group_norm_backward as add_group_norm_backward
 from .group_norms import group_norm as group_norm
@@ -24,5 +28,9 @@ from .row_norms import layer_norm_backward as layer_norm_backward
 from .row_norms import rms_norm as rms_norm
 from .row_norms import rms_norm_backward as rms_norm_backward
 from .row_norms import rms_norm_eps as rms_norm_eps
+from .switch_norms import add_switch_norm as add_switch_norm
+from .switch_norms import add_switch_norm_backward as add_switch_norm_backward
+from .switch_norms import switch_norm as switch_norm
+from .switch_norms import switch_norm_backward as switch_norm_backward
 from .weight_standardization import weight_standardize as weight_standardize
 from .weight_standardization import weight_standardize_backward as weight_standardize_backward

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from .activations import ActivationLike
-from .arrays import Array, float64, mean_over, propagate_non_finite
-from .norm_call import ChannelNormCall, Gradients, checked, total_of
-from .normalize import center, normalize, normalize_backward
+from .arrays import Array, float64, propagate_non_finite
+from .norm_call import Gradients, total_of
+from .running_call import RunningNormCall
 
 
-class _InstanceNorm(ChannelNormCall):
+class _InstanceNorm(RunningNormCall):
     least_dims = 3
+    flag = "use_input_stats"
 
     def __init__(
         self,
@@ -37,57 +37,17 @@ class _InstanceNorm(ChannelNormCall):
         activation: ActivationLike,
     ) -> None:
         x = float64(x)
-        super().__init__(function, x, weight, bias, residual, activation)
+        super().__init__(function, x, running_mean, running_var, weight, bias, use_input_stats, residual, activation)
         self.axes = tuple(range(2, x.ndim))
-        self.use_input_stats = use_input_stats
-        # running_mean and running_var as they are after the call, or nothing.
-        self.running = self._running(running_mean, running_var, x.shape[1:2])
         positions = math.prod(x.shape[2:])
-        if use_input_stats:
-            if positions == 1:
-                raise ValueError(
-                    f"{function}: x must have 2 positions at least where use_input_stats is True, "
-                    f"but has shape {x.shape}"
-                )
-            self.x_hat, self.rstd = normalize(x, self.axes, eps)
-            # As in torch, no positions leave running statistics as they are, and no samples make them NaN.
-            if self.running and (positions > 0 or len(x) == 0):
-                self.running = self._moved(x, positions, momentum)
-        elif not self.running:
+        if use_input_stats and positions == 1:
             raise ValueError(
-                f"{function}: running_mean and running_var must be given where use_input_stats is False, but are None"
+                f"{function}: x must have 2 positions at least where use_input_stats is True, but has shape {x.shape}"
             )
-        else:
-            mean, var = (values.reshape(-1, *(1,) * len(self.axes)) for values in self.running)
-            self.rstd = 1.0 / np.sqrt(var + eps)
-            self.x_hat = (x - mean) * self.rstd
-
-    def _running(
-        self, running_mean: ArrayLike | None, running_var: ArrayLike | None, shape: tuple[int, ...]
-    ) -> tuple[Array, ...]:
-        if running_mean is None and running_var is None:
-            return ()
-        if running_mean is None or running_var is None:
-            raise ValueError(
-                f"{self.function}: running_mean and running_var must both be given or both be None, "
-                f"but {'running_mean' if running_mean is None else 'running_var'} alone is None"
-            )
-        mean = checked(self.function, "running_mean", running_mean, shape)
-        var = checked(self.function, "running_var", running_var, shape)
-        return mean.copy(), var.copy()
-
-    def _moved(self, x: Array, positions: int, momentum: float) -> tuple[Array, Array]:
-        """The running statistics, moved towards the means over samples of mean and of unbiased variance."""
-        unbiased = mean_over(center(x, self.axes) ** 2, self.axes) * (positions / (positions - 1))
-        mean, var = self.running
-        new_mean = mean_over(mean_over(x, self.axes), (0,)).reshape(mean.shape)
-        new_var = mean_over(unbiased, (0,)).reshape(var.shape)
-        return (1.0 - momentum) * mean + momentum * new_mean, (1.0 - momentum) * var + momentum * new_var
-
-    def dx(self, dx_hat: Array) -> Array:
-        if not self.use_input_stats:
-            return dx_hat * self.rstd
-        return normalize_backward(dx_hat, self.x_hat, self.rstd, self.axes)
+        self.normalize(x, eps)
+        # As in torch, no positions leave running statistics as they are, and no samples make them NaN.
+        if use_input_stats and (positions > 0 or len(x) == 0):
+            self.move(x, self.axes, momentum)
 
 
 @propagate_non_finite

@@ -23,7 +23,8 @@ class NormCall:
     """One call of a norm: its arguments, checked and in float64, and what forward and backward share.
 
     A subclass checks what is its own, calls this __init__, and then sets x_hat. weight and bias must come with
-    `parameter_shape`, and are held as they broadcast to x: `position_dims` dimensions of x follow theirs.
+    `parameter_shape`, and are held as they broadcast to x: `position_dims` dimensions of x follow theirs. What else
+    the norm learns goes into `learned`, and its gradients come from `learned_backward`.
     """
 
     x_hat: Array
@@ -48,10 +49,14 @@ class NormCall:
             for name, values in given.items()
             if values is not None
         }
+        self.learned: dict[str, Array] = {}
         self.residual = None if residual is None else checked(function, "residual", residual, x.shape)
 
     def dx(self, dx_hat: Array) -> Array:
         raise NotImplementedError
+
+    def learned_backward(self, dx_hat: Array) -> Gradients:
+        return {}
 
     def forward(self) -> Array:
         weight, bias = self.parameters.get("weight"), self.parameters.get("bias")
@@ -63,7 +68,7 @@ class NormCall:
         dx_hat, gradients = epilogue_backward(dy, self.x_hat, weight, bias, self.residual, self.activation)
         for name in self.parameters:
             gradients[f"d{name}"] = gradients[f"d{name}"].reshape(self.parameter_shape)
-        return {"dx": self.dx(dx_hat), **gradients}
+        return {"dx": self.dx(dx_hat), **gradients, **self.learned_backward(dx_hat)}
 
     def add_backward(self, dy: ArrayLike | None, dtotal: ArrayLike | None) -> Gradients:
         """The gradients of an add_ form, whose norm this is the call of.
@@ -73,6 +78,7 @@ class NormCall:
         # Not the same as a dy of zeros: without y, a NaN in total does not reach dx (nor does it in torch).
         if dy is None:
             gradients = {f"d{name}": np.zeros(self.parameter_shape) for name in self.parameters}
+            gradients |= {f"d{name}": np.zeros_like(values) for name, values in self.learned.items()}
             dx = np.zeros_like(self.x_hat)
         else:
             gradients = self.backward(dy)

@@ -13,11 +13,12 @@ import triton.language as tl
 from ..column_sum import sum_columns
 from ..epilogue import load_bits
 from ..moments import input_gradient, sum_in_groups
-from ..tiles import load_gradients, scalar, store_gradients, store_tile
-from .forward_kernels import partials_of_group
+from ..tiles import load_gradients, scalar, store_gradients
+from .forward_kernels import partials_of_groups
 from .planes import (
     load_of_channels,
     load_plane_bits,
+    owners,
     piece_of_planes,
     places,
     places_in_run,
@@ -103,28 +104,31 @@ def channel_norm_backward_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["dy_stride", "x_stride", "residual_stride", "plane_units", "pieces", "steps"])
+@triton.jit(
+    do_not_specialize=["dy_stride", "dtotal_stride", "x_stride", "residual_stride", "plane_units", "pieces", "steps"]
+)
 def channel_gradient_sums_kernel(
-    DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
-    DResidual_ptr, DZSums_ptr, DZXHatSums_ptr,
-    dy_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64,
+    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
+    DX_ptr, DResidual_ptr, DZSums_ptr, DZXHatSums_ptr,
+    dy_stride: tl.int64, dtotal_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64,
     plane_units: tl.int64, pieces: tl.int64, steps: tl.int64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    SLOPE: tl.constexpr, PASSES: tl.constexpr,
+    POOLED: tl.constexpr, ADD_FIRST: tl.constexpr, FROZEN: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One piece of a block of planes a program: its sums of dz and of dz * x_hat, each [samples, pieces, CHANNELS].
-    Where dresidual is wanted, it is dz, and stored here for `channel_gradient_apply_kernel` to read."""
+    Where dresidual is wanted, it is dz, and stored here for `channel_gradient_apply_kernel` to read. FROZEN, mean and
+    rstd are no functions of x, so that dx needs no sums, and everything is stored here."""
     COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
     plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
     sample, first_channel, piece = piece_of_planes(tl.program_id(0), pieces, CHANNELS, BLOCK_CHANNELS)
     channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
     in_channels = channel < CHANNELS
-    group = sample * GROUPS + channel // (CHANNELS // GROUPS)
+    group, parameter = owners(sample, channel, CHANNELS, GROUPS, POOLED)
     mean = load_of_channels(Mean_ptr, group, in_channels, COMPUTE)
     rstd = load_of_channels(Rstd_ptr, group, in_channels, COMPUTE)
-    weight = load_of_channels(Weight_ptr, channel, in_channels, COMPUTE)
-    bias = load_of_channels(Bias_ptr, channel, in_channels, COMPUTE)
+    weight = load_of_channels(Weight_ptr, parameter, in_channels, COMPUTE)
+    bias = load_of_channels(Bias_ptr, parameter, in_channels, COMPUTE)
     sums_dz = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
     sums_dz_x_hat = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
     for step in tl.range(steps_of(piece, plane, steps, BLOCK_PLANE, STAGES), num_stages=STAGES):
@@ -140,48 +144,79 @@ def channel_gradient_sums_kernel(
             sample * x_stride * VEC + base, sample * residual_stride * VEC + base, col, mask, alpha, beta,
             SLOPE, PASSES, COMPUTE,
         )  # fmt: skip
-        if DResidual_ptr is not None:  # dx will be that of dz as it is rounded there, and so are its means
+        dx = None
+        if FROZEN:
+            dx = (dz * weight if weight is not None else dz) * rstd
+        elif DResidual_ptr is not None:  # dx will be that of dz as it is rounded there, and so are its means
             dz = dz.to(DResidual_ptr.dtype.element_ty).to(COMPUTE)
-        sums_dz += dz
+        if DZSums_ptr is not None:
+            sums_dz += dz
         if DZXHatSums_ptr is not None:
             sums_dz_x_hat += dz * x_hat
-        store_tile(DResidual_ptr, dz, sample * CHANNELS * plane + base, col, mask)
+        store_gradients(
+            DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, sample * CHANNELS * plane + base,
+            sample * dtotal_stride * VEC + base, col, mask, ADD_FIRST, COMPUTE,
+        )  # fmt: skip
     partial = (sample * pieces + piece) * CHANNELS + channel
     store_sums(DZSums_ptr, tl.sum(sums_dz, axis=1), partial, in_channels)
     store_sums(DZXHatSums_ptr, tl.sum(sums_dz_x_hat, axis=1), partial, in_channels)
 
 
-@triton.jit(do_not_specialize=["group_programs", "partial_rows", "plane_units", "pieces", "steps"])
+@triton.jit
+def sums_of_groups(
+    Sums_ptr, Weight_ptr, Mean_ptr, DParameter_ptr, group, groups_in_all, rows, pieces, inv_count,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, POOLED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of the groups [1, BLOCK_GROUPS] summed, with weights, to a mean, and POOLED, where a group has but
+    one weight, to the gradient of a parameter."""
+    WEIGHS_EACH: tl.constexpr = Weight_ptr is not None and not POOLED
+    if Mean_ptr is not None or (POOLED and DParameter_ptr is not None):
+        COMPUTE: tl.constexpr = Sums_ptr.dtype.element_ty
+        in_groups = group < groups_in_all
+        sums = tl.zeros([BLOCK, group.shape[1]], COMPUTE)
+        for first in tl.range(0, rows * (CHANNELS // GROUPS), BLOCK):
+            index = (scalar(first, tl.int64) + tl.arange(0, BLOCK))[:, None]
+            place, exists, _ = partials_of_groups(index, group, rows, pieces, CHANNELS, GROUPS)
+            values = tl.load(Sums_ptr + place, mask=exists & in_groups, other=0.0)
+            if WEIGHS_EACH:
+                values *= tl.load(Weight_ptr + place % CHANNELS, mask=exists & in_groups, other=0.0).to(COMPUTE)
+            sums += values
+        total = tl.sum(sums, axis=0, keep_dims=True)
+        if POOLED and DParameter_ptr is not None:
+            tl.store(DParameter_ptr + group, total.to(DParameter_ptr.dtype.element_ty), mask=in_groups)
+        if Mean_ptr is not None:
+            mean = total * inv_count
+            if POOLED and Weight_ptr is not None:
+                mean *= tl.load(Weight_ptr + group, mask=in_groups, other=0.0).to(COMPUTE)
+            tl.store(Mean_ptr + group, mean, mask=in_groups)
+
+
+@triton.jit(do_not_specialize=["groups_in_all", "group_programs", "rows", "partial_rows", "plane_units", "pieces"])
 def combine_gradients_kernel(
     Weight_ptr, DZSums_ptr, DZXHatSums_ptr, MeanG_ptr, MeanGXHat_ptr, DWeight_ptr, DBias_ptr,
-    group_programs: tl.int64, partial_rows: tl.int32, plane_units: tl.int64, pieces: tl.int64, steps: tl.int64,
+    groups_in_all: tl.int64, group_programs: tl.int64, rows: tl.int64, partial_rows: tl.int32,
+    plane_units: tl.int64, pieces: tl.int64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    POOLED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The first group_programs programs: the means of g = dz * weight and of g * x_hat over one group of one sample,
-    each [samples * GROUPS]. The others: dweight and dbias of a block of channels."""
+    """The first group_programs programs: the means of g = dz * weight and of g * x_hat over BLOCK_GROUPS groups, each
+    [groups_in_all], and POOLED, dweight and dbias of them. The others: dweight and dbias of a block of channels."""
     COMPUTE: tl.constexpr = DZSums_ptr.dtype.element_ty if DZSums_ptr is not None else DZXHatSums_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     if program < group_programs:
-        if MeanG_ptr is not None:
-            plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
-            sum_g = tl.zeros([BLOCK], COMPUTE)
-            sum_g_x_hat = tl.zeros([BLOCK], COMPUTE)
-            for first in tl.range(0, pieces * (CHANNELS // GROUPS), BLOCK):
-                index = scalar(first, tl.int64) + tl.arange(0, BLOCK)
-                place, piece = partials_of_group(index, pieces, CHANNELS, GROUPS)
-                dz = tl.load(DZSums_ptr + place, mask=piece < pieces, other=0.0)
-                dz_x_hat = tl.load(DZXHatSums_ptr + place, mask=piece < pieces, other=0.0)
-                if Weight_ptr is not None:
-                    weight = tl.load(Weight_ptr + place % CHANNELS, mask=piece < pieces, other=0.0).to(COMPUTE)
-                    dz, dz_x_hat = dz * weight, dz_x_hat * weight
-                sum_g += dz
-                sum_g_x_hat += dz_x_hat
-            inv_count = 1.0 / scalar(plane * (CHANNELS // GROUPS), COMPUTE)
-            group = program + tl.arange(0, 1)
-            tl.store(MeanG_ptr + group, tl.sum(sum_g, axis=0, keep_dims=True) * inv_count)
-            tl.store(MeanGXHat_ptr + group, tl.sum(sum_g_x_hat, axis=0, keep_dims=True) * inv_count)
-    else:
+        plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
+        inv_count = 1.0 / scalar(plane * (CHANNELS // GROUPS) * (rows // pieces), COMPUTE)
+        group = program * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[None, :]
+        sums_of_groups(
+            DZSums_ptr, Weight_ptr, MeanG_ptr, DBias_ptr, group, groups_in_all, rows, pieces, inv_count,
+            CHANNELS, GROUPS, POOLED, BLOCK,
+        )  # fmt: skip
+        sums_of_groups(
+            DZXHatSums_ptr, Weight_ptr, MeanGXHat_ptr, DWeight_ptr, group, groups_in_all, rows, pieces, inv_count,
+            CHANNELS, GROUPS, POOLED, BLOCK,
+        )  # fmt: skip
+    elif not POOLED:
         col = (program - group_programs) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
         sum_columns(DZXHatSums_ptr, DWeight_ptr, partial_rows, col, CHANNELS, BLOCK_ROWS)
         sum_columns(DZSums_ptr, DBias_ptr, partial_rows, col, CHANNELS, BLOCK_ROWS)
@@ -196,7 +231,7 @@ def channel_gradient_apply_kernel(
     dy_stride: tl.int64, dtotal_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64,
     plane_units: tl.int64, pieces: tl.int64, steps: tl.int64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    ADD_FIRST: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
+    POOLED: tl.constexpr, ADD_FIRST: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One piece of a block of planes a program: dx, from the means over its groups. The last pieces go first."""
@@ -206,13 +241,13 @@ def channel_gradient_apply_kernel(
     sample, first_channel, piece = piece_of_planes(program, pieces, CHANNELS, BLOCK_CHANNELS)
     channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
     in_channels = channel < CHANNELS
-    group = sample * GROUPS + channel // (CHANNELS // GROUPS)
+    group, parameter = owners(sample, channel, CHANNELS, GROUPS, POOLED)
     mean = load_of_channels(Mean_ptr, group, in_channels, COMPUTE)
     rstd = load_of_channels(Rstd_ptr, group, in_channels, COMPUTE)
     mean_g = load_of_channels(MeanG_ptr, group, in_channels, COMPUTE)
     mean_g_x_hat = load_of_channels(MeanGXHat_ptr, group, in_channels, COMPUTE)
-    weight = load_of_channels(Weight_ptr, channel, in_channels, COMPUTE)
-    bias = load_of_channels(Bias_ptr, channel, in_channels, COMPUTE)
+    weight = load_of_channels(Weight_ptr, parameter, in_channels, COMPUTE)
+    bias = load_of_channels(Bias_ptr, parameter, in_channels, COMPUTE)
     for step in tl.range(steps_of(piece, plane, steps, BLOCK_PLANE, STAGES), num_stages=STAGES):
         first = (piece * steps + step) * BLOCK_PLANE
         position = first + tl.arange(0, BLOCK_PLANE)[None, :]

@@ -4,13 +4,14 @@ not depend on the batch around it."""
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import triton
 
 from ..launch import THREADS_PER_WARP, DeviceFacts, cdiv, registers_a_thread
-from ..views import vector_length
+from ..views import PooledPlanes, vector_length
 
 # Planes below this many elements compile for their length; longer ones take it at run time, and compile once for each
 # power of two up to a tile. A run-time length costs a mask and an addition a tile, which short planes would notice.
@@ -23,6 +24,11 @@ PlaneKind = tuple[int | None, int]
 def plane_kind(plane: int) -> PlaneKind:
     """What a compiled kernel knows of a plane: its length, if short; else the power of two above it, up to 32 K."""
     return (plane, 0) if plane < SHORT_PLANE else (None, min(plane - 1, 2**15 - 1).bit_length())
+
+
+def pooled_plane_kind(planes: PooledPlanes) -> PlaneKind:
+    """Rows of a matrix are as many as the batch has, for which nothing may compile anew."""
+    return plane_kind(2**15 if planes.channels_last else planes.plane)
 
 
 def longest_of(kind: PlaneKind) -> int:
@@ -133,6 +139,51 @@ def group_backward_tile(of: GroupPlanes, itemsize: int, residual: bool = False) 
     return tile
 
 
+@dataclass(frozen=True)
+class ChannelTile:
+    """All rows, padded to block_rows, of the columns of block_channels channels, padded to block_columns."""
+
+    block_channels: int
+    block_rows: int
+    block_columns: int
+    num_warps: int
+    most_registers: int | None
+
+
+def _channel_tile(rows: int, spread: int, itemsize: int, elements_per_thread: int, longest: int) -> ChannelTile | None:
+    """As few channels as make runs of whole bytes of bits and of 16 bytes, or, one column each, of a sector's 32."""
+    block_channels = 8 // math.gcd(8, spread) if spread > 1 else max(8, 32 // itemsize)
+    block_rows = triton.next_power_of_2(rows)
+    while True:
+        block_columns = triton.next_power_of_2(block_channels * spread)
+        elements = block_rows * block_columns
+        if 2 * elements > 128 * elements_per_thread:
+            break
+        block_channels *= 2
+    if elements > longest:
+        return None
+    num_warps = max(1, elements // (elements_per_thread * THREADS_PER_WARP))
+    return ChannelTile(block_channels, block_rows, block_columns, num_warps, _most_registers(itemsize, num_warps))
+
+
+@functools.cache
+def batch_forward_tile(rows: int, spread: int, itemsize: int, waiting: int) -> ChannelTile | None:
+    """Tile of the forward that reads a channel once, `spread` columns of `rows`, or None where it has to be cut into
+    pieces. waiting: the tensors of x's size that are in registers at once, x and a residual."""
+    longest = {2: 16384, 4: 16384 if waiting == 1 else 8192, 8: 2048}[itemsize]
+    return _channel_tile(rows, spread, itemsize, {2: 32, 4: 16, 8: 4}[itemsize], longest)
+
+
+@functools.cache
+def batch_backward_tile(rows: int, spread: int, itemsize: int, residual: bool) -> ChannelTile | None:
+    """Tile of the backward that reads a channel once, or None. residual: one is read, to compute z again."""
+    longest = {2: 8192, 4: 4096 if residual else 8192, 8: 1024}[itemsize]
+    tile = _channel_tile(rows, spread, itemsize, {2: 16, 4: 16, 8: 4}[itemsize], longest)
+    if tile is not None and residual and itemsize < 8:  # left alone, ptxas spills some bytes to fit one program more
+        return replace(tile, most_registers=registers_a_thread(tile.num_warps, 168))
+    return tile
+
+
 # Bytes of a tensor a piece at least, and of each of its channels, whose partial results then weigh little beside them.
 LEAST_PIECE_BYTES = 16384
 LEAST_CHANNEL_BYTES = 256
@@ -180,6 +231,12 @@ def _steps(plane: int, itemsize: int, tile: PieceTile, most_pieces: int) -> int:
     of_channel = tile.block_plane * itemsize
     least = max(cdiv(LEAST_PIECE_BYTES, tile.block_channels * of_channel), cdiv(LEAST_CHANNEL_BYTES, of_channel))
     return max(least, cdiv(cdiv(plane, tile.block_plane), most_pieces))
+
+
+def combine_tile(group_channels: int) -> tuple[int, int]:
+    """(partial results, groups) that a program merges at a time. The channels of a large group are neighbours, those of
+    small ones are only beside those of the next."""
+    return (1024, 1) if group_channels >= 8 else (64, 16)
 
 
 def _block_of_channels(channels: int, itemsize: int) -> int:

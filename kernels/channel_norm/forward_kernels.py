@@ -13,9 +13,10 @@ import triton.language as tl
 
 from ..epilogue import activate, pre_activation, store_bits
 from ..moments import corrected_moments, merge_moments, reciprocal_deviation, tile_moments
-from ..tiles import load_added_residual, load_input, load_tile, scalar, store_tile
+from ..tiles import load_added_residual, load_input, scalar, store_tile
 from .planes import (
     load_of_channels,
+    owners,
     piece_of_planes,
     places,
     places_in_run,
@@ -126,25 +127,25 @@ def channel_moments_kernel(
 
 
 @triton.jit
-def partials_of_group(index, pieces, CHANNELS: tl.constexpr, GROUPS: tl.constexpr):
-    """(place, piece) of the index-th partial result of this program's group, which has as many as pieces of its
-    channels: behind the last of them the piece is none of them."""
+def partials_of_groups(index, group, rows, pieces, CHANNELS: tl.constexpr, GROUPS: tl.constexpr):
+    """(place, exists, piece) of partial results index [BLOCK, 1] of groups [1, BLOCK_GROUPS]. They have `rows` rows of
+    CHANNELS each, one for each piece of the planes of each sample that shares the statistics."""
     GROUP_CHANNELS: tl.constexpr = CHANNELS // GROUPS
-    program = tl.program_id(0).to(tl.int64)
-    piece = index // GROUP_CHANNELS
-    channel = program % GROUPS * GROUP_CHANNELS + index % GROUP_CHANNELS
-    return (program // GROUPS * pieces + piece) * CHANNELS + channel, piece
+    row = index // GROUP_CHANNELS
+    channel = group % GROUPS * GROUP_CHANNELS + index % GROUP_CHANNELS
+    return (group // GROUPS * rows + row) * CHANNELS + channel, row < rows, row % pieces
 
 
 @triton.jit
 def partial_means(
-    Origins_ptr, Means_ptr, origin, first, pieces, piece_length, plane,
+    Origins_ptr, Means_ptr, origin, first, group, in_groups, rows, pieces, piece_length, plane,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(count, mean, place) of BLOCK pieces of this program's group, means as differences from `origin`; the count is 0
+    """(count, mean, place) of BLOCK partial results of each group, means as differences from `origin`; the count is 0
     behind the last."""
-    place, piece = partials_of_group(scalar(first, tl.int64) + tl.arange(0, BLOCK), pieces, CHANNELS, GROUPS)
-    exists = piece < pieces
+    index = (scalar(first, tl.int64) + tl.arange(0, BLOCK))[:, None]
+    place, exists, piece = partials_of_groups(index, group, rows, pieces, CHANNELS, GROUPS)
+    exists = exists & in_groups
     count = tl.where(exists, tl.minimum(plane - piece * piece_length, piece_length), 0)
     mean = tl.load(Origins_ptr + place, mask=exists, other=0.0) - origin
     mean += tl.load(Means_ptr + place, mask=exists, other=0.0)
@@ -152,83 +153,119 @@ def partial_means(
 
 
 @triton.jit
-def mean_of_group(
-    Origins_ptr, Means_ptr, origin, pieces, piece_length, plane, inv_count,
+def means_of_groups(
+    Origins_ptr, Means_ptr, origin, group, in_groups, rows, pieces, piece_length, plane, inv_count,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The mean [1] of this program's group, as a difference from `origin`."""
-    shares = tl.zeros([BLOCK], Means_ptr.dtype.element_ty)
-    for first in tl.range(0, pieces * (CHANNELS // GROUPS), BLOCK):
+    """The mean [1, BLOCK_GROUPS] of each group, as a difference from `origin`."""
+    shares = tl.zeros([BLOCK, group.shape[1]], Means_ptr.dtype.element_ty)
+    for first in tl.range(0, rows * (CHANNELS // GROUPS), BLOCK):
         count, mean, _ = partial_means(
-            Origins_ptr, Means_ptr, origin, first, pieces, piece_length, plane, CHANNELS, GROUPS, BLOCK
-        )
+            Origins_ptr, Means_ptr, origin, first, group, in_groups, rows, pieces, piece_length, plane,
+            CHANNELS, GROUPS, BLOCK,
+        )  # fmt: skip
         shares += tl.where(count > 0, mean * (count * inv_count), 0.0)
     return tl.sum(shares, axis=0, keep_dims=True)
 
 
-@triton.jit(do_not_specialize=["plane_units", "pieces", "steps"])
+@triton.jit
+def move_statistic(Running_ptr, found, group, in_groups, momentum, COMPUTE: tl.constexpr):
+    """A running statistic moves towards the one that was found; None stays None."""
+    if Running_ptr is not None:
+        running = tl.load(Running_ptr + group, mask=in_groups, other=0.0).to(COMPUTE)
+        moved = (1.0 - momentum) * running + momentum * found
+        tl.store(Running_ptr + group, moved.to(Running_ptr.dtype.element_ty), mask=in_groups)
+
+
+@triton.jit(do_not_specialize=["groups_in_all", "rows", "plane_units", "pieces", "steps"])
 def combine_moments_kernel(
-    Origins_ptr, Means_ptr, M2s_ptr, Mean_ptr, Rstd_ptr,
-    plane_units: tl.int64, pieces: tl.int64, steps: tl.int64, eps: tl.float64,
+    RunningMean_ptr, RunningVar_ptr, Origins_ptr, Means_ptr, M2s_ptr, Mean_ptr, Rstd_ptr,
+    groups_in_all: tl.int64, rows: tl.int64, plane_units: tl.int64, pieces: tl.int64, steps: tl.int64,
+    eps: tl.float64, momentum: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_PLANE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_PLANE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """One group of one sample a program: mean and rstd [samples * GROUPS] from the moments of its channels' pieces.
+    """BLOCK_GROUPS groups a program: mean and rstd [groups_in_all] from the moments of their channels' pieces, and the
+    running statistics, if any, moved.
 
     As in a tile, a rough mean comes first, and everything else as differences from it.
     """
     COMPUTE: tl.constexpr = Means_ptr.dtype.element_ty
     plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
     length = steps * BLOCK_PLANE
-    inv_count = 1.0 / scalar(plane * (CHANNELS // GROUPS), COMPUTE)
-    origin = mean_of_group(
-        Origins_ptr, Means_ptr, tl.zeros([1], COMPUTE), pieces, length, plane, inv_count, CHANNELS, GROUPS, BLOCK
-    )
-    shift = mean_of_group(Origins_ptr, Means_ptr, origin, pieces, length, plane, inv_count, CHANNELS, GROUPS, BLOCK)
+    group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[None, :]
+    in_groups = group < groups_in_all
+    count_in_all = scalar(plane * (CHANNELS // GROUPS) * (rows // pieces), COMPUTE)
+    inv_count = 1.0 / count_in_all
+    origin = means_of_groups(
+        Origins_ptr, Means_ptr, tl.zeros([1, BLOCK_GROUPS], COMPUTE), group, in_groups, rows, pieces, length, plane,
+        inv_count, CHANNELS, GROUPS, BLOCK,
+    )  # fmt: skip
+    shift = means_of_groups(
+        Origins_ptr, Means_ptr, origin, group, in_groups, rows, pieces, length, plane, inv_count,
+        CHANNELS, GROUPS, BLOCK,
+    )  # fmt: skip
 
-    m2s = tl.zeros([BLOCK], COMPUTE)
-    for first in tl.range(0, pieces * (CHANNELS // GROUPS), BLOCK):
+    m2s = tl.zeros([BLOCK, BLOCK_GROUPS], COMPUTE)
+    for first in tl.range(0, rows * (CHANNELS // GROUPS), BLOCK):
         count, mean, place = partial_means(
-            Origins_ptr, Means_ptr, origin, first, pieces, length, plane, CHANNELS, GROUPS, BLOCK
-        )
+            Origins_ptr, Means_ptr, origin, first, group, in_groups, rows, pieces, length, plane,
+            CHANNELS, GROUPS, BLOCK,
+        )  # fmt: skip
         deviation = mean - shift
         m2 = tl.load(M2s_ptr + place, mask=count > 0, other=0.0)
         m2s += m2 + tl.where(count > 0, count * (deviation * deviation), 0.0)
-    variance = tl.sum(m2s, axis=0, keep_dims=True) * inv_count
-    group = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    tl.store(Mean_ptr + group, origin + shift)
-    tl.store(Rstd_ptr + group, reciprocal_deviation(variance, 1.0, scalar(eps, COMPUTE)))
+    m2 = tl.sum(m2s, axis=0, keep_dims=True)
+    tl.store(Mean_ptr + group, origin + shift, mask=in_groups)
+    tl.store(Rstd_ptr + group, reciprocal_deviation(m2 * inv_count, 1.0, scalar(eps, COMPUTE)), mask=in_groups)
+    weight = scalar(momentum, COMPUTE)
+    move_statistic(RunningMean_ptr, origin + shift, group, in_groups, weight, COMPUTE)
+    move_statistic(RunningVar_ptr, m2 / (count_in_all - 1.0), group, in_groups, weight, COMPUTE)
 
 
 @triton.jit(do_not_specialize=["x_stride", "residual_stride", "plane_units", "pieces", "steps"])
 def channel_apply_kernel(
-    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Bits_ptr, Mean_ptr, Rstd_ptr,
-    x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int64, steps: tl.int64,
-    alpha: tl.float64, beta: tl.float64,
+    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, RunningMean_ptr, RunningVar_ptr, Y_ptr, Total_ptr, Bits_ptr, Mean_ptr,
+    Rstd_ptr, x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int64, steps: tl.int64,
+    eps: tl.float64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    ACTIVATION: tl.constexpr, PASSES: tl.constexpr,
+    POOLED: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One piece of a block of planes a program, normalized and finished. The last pieces go first: they are what
-    `channel_moments_kernel` left in the cache."""
+    `channel_moments_kernel` left in the cache. With running statistics these are what x is normalized by, and mean and
+    rstd, if asked for, are copies for backward."""
     COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
     plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     sample, first_channel, piece = piece_of_planes(program, pieces, CHANNELS, BLOCK_CHANNELS)
     channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
     in_channels = channel < CHANNELS
-    group = sample * GROUPS + channel // (CHANNELS // GROUPS)
-    mean = load_of_channels(Mean_ptr, group, in_channels, COMPUTE)
-    rstd = load_of_channels(Rstd_ptr, group, in_channels, COMPUTE)
-    weight = load_of_channels(Weight_ptr, channel, in_channels, COMPUTE)
-    bias = load_of_channels(Bias_ptr, channel, in_channels, COMPUTE)
+    group, parameter = owners(sample, channel, CHANNELS, GROUPS, POOLED)
+    if RunningMean_ptr is not None:
+        mean = load_of_channels(RunningMean_ptr, group, in_channels, COMPUTE)
+        variance = load_of_channels(RunningVar_ptr, group, in_channels, COMPUTE)
+        rstd = reciprocal_deviation(variance, 1.0, scalar(eps, COMPUTE))
+        if Mean_ptr is not None:
+            copies = in_channels & (channel % (CHANNELS // GROUPS) == 0) & (sample == 0) & (piece == 0)
+            tl.store(Mean_ptr + group, tl.reshape(mean, group.shape), mask=copies)
+            tl.store(Rstd_ptr + group, tl.reshape(rstd, group.shape), mask=copies)
+    else:
+        mean = load_of_channels(Mean_ptr, group, in_channels, COMPUTE)
+        rstd = load_of_channels(Rstd_ptr, group, in_channels, COMPUTE)
+    weight = load_of_channels(Weight_ptr, parameter, in_channels, COMPUTE)
+    bias = load_of_channels(Bias_ptr, parameter, in_channels, COMPUTE)
     for step in tl.range(steps_of(piece, plane, steps, BLOCK_PLANE, STAGES), num_stages=STAGES):
         first = (piece * steps + step) * BLOCK_PLANE
         position = first + tl.arange(0, BLOCK_PLANE)[None, :]
         mask = in_channels[:, None] & (position < plane)
         base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)
-        x = load_tile(X_ptr, sample * x_stride * VEC + base, col, mask, COMPUTE)
-        residual = load_tile(Residual_ptr, sample * residual_stride * VEC + base, col, mask, COMPUTE)
+        residual_base = sample * residual_stride * VEC + base
+        x = load_input(
+            X_ptr, Residual_ptr, Total_ptr, sample * x_stride * VEC + base, residual_base, col, mask, COMPUTE
+        )
+        store_tile(Total_ptr, x, sample * CHANNELS * plane + base, col, mask)
+        residual = load_added_residual(Residual_ptr, Total_ptr, residual_base, col, mask, COMPUTE)
         z = pre_activation((x - mean) * rstd, weight, bias, residual)
         y = activate(z, ACTIVATION, scalar(alpha, COMPUTE), scalar(beta, COMPUTE))
         store_tile(Y_ptr, y, sample * CHANNELS * plane + base, col, mask)

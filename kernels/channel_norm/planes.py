@@ -70,6 +70,17 @@ def places_in_run(
 
 
 @triton.jit
+def owners(sample, channel, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, POOLED: tl.constexpr):
+    """(statistics, parameter): which of each a channel has. POOLED, the samples share both, and so do the channels of a
+    group, which are then columns of one channel (see `views.matrix_of_channels`)."""
+    group = channel // (CHANNELS // GROUPS)
+    if POOLED:
+        return group, group
+    else:
+        return sample * GROUPS + group, channel
+
+
+@triton.jit
 def load_of_channels(ptr, channel, in_channels, COMPUTE: tl.constexpr, AXIS: tl.constexpr = 1):
     """One value a channel, a parameter or a statistic, to be broadcast along AXIS; None stays None."""
     if ptr is not None:

@@ -1,0 +1,170 @@
+"""The backward of groups that are cut into pieces: sums over each piece, those of a group and those of a channel
+merged, then the pieces again. Of batch norm, too (see `forward_pieces`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ..activations import ACTIVATIONS
+from ..launch import cdiv, device_facts
+from ..launcher import Launcher, Tensors
+from ..problem import Tensor, Wanted, compute_dtype
+from .backward_kernels import channel_gradient_apply_kernel, channel_gradient_sums_kernel, combine_gradients_kernel
+from .config import (
+    GroupPlanes,
+    PlaneKind,
+    backward_steps,
+    combine_tile,
+    group_planes,
+    longest_of,
+    piece_tile,
+    plane_units,
+)
+
+COMBINED_COLUMNS = (256, 16)  # partial sums, rows and channels, that a program sums at a time
+Strides = list[int]
+Pair = tuple[Tensor | None, Tensor | None]
+
+
+class BackwardKind(NamedTuple):
+    """What the calls that one schedule serves have in common; from dy on types, None without the tensor.
+
+    pooled: the samples share statistics; frozen: these are no functions of x."""
+
+    channels: int
+    groups: int
+    plane: PlaneKind
+    channels_last: bool
+    pooled: bool
+    frozen: bool
+    vec: int
+    add_first: bool
+    activation: str | None
+    wanted: Wanted
+    dy: torch.dtype
+    dtotal: torch.dtype | None
+    x: torch.dtype | None
+    residual: torch.dtype | None
+    bits: torch.dtype | None
+    weight: torch.dtype | None
+    bias: torch.dtype | None
+    mean: torch.dtype | None
+    rstd: torch.dtype | None
+    dbias: torch.dtype | None
+
+    @property
+    def group_planes(self) -> GroupPlanes:
+        """The groups, as their tile depends on them."""
+        return group_planes(self.channels, self.groups, self.plane, self.dy.itemsize)
+
+    @property
+    def needs_dx(self) -> bool:
+        return self.wanted.dx or (self.add_first and self.wanted.dresidual)
+
+    @property
+    def slope(self) -> tuple[Any, Any]:
+        """The activation's slope, or which of its two values an element has."""
+        _, slope, passes = ACTIVATIONS[self.activation]
+        return slope, passes
+
+    def partials(self, shape: tuple[int, ...], device: torch.device, both: bool) -> Pair:
+        """Uninitialized sums of dz * x_hat and of dz over planes, for dweight and dbias, or for dx as well."""
+        dtype = compute_dtype(self.dy)
+        of_dz_x_hat = torch.empty(shape, dtype=dtype, device=device) if both or self.wanted.dweight else None
+        of_dz = torch.empty(shape, dtype=dtype, device=device) if both or self.wanted.dbias else None
+        return of_dz_x_hat, of_dz
+
+
+class BackwardPieces:
+    """Three launches, or two where statistics are frozen."""
+
+    def __init__(self, kind: BackwardKind) -> None:
+        self.kind = kind
+        length = kind.plane[0]
+        mixed = kind.x is not None and kind.x.itemsize > kind.dy.itemsize
+        self.tile = tile = piece_tile(
+            kind.channels, longest_of(kind.plane), kind.dy.itemsize, kind.channels_last, mixed
+        )
+        self.blocks = cdiv(kind.channels, tile.block_channels)
+        # Where dresidual is wanted it is dz, which the sums leave there: read again, it is all that dx needs of dy.
+        # But for groups of one value, whose dx is 0, and would be how dz was rounded.
+        dx_is_0 = kind.needs_dx and kind.channels == kind.groups and length == 1
+        self.leaves_dz = kind.wanted.dresidual and not kind.add_first and not dx_is_0
+        of_plane = (kind.channels, kind.groups, length, kind.vec, kind.channels_last)
+
+        # Two tensors and more, and what is kept of them, take registers, and so programs, that loads ahead make up for.
+        block = (tile.block_channels, tile.block_plane, min(3, 3 * tile.stages))
+
+        def launcher(kernel: Any, *constants: Any) -> Launcher:
+            constants = (*of_plane, kind.pooled, kind.add_first, *constants, *block)
+            return Launcher(kernel, tile.num_warps, *constants, most_registers=tile.most_registers)
+
+        self.sums = launcher(channel_gradient_sums_kernel, kind.frozen, *kind.slope)
+        block_partials, self.block_groups = combine_tile(kind.channels // kind.groups)
+        self.combine = Launcher(
+            combine_gradients_kernel, 4, *of_plane, kind.pooled, block_partials, self.block_groups, *COMBINED_COLUMNS
+        )
+        slope = (None, None) if self.leaves_dz else kind.slope
+        self.apply = launcher(channel_gradient_apply_kernel, *slope)
+
+    def __call__(
+        self, samples: int, plane: int, given: Tensors, out: Pair, strides: Strides, floats: tuple[float, float]
+    ) -> Pair:
+        kind = self.kind
+        dy, dtotal, x, residual, bits, weight, bias, mean, rstd = given
+        dx, dresidual = out
+        device = dy.device  # type: ignore[union-attr]
+        steps = backward_steps(plane, kind.dy.itemsize, self.tile, samples * self.blocks, device_facts(device))
+        pieces = cdiv(plane, self.tile.block_plane * steps)
+        programs = samples * self.blocks * pieces
+        lengths = (plane_units(plane, kind.vec, kind.channels_last), pieces, steps)
+        needs_sums = kind.needs_dx and not kind.frozen
+        of_dz_x_hat, of_dz = kind.partials((samples, pieces, kind.channels), device, both=needs_sums)
+        dz = dresidual if self.leaves_dz else None
+        written = (dx, dresidual) if kind.frozen else (None, dz)
+        if any(tensor is not None for tensor in (*written, of_dz_x_hat, of_dz)):
+            read = (dy, dtotal if kind.frozen else None, *given[2:])
+            self.sums(programs, device, read, (*written, of_dz, of_dz_x_hat), *strides, *lengths, *floats)
+        mean_g, mean_g_x_hat, *parameters = self._combine(samples, (of_dz, of_dz_x_hat), weight, lengths[:2], device)
+        if needs_sums:
+            if dz is not None:
+                dy, residual, bits, bias, dresidual = dz, None, None, None, None
+                strides = [kind.channels * plane // kind.vec, *strides[1:]]
+            given = (dy, dtotal, x, residual, bits, weight, bias, mean, rstd)
+            self.apply(programs, device, given, (mean_g, mean_g_x_hat, dx, dresidual), *strides, *lengths, *floats)
+        return parameters[0], parameters[1]
+
+    def _combine(
+        self, samples: int, sums: Pair, weight: Tensor | None, lengths: tuple[int, int], device: torch.device
+    ) -> list[Tensor | None]:
+        """[the two means of each group, dweight, dbias], each where wanted."""
+        kind, wanted = self.kind, self.kind.wanted
+        groups = group_programs = column_programs = 0
+        mean_g = mean_g_x_hat = dweight = dbias = None
+        # What was pooled has the parameters' gradients among its groups', else they are sums over the samples.
+        wants_parameters = wanted.dweight or wanted.dbias
+        wants_means = kind.needs_dx and not kind.frozen
+        if wants_means or (kind.pooled and wants_parameters):
+            groups = kind.groups if kind.pooled else samples * kind.groups
+            group_programs = cdiv(groups, self.block_groups)
+        if wants_parameters and not kind.pooled:
+            column_programs = cdiv(kind.channels, COMBINED_COLUMNS[1])
+        if wants_means:
+            mean_g = torch.empty(groups, dtype=compute_dtype(kind.dy), device=device)
+            mean_g_x_hat = torch.empty_like(mean_g)
+        parameters = kind.groups if kind.pooled else kind.channels
+        if wanted.dweight:
+            dweight = torch.empty(parameters, dtype=kind.weight, device=device)
+        if wanted.dbias:
+            dbias = torch.empty(parameters, dtype=kind.dbias, device=device)
+        if group_programs + column_programs:
+            allocated = (mean_g, mean_g_x_hat, dweight, dbias)
+            rows = samples * lengths[1]
+            self.combine(
+                group_programs + column_programs, device, (weight,), (*sums, *allocated),
+                groups, group_programs, rows if kind.pooled else lengths[1], rows, *lengths,
+            )  # fmt: skip
+        return [mean_g, mean_g_x_hat, dweight, dbias]

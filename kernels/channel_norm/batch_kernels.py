@@ -1,0 +1,125 @@
+"""Batch norm of channels that fit on chip: each is read once.
+
+x is a matrix [rows, COLUMNS] (see `views.pooled_planes`), each channel SPREAD = COLUMNS // CHANNELS neighbouring
+columns of it. A program holds all rows of the columns of BLOCK_CHANNELS channels.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..epilogue import activate, load_bits, pre_activation, store_bits
+from ..moments import input_gradient, reciprocal_deviation, sum_in_groups, tile_moments
+from ..tiles import load_added_residual, load_gradients, load_input, scalar, store_gradients, store_tile
+from .forward_kernels import move_statistic
+from .planes import load_of_channels
+
+
+@triton.jit
+def columns_of_program(
+    COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    """(column, in_columns, channel, is_first), each [BLOCK_COLUMNS]; is_first: of its channel."""
+    SPREAD: tl.constexpr = COLUMNS // CHANNELS
+    index = tl.arange(0, BLOCK_COLUMNS)
+    column = tl.program_id(0).to(tl.int64) * (BLOCK_CHANNELS * SPREAD) + index
+    in_columns = (index < BLOCK_CHANNELS * SPREAD) & (column < COLUMNS)
+    return column, in_columns, column // SPREAD, in_columns & (index % SPREAD == 0)
+
+
+@triton.jit
+def store_first(ptr, values, channel, is_first):
+    """A value of each channel, in the type that is stored; nothing where there is nowhere to."""
+    if ptr is not None:
+        tl.store(ptr + channel, values.to(ptr.dtype.element_ty), mask=is_first)
+
+
+@triton.jit
+def bytes_of_program(COLUMNS: tl.constexpr, OWNED: tl.constexpr):
+    """(first byte, bytes of a row, end) of the bits of this program's columns."""
+    first = tl.program_id(0).to(tl.int64) * (OWNED // 8)
+    return first, (COLUMNS + 7) // 8, first + (OWNED + 7) // 8
+
+
+@triton.jit(do_not_specialize=["rows"])
+def batch_norm_forward_kernel(
+    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, RunningMean_ptr, RunningVar_ptr,
+    Y_ptr, Total_ptr, Bits_ptr, Mean_ptr, Rstd_ptr,
+    rows: tl.int64, eps: tl.float64, momentum: tl.float64, alpha: tl.float64, beta: tl.float64,
+    COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """y and what else there is a pointer for; running statistics are moved."""
+    COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
+    SPREAD: tl.constexpr = COLUMNS // CHANNELS
+    column, in_columns, channel, is_first = columns_of_program(COLUMNS, CHANNELS, BLOCK_CHANNELS, BLOCK_COLUMNS)
+    row = tl.arange(0, BLOCK_ROWS).to(tl.int64)
+    in_rows = row < rows
+    base, col = row * COLUMNS, column[None, :]
+    mask = in_rows[:, None] & in_columns[None, :]
+
+    x = load_input(X_ptr, Residual_ptr, Total_ptr, base, base, col, mask, COMPUTE)
+    store_tile(Total_ptr, x, base, col, mask)
+    # Everything that will be needed is asked for before the reduction waits for x.
+    weight = load_of_channels(Weight_ptr, channel, in_columns, COMPUTE, 0)
+    bias = load_of_channels(Bias_ptr, channel, in_columns, COMPUTE, 0)
+    residual = load_added_residual(Residual_ptr, Total_ptr, base, col, mask, COMPUTE)
+
+    count = scalar(rows * SPREAD, COMPUTE)
+    mean, m2, deviation = tile_moments(x, mask, 1.0 / count, True, SPREAD, 0)
+    rstd = reciprocal_deviation(m2, count, scalar(eps, COMPUTE))
+    z = pre_activation(deviation * rstd[None, :], weight, bias, residual)
+    y = activate(z, ACTIVATION, scalar(alpha, COMPUTE), scalar(beta, COMPUTE))
+    store_tile(Y_ptr, y, base, col, mask)
+    if Mean_ptr is not None:
+        tl.store(Mean_ptr + channel, mean, mask=is_first)
+        tl.store(Rstd_ptr + channel, rstd, mask=is_first)
+    move_statistic(RunningMean_ptr, mean, channel, is_first, scalar(momentum, COMPUTE), COMPUTE)
+    move_statistic(RunningVar_ptr, m2 / (count - 1.0), channel, is_first, scalar(momentum, COMPUTE), COMPUTE)
+    if Bits_ptr is not None:
+        first_byte, row_bytes, end_byte = bytes_of_program(COLUMNS, BLOCK_CHANNELS * SPREAD)
+        store_bits(Bits_ptr, PASSES(z), row, first_byte, in_rows, row_bytes, end_byte)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def batch_norm_backward_kernel(
+    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
+    DX_ptr, DResidual_ptr, DWeight_ptr, DBias_ptr, rows: tl.int64, alpha: tl.float64, beta: tl.float64,
+    COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ADD_FIRST: tl.constexpr, NEEDS_DX: tl.constexpr,
+    SLOPE: tl.constexpr, PASSES: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The gradients that there are pointers for."""
+    COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
+    SPREAD: tl.constexpr = COLUMNS // CHANNELS
+    column, in_columns, channel, is_first = columns_of_program(COLUMNS, CHANNELS, BLOCK_CHANNELS, BLOCK_COLUMNS)
+    row = tl.arange(0, BLOCK_ROWS).to(tl.int64)
+    in_rows = row < rows
+    base, col = row * COLUMNS, column[None, :]
+    mask = in_rows[:, None] & in_columns[None, :]
+
+    mean = load_of_channels(Mean_ptr, channel, in_columns, COMPUTE, 0)
+    rstd = load_of_channels(Rstd_ptr, channel, in_columns, COMPUTE, 0)
+    weight = load_of_channels(Weight_ptr, channel, in_columns, COMPUTE, 0)
+    bias = load_of_channels(Bias_ptr, channel, in_columns, COMPUTE, 0)
+    first_byte, row_bytes, end_byte = bytes_of_program(COLUMNS, BLOCK_CHANNELS * SPREAD)
+    passes = load_bits(Bits_ptr, row, first_byte, in_rows, row_bytes, BLOCK_COLUMNS, end_byte)
+    x_hat, dz = load_gradients(
+        DY_ptr, X_ptr, Residual_ptr, passes, mean, rstd, weight, bias, base, base, base, col, mask, alpha, beta,
+        SLOPE, PASSES, COMPUTE,
+    )  # fmt: skip
+    sum_dz = sum_in_groups(tl.sum(dz, axis=0), SPREAD)
+    store_first(DBias_ptr, sum_dz, channel, is_first)
+    dx = None
+    if x_hat is not None:
+        sum_dz_x_hat = sum_in_groups(tl.sum(dz * x_hat, axis=0), SPREAD)
+        store_first(DWeight_ptr, sum_dz_x_hat, channel, is_first)
+        if NEEDS_DX:
+            inv_count = 1.0 / scalar(rows * SPREAD, COMPUTE)
+            mean_g, mean_g_x_hat = sum_dz[None, :] * inv_count, sum_dz_x_hat[None, :] * inv_count
+            g = dz
+            if weight is not None:
+                g, mean_g, mean_g_x_hat = g * weight, mean_g * weight, mean_g_x_hat * weight
+            dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
+    store_gradients(DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, base, base, col, mask, ADD_FIRST, COMPUTE)
