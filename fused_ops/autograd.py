@@ -232,7 +232,7 @@ def _differentiable_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, 
 def _summed_to_parameter(dz: Tensor, norm: Norm) -> Tensor:
     if isinstance(norm, RowNorm):
         return dz.reshape(dz.numel() // max(1, norm.span), norm.span).sum(0)
-    return dz.transpose(0, 1).flatten(1).sum(1)
+    return dz.sum([dim for dim in range(dz.dim()) if dim != 1])
 
 
 def _unpack(bits: Tensor, norm: Norm, shape: Sequence[int]) -> Tensor:

@@ -36,10 +36,20 @@ def left_a_transform(*tensors: Tensor | None) -> bool:
     return True in [tensor is not None and wrapped(tensor) for tensor in tensors]
 
 
+def recorded() -> bool:
+    """Whether torch.jit.trace records the operations."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
+def _looked_into() -> bool:
+    """Whether somebody compiles, traces or transforms the operations, for whom they are plain and out of place."""
+    return torch.compiler.is_compiling() or recorded() or transformed()
+
+
 def _takes_function(*tensors: Tensor | None) -> bool:
     """Whether a Function of ours may stand for operations on these: something learns, and nobody traces or transforms
     them, who could not look into it."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transformed():
+    if _looked_into():
         return False
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -125,8 +135,9 @@ def _activate_in_place(z: Tensor, activation: Activation) -> Tensor:
 
 def finish(normalized: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
     """activation(normalized + residual); `normalized` is a tensor of this call's own that nothing has saved."""
-    # A compiler makes every operation out of place and fuses it anyway; a tensor subclass may want to be the result.
-    if torch.compiler.is_compiling() or transformed() or type(residual) not in PLAIN:
+    # A compiler makes every operation out of place and fuses it anyway, torch.jit.trace wants the same ones with and
+    # without autograd; a tensor subclass may want to be the result.
+    if _looked_into() or type(residual) not in PLAIN:
         return activate(normalized if residual is None else normalized + residual, activation)
     if residual is not None:
         normalized = normalized.add_(residual)
@@ -219,17 +230,33 @@ def _by_channel(parameter: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return parameter.to(dtype).view(-1, *(1,) * (x.dim() - 2))
 
 
-def _by_statistics(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def by_statistics(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(x - mean) * rstd * weight + bias by channel, in elementary operations, of x's type."""
     dtype = rstd.dtype
     scale = rstd if weight is None else rstd * weight.to(dtype)
     # The mean is taken off first: folded into a shift, as torch has it, a large one cancels.
-    y = (x.to(dtype) - _by_channel(mean, x, dtype)) * _by_channel(scale, x, dtype)
-    y = y if bias is None else y + _by_channel(bias, x, dtype)
+    y, scale = x.to(dtype) - _by_channel(mean, x, dtype), _by_channel(scale, x, dtype)
+    shift = None if bias is None else _by_channel(bias, x, dtype)
+    if _is_ours_alone(y, scale, shift):
+        y = y.mul_(scale)
+        y = y if shift is None else y.add_(shift)
+    else:
+        y = y * scale
+        y = y if shift is None else y + shift
     return y.to(x.dtype)
 
 
+def _is_ours_alone(*tensors: Tensor | None) -> bool:
+    """Whether the first of these, a new tensor, may be overwritten: nobody learns, traces or transforms."""
+    if _looked_into():
+        return False
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return False
+    return {*map(type, tensors)} <= PLAIN
+
+
 class _ByStatistics(torch.autograd.Function):
-    """`_by_statistics`, which keeps x for backward, as torch does, and not the difference from the mean."""
+    """`by_statistics`, which keeps x for backward, as torch does, and not the difference from the mean."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -237,7 +264,7 @@ class _ByStatistics(torch.autograd.Function):
         # A copy, as torch's: a running mean may have moved on when backward comes.
         ctx.save_for_backward(x if needs_x else None, mean.clone() if needs_x else None, rstd, weight)
         ctx.types = x.dtype, None if bias is None else bias.dtype
-        return _by_statistics(x, mean, rstd, weight, bias)
+        return by_statistics(x, mean, rstd, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -250,7 +277,7 @@ class _ByStatistics(torch.autograd.Function):
             scale = rstd if weight is None else rstd * weight.to(dtype)
             dx = (dz * _by_channel(scale, dz, dtype)).to(x_dtype)
         if x is not None:
-            x_hat = _by_statistics(x.to(dtype), mean, rstd, None, None)
+            x_hat = by_statistics(x.to(dtype), mean, rstd, None, None)
             dweight = (dz * x_hat).sum(batch).to(weight.dtype)
         if ctx.needs_input_grad[4]:
             dbias = dz.sum(batch).to(bias_dtype)
@@ -266,7 +293,7 @@ def stored_norm(
     operands = (x, weight, bias)
     if _takes_function(*operands) and {*map(type, operands)} <= PLAIN:
         return _ByStatistics.apply(x, mean, rstd, weight, bias)
-    return _by_statistics(x, mean, rstd, weight, bias)
+    return by_statistics(x, mean, rstd, weight, bias)
 
 
 @torch.no_grad()

@@ -106,31 +106,76 @@ def planes(
 ) -> int:
     """The number of channels of x: its planes (n, c) have statistics of their own, or running ones are given."""
     count = channels(function, x)
-    if use_input_stats:
-        if math.prod(x.shape[2:]) == 1:
-            raise ArgumentError(
-                f"{function}: statistics from the input need more than one spatial element, but the input has shape "
-                f"{tuple(x.shape)}; pass a larger input, or use_input_stats=False and running statistics (of a module, "
-                "track_running_stats=True and eval())"
-            )
-    elif running_mean is None or running_var is None:
+    if use_input_stats and math.prod(x.shape[2:]) == 1:
         raise ArgumentError(
-            f"{function}: use_input_stats={use_input_stats} needs running_mean and running_var, but "
-            f"{'running_mean' if running_mean is None else 'running_var'} is None; pass both, or use_input_stats=True"
+            f"{function}: statistics from the input need more than one spatial element, but the input has shape "
+            f"{tuple(x.shape)}; pass a larger input, or use_input_stats=False and running statistics (of a module, "
+            "track_running_stats=True and eval())"
+        )
+    running_statistics(function, x, running_mean, running_var, "use_input_stats", use_input_stats)
+    return count
+
+
+def batch(function: str, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool) -> int:
+    """The number of channels of x: each has statistics over the whole batch, or running ones are given."""
+    count = channels(function, x)
+    if training and x.shape[0] * math.prod(x.shape[2:]) == 1:
+        raise ArgumentError(
+            f"{function}: expected more than 1 value per channel when training, but the input has shape "
+            f"{tuple(x.shape)}; pass a larger batch, or training=False and running statistics (of a module, eval())"
+        )
+    running_statistics(function, x, running_mean, running_var, "training", training)
+    return count
+
+
+def running_statistics(
+    function: str, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, flag: str, follow: bool
+) -> None:
+    """Both or neither, and both where they do not `follow` the input's statistics, as the argument `flag` says."""
+    if not follow and (running_mean is None or running_var is None):
+        raise ArgumentError(
+            f"{function}: {flag}={follow} needs running_mean and running_var, but "
+            f"{'running_mean' if running_mean is None else 'running_var'} is None; pass both, or {flag}=True"
         )
     if (running_mean is None) != (running_var is None):
         raise ArgumentError(
             f"{function}: running_mean and running_var go together, but one is None; pass both or neither"
         )
+    count = x.shape[1]
     for argument, tensor in (("running_mean", running_mean), ("running_var", running_var)):
         parameter(function, argument, tensor, (count,), x)
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ArgumentError(f"{function}: {argument} must not require a gradient, but does; detach it")
-        if tensor is not None and use_input_stats and count > 1 and tensor.stride(0) == 0:
+        if tensor is not None and follow and count > 1 and tensor.stride(0) == 0:
             raise ArgumentError(
                 f"{function}: {argument} must have an element of its own for each channel, but is expanded; clone it"
             )
-    return count
+
+
+def epsilon(function: str, eps: Any, training: bool) -> float:
+    """eps as a float as torch's batch_norm takes it: not negative, and positive in training."""
+    value = number(function, "eps", eps)
+    if value < 0 or (training and value == 0):
+        raise ArgumentError(
+            f"{function}: eps must be {'positive in training' if training else 'at least 0'}, but is {value}"
+        )
+    return value
+
+
+def mixture(function: str, x: Tensor, mean_weight: Tensor, var_weight: Tensor) -> None:
+    """An entry for each kind of statistics; without positions an instance is one value, and no kind of its own."""
+    kinds = ("Instance", "Layer", "Batch")[-3 if x.dim() > 2 else -2 :]
+    fix = "pass one number for each"
+    for argument, tensor in (("mean_weight", mean_weight), ("var_weight", var_weight)):
+        floating(function, argument, tensor)
+        if tensor.shape != (len(kinds),):
+            if len(kinds) == 2 and tensor.shape == (3,):
+                fix = "pass its last two"
+            raise ArgumentError(
+                f"{function}: {argument} must have shape {(len(kinds),)} ({', '.join(kinds)}) for an input of shape "
+                f"{tuple(x.shape)}, but has shape {tuple(tensor.shape)}; {fix}"
+            )
+        parameter(function, argument, tensor, (len(kinds),), x)
 
 
 def number(function: str, argument: str, value: Any) -> float:

@@ -39,8 +39,9 @@ def _kernel(x: Tensor, *others: Tensor | None):  # type: ignore[no-untyped-def]
     """What runs the kernels for this call: eagerly, as an op, or None for the torch composition."""
     if not backend.chooses_triton(x):
         return None
-    # A transform, traced or not, cannot look into an op or a Function, nor a kernel into what has left a transform.
-    if fallback.transformed() or fallback.left_a_transform(x, *others):
+    # A transform, traced or not, cannot look into an op or a Function, nor a kernel into what has left a transform, and
+    # to torch.jit.trace the sizes of a shape are tensors.
+    if fallback.transformed() or fallback.recorded() or fallback.left_a_transform(x, *others):
         return None
     kinds = {type(x), *map(type, others)}
     if not kinds <= fallback.PLAIN and not kinds <= _TRACEABLE:

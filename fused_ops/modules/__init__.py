@@ -1,5 +1,11 @@
 """Drop-in modules: subclasses of torch.nn's, with the activation in the constructor and the residual in forward."""
 
+from .batch_norm import AddBatchNorm1d as AddBatchNorm1d
+from .batch_norm import AddBatchNorm2d as AddBatchNorm2d
+from .batch_norm import AddBatchNorm3d as AddBatchNorm3d
+from .batch_norm import BatchNorm1d as BatchNorm1d
+from .batch_norm import BatchNorm2d as BatchNorm2d
+from .batch_norm import BatchNorm3d as BatchNorm3d
 from .group_norm import AddGroupNorm as AddGroupNorm
 from .group_norm import GroupNorm as GroupNorm
 from .instance_norm import AddInstanceNorm1d as AddInstanceNorm1d
@@ -12,6 +18,12 @@ from .layer_norm import AddLayerNorm as AddLayerNorm
 from .layer_norm import LayerNorm as LayerNorm
 from .rms_norm import AddRMSNorm as AddRMSNorm
 from .rms_norm import RMSNorm as RMSNorm
+from .switch_norm import AddSwitchNorm1d as AddSwitchNorm1d
+from .switch_norm import AddSwitchNorm2d as AddSwitchNorm2d
+from .switch_norm import AddSwitchNorm3d as AddSwitchNorm3d
+from .switch_norm import SwitchNorm1d as SwitchNorm1d
+from .switch_norm import SwitchNorm2d as SwitchNorm2d
+from .switch_norm import SwitchNorm3d as SwitchNorm3d
 from .weight_standardization import WSConv1d as WSConv1d
 from .weight_standardization import WSConv2d as WSConv2d
 from .weight_standardization import WSConv3d as WSConv3d

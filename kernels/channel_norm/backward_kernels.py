@@ -145,9 +145,10 @@ def channel_gradient_sums_kernel(
             SLOPE, PASSES, COMPUTE,
         )  # fmt: skip
         dx = None
-        if FROZEN:
+        if FROZEN and rstd is not None:
             dx = (dz * weight if weight is not None else dz) * rstd
-        elif DResidual_ptr is not None:  # dx will be that of dz as it is rounded there, and so are its means
+        # dx will be that of dz as it is rounded there, and so are its means.
+        if not FROZEN and DResidual_ptr is not None:
             dz = dz.to(DResidual_ptr.dtype.element_ty).to(COMPUTE)
         if DZSums_ptr is not None:
             sums_dz += dz

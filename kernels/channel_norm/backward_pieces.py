@@ -85,8 +85,9 @@ class BackwardPieces:
         self.kind = kind
         length = kind.plane[0]
         mixed = kind.x is not None and kind.x.itemsize > kind.dy.itemsize
+        crowded = kind.frozen and (kind.residual is not None or kind.dtotal is not None)
         self.tile = tile = piece_tile(
-            kind.channels, longest_of(kind.plane), kind.dy.itemsize, kind.channels_last, mixed
+            kind.channels, longest_of(kind.plane), kind.dy.itemsize, kind.channels_last, mixed, crowded
         )
         self.blocks = cdiv(kind.channels, tile.block_channels)
         # Where dresidual is wanted it is dz, which the sums leave there: read again, it is all that dx needs of dy.

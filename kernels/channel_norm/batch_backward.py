@@ -63,7 +63,7 @@ def batch_norm_backward(
         vec, add_first, activation, wanted, *dtypes,
     )  # fmt: skip
     tile = None
-    if training and view.samples == 1:
+    if training and view.channels_last:
         tile = batch_backward_tile(view.plane, view.channels // groups, dy.element_size(), residual is not None)
     if tile is None:
         units = [stride // vec for stride in strides]

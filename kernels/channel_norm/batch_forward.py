@@ -56,7 +56,7 @@ def batch_norm_forward(
         add_first, activation, save_bits, save_statistics, *dtypes,
     )  # fmt: skip
     tile = None
-    if training and view.samples == 1:
+    if training and view.channels_last:
         waiting = 2 if residual is not None and not add_first else 1
         tile = batch_forward_tile(view.plane, view.channels // groups, x.element_size(), waiting)
     if tile is not None:

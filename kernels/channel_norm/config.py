@@ -157,7 +157,9 @@ def _channel_tile(rows: int, spread: int, itemsize: int, elements_per_thread: in
     while True:
         block_columns = triton.next_power_of_2(block_channels * spread)
         elements = block_rows * block_columns
-        if 2 * elements > 128 * elements_per_thread:
+        # Sums over channels of which each is no power of two of columns compare every column with every channel.
+        compared = block_columns * block_channels if spread & (spread - 1) else 0
+        if 2 * elements > 128 * elements_per_thread or compared > 4096:
             break
         block_channels *= 2
     if elements > longest:
@@ -179,8 +181,9 @@ def batch_backward_tile(rows: int, spread: int, itemsize: int, residual: bool) -
     """Tile of the backward that reads a channel once, or None. residual: one is read, to compute z again."""
     longest = {2: 8192, 4: 4096 if residual else 8192, 8: 1024}[itemsize]
     tile = _channel_tile(rows, spread, itemsize, {2: 16, 4: 16, 8: 4}[itemsize], longest)
-    if tile is not None and residual and itemsize < 8:  # left alone, ptxas spills some bytes to fit one program more
-        return replace(tile, most_registers=registers_a_thread(tile.num_warps, 168))
+    if tile is not None and itemsize < 8:  # left alone, ptxas spills some bytes to fit one program more
+        most = 168 if tile.num_warps <= 4 else 255  # of larger programs there is one on a multiprocessor anyway
+        return replace(tile, most_registers=registers_a_thread(tile.num_warps, most))
     return tile
 
 
@@ -193,11 +196,14 @@ BACKWARD_PROGRAMS = 16  # a multiprocessor, where there is work for so many
 
 
 @functools.cache
-def piece_tile(channels: int, plane: int, itemsize: int, channels_last: bool, mixed: bool = False) -> PieceTile:
+def piece_tile(
+    channels: int, plane: int, itemsize: int, channels_last: bool, mixed: bool = False, crowded: bool = False
+) -> PieceTile:
     """Tile of the passes over pieces: 8 KB of a tensor, 4 KB where registers are short, 32 bytes a thread.
 
     channels_last, a thread has eight channels and the values of each, which takes registers: smaller programs, of which
     more fit, and which load tiles ahead. mixed: beside 16-bit tensors float32 ones are read, which take more, too.
+    crowded: two tensors are written, and sums kept, of three that are read.
     """
     tile = (4096 if channels_last or mixed else 8192) // itemsize
     elements_per_thread = 32 // itemsize
@@ -210,7 +216,7 @@ def piece_tile(channels: int, plane: int, itemsize: int, channels_last: bool, mi
     threads = block_channels * block_plane // elements_per_thread
     stages = 0 if plane <= block_plane else 3 if channels_last else 1
     num_warps = max(1, threads // THREADS_PER_WARP)
-    most_registers = 144 if channels_last else _most_registers(itemsize, num_warps)
+    most_registers = (168 if crowded else 144) if channels_last else _most_registers(itemsize, num_warps)
     if mixed:
         ragged = channels * itemsize % 16 != 0
         most_registers = 184 if channels_last and not ragged else 255
@@ -236,7 +242,7 @@ def _steps(plane: int, itemsize: int, tile: PieceTile, most_pieces: int) -> int:
 def combine_tile(group_channels: int) -> tuple[int, int]:
     """(partial results, groups) that a program merges at a time. The channels of a large group are neighbours, those of
     small ones are only beside those of the next."""
-    return (1024, 1) if group_channels >= 8 else (64, 16)
+    return (1024, 1) if group_channels >= 8 else (256, 8)
 
 
 def _block_of_channels(channels: int, itemsize: int) -> int:

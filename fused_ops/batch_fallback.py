@@ -1,0 +1,184 @@
+"""`fallback` for batch norm: each channel by the statistics of the whole batch, and running statistics that follow.
+
+torch's own batch_norm runs forward, and backward once. In training its third derivatives are wrong (seen in torch
+2.13), and with a bias and no weight its second fail: a backward that is itself differentiated is elementary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .fallback import PLAIN, _by_channel, _common_dtype, _laid_out_as, _takes_function, stored_norm, transformed
+from .validation import HALF
+
+Tensor = torch.Tensor
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """torch's batch_norm in x's type and layout, whatever the other types are; y is a new tensor.
+
+    In training the running statistics, if given, move in place: give copies where the call may fail after this.
+    """
+    if not training:
+        assert running_mean is not None and running_var is not None
+        return stored_norm(x, running_mean, running_var, weight, bias, eps)
+    if x.numel() == 0:  # where torch fails without channels, and running statistics stay as they are
+        channels = x.shape[1]
+        return stored_norm(x, x.new_zeros(channels), x.new_ones(channels), weight, bias, eps)
+    dtype = _computed_in(x, running_mean, running_var, weight, bias)
+    running = tuple(tensor for tensor in (running_mean, running_var) if tensor is not None)
+    # Each itself where it can be: under a transform even a .to() of its own type is another tensor.
+    moving = tuple(tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in running)
+    mean, var = moving or (None, None)
+    if _takes_function(x, weight, bias) and {*map(type, (x, weight, bias))} <= PLAIN:
+        y = _BatchNorm.apply(x, mean, var, weight, bias, momentum, eps)
+    elif transformed():
+        y = differentiable_batch_norm(x, weight, bias, eps).to(x.dtype)
+        if moving:  # a transform refuses a copy_ into what lies outside of it, but lets torch's own update pass
+            with torch.no_grad():
+                F.batch_norm(x.detach().to(dtype), mean, var, None, None, True, momentum, eps)
+    else:
+        weight, bias = (None if parameter is None else parameter.to(dtype) for parameter in (weight, bias))
+        y = F.batch_norm(_beside_parameters(x, dtype), mean, var, weight, bias, True, momentum, eps)
+        y = _laid_out_as(x, y.to(x.dtype))
+    move(running, moving)
+    return y
+
+
+@torch.no_grad()
+def move(running: tuple[Tensor, ...], moved: tuple[Tensor, ...]) -> None:
+    """Gives running statistics the values of those that moved in their place, if others did."""
+    for tensor, found in zip(running, moved, strict=True):
+        if found is not tensor:
+            tensor.copy_(found)
+
+
+def _computed_in(x: Tensor, *others: Tensor | None) -> torch.dtype:
+    """At least float32: with parameters in half precision torch's CPU kernel keeps mean and rstd in that, and with a
+    mean of ten deviations dweight is off by percents."""
+    return torch.promote_types(_common_dtype(x, *others), torch.float32)
+
+
+def _beside_parameters(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as torch takes it beside parameters of this type: half x beside float32 ones, the one mixture."""
+    return x if x.dtype in HALF and dtype == torch.float32 else x.to(dtype)
+
+
+class _BatchNorm(torch.autograd.Function):
+    """torch's batch_norm in training, with right derivatives of every order; but for running statistics it keeps what
+    torch keeps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        dtype = _computed_in(x, running_mean, weight, bias)
+        scale, shift = (None if parameter is None else parameter.to(dtype) for parameter in (weight, bias))
+        # All that F.batch_norm calls, which returns the first of these alone.
+        y, mean, rstd, reserve, ctx.implementation = torch._batch_norm_impl_index(
+            _beside_parameters(x, dtype),
+            scale,
+            shift,
+            running_mean,
+            running_var,
+            True,
+            momentum,
+            eps,
+            torch.backends.cudnn.enabled,
+        )
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+            ctx.save_for_backward(x, mean, rstd, weight, reserve)
+        else:
+            ctx.save_for_backward(None, None, None, None, None)
+        ctx.dtype, ctx.eps = dtype, eps
+        return _laid_out_as(x, y.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight, reserve = ctx.saved_tensors
+        needs_x, _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        if x is None or torch.is_grad_enabled() or transformed() or torch._C._functorch.is_legacy_batchedtensor(dy):
+            dx, dweight, dbias = gradients(dy, x, weight, ctx.eps, needs_x, needs_weight, needs_bias)
+        else:
+            wide = _beside_parameters(x, ctx.dtype)
+            dx, dweight, dbias = torch.ops.aten._batch_norm_impl_index_backward(
+                ctx.implementation,
+                wide,
+                dy.to(wide.dtype),
+                None if weight is None else weight.to(ctx.dtype),
+                None,  # the running statistics, which nothing depends on
+                None,
+                mean,
+                rstd,
+                True,
+                ctx.eps,
+                (needs_x, needs_weight, needs_bias),
+                reserve,
+            )
+        # In the type that they were computed in; autograd casts each to its input's. cuDNN makes all three.
+        return (
+            dx if needs_x else None,
+            None,
+            None,
+            dweight if needs_weight else None,
+            dbias if needs_bias else None,
+            None,
+            None,
+        )
+
+
+def differentiable_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Batch norm by the input's statistics in elementary operations, in the type that kernels compute in."""
+    dtype = _computed_in(x, weight, bias)
+    y, _ = _x_hat(x.to(dtype), eps)
+    y = y if weight is None else y * _by_channel(weight, x, dtype)
+    return y if bias is None else y + _by_channel(bias, x, dtype)
+
+
+def gradients(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, eps: float, needs_x: bool, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias), each where needed, in elementary operations; any derivative of them is right.
+
+    x may be None where dbias alone is needed.
+    """
+    dtype = _computed_in(dy, x, weight)
+    dz = dy.to(dtype)
+    batch = [dim for dim in range(dy.dim()) if dim != 1]
+    dx = dweight = None
+    if x is not None:
+        x_hat, rstd = _x_hat(x.to(dtype), eps)
+        dx_hat = dz if weight is None else dz * _by_channel(weight, dz, dtype)
+        if needs_x:
+            along = (dx_hat * x_hat).mean(batch, keepdim=True)
+            dx = (dx_hat - dx_hat.mean(batch, keepdim=True) - x_hat * along) * rstd
+        if needs_weight:
+            dweight = (dz * x_hat).sum(batch)
+    return dx, dweight, dz.sum(batch) if needs_bias else None
+
+
+def _x_hat(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x_hat, rstd) of each channel, rstd as it broadcasts to x."""
+    batch = [dim for dim in range(x.dim()) if dim != 1]
+    deviation = x - x.mean(batch, keepdim=True)
+    rstd = torch.rsqrt(deviation.square().mean(batch, keepdim=True) + eps)
+    return deviation * rstd, rstd

@@ -1,0 +1,56 @@
+"""How a batch norm runs: the kernels, or the composition in `batch_fallback`. Its arguments are validated."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from .. import backend, batch_fallback, fallback
+from ..activation import Activation
+from .dispatch import _composed, _kernel
+
+if backend.HAS_TRITON:
+    from .. import autograd
+    from ..kernels.problem import BatchNorm
+    from ..kernels.views import lies_pooled_channels_last
+
+    _layout_of = functools.lru_cache(maxsize=4096)(lies_pooled_channels_last)
+
+Tensor = torch.Tensor
+
+
+def _batch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    add_first: bool,
+    activation: Activation | None,
+) -> Any:
+    """y, or (y, total) where the residual is added first, in x's layout. In training running statistics move last."""
+    run = _kernel(x, residual, weight, bias, running_mean, running_var) if x.numel() else None
+    if run is not None:
+        layout = _layout_of if run is autograd.run else lies_pooled_channels_last  # a tracer looks through a cache
+        fused = () if activation is None else (activation.name, *activation.scalars)
+        norm = BatchNorm(layout(tuple(x.shape), x.stride()), training, momentum, eps, add_first, *fused)
+        return run(x, residual, weight, bias, norm, running_mean, running_var)
+    running = tuple(tensor for tensor in (running_mean, running_var) if tensor is not None)
+    # Copies move, and what is given follows once nothing can fail any more; a transform refuses that.
+    moving = tuple(map(torch.clone, running)) if training and not fallback.transformed() else running
+    mean, var = moving or (None, None)
+    out = _composed(
+        x,
+        residual,
+        add_first,
+        activation,
+        lambda x: batch_fallback.batch_norm(x, mean, var, weight, bias, training, momentum, eps),
+    )
+    batch_fallback.move(running, moving)
+    return out

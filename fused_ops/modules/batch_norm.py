@@ -1,0 +1,113 @@
+"""BatchNorm1d, 2d and 3d, and AddBatchNorm1d, 2d and 3d."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import functional as F
+from .base import Activated, Added
+
+
+class _Batches(_BatchNorm):
+    """What torch.nn's batch norms check before a call, what they hold for it, and what they count after it."""
+
+    def _normalize(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
+        self._check_input_dim(inputs[0])
+        counter = self.num_batches_tracked if self.training and self.track_running_stats else None
+        momentum = self.momentum
+        if momentum is None:  # a cumulative average: each batch counts as much as any before
+            momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
+        follows = self.track_running_stats or not self.training
+        out = function(
+            *inputs,
+            running_mean=self.running_mean if follows else None,
+            running_var=self.running_var if follows else None,
+            weight=self.weight,
+            bias=self.bias,
+            training=self.training or (self.running_mean is None and self.running_var is None),
+            momentum=momentum,
+            eps=self.eps,
+            **keywords,
+        )
+        if counter is not None:  # torch counts first, and so counts calls that fail
+            counter.add_(1)
+        return out
+
+
+class _Normalizing(Activated, _Batches):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._normalize(F.batch_norm, x, residual=residual, activation=self.activation)
+
+
+class _Adding(Added, _Batches):
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self._normalize(F.add_batch_norm, x, residual, activation=self.activation, dropout_p=self.dropout_p)
+
+
+class BatchNorm1d(_Normalizing, nn.BatchNorm1d):
+    """torch.nn.BatchNorm1d with `residual` and `activation` in the same call: ``activation(norm(x) + residual)``.
+
+    x, and a residual like it, has shape ``(N, C)`` or ``(N, C, L)``. Same constructor, state_dict and running
+    statistics as torch's, and the keyword `activation`; types and errors as in `functional.batch_norm`. A call that
+    fails is not counted in `num_batches_tracked`.
+
+    Example:
+        >>> y = BatchNorm1d(256, activation="relu")(torch.randn(32, 256))
+    """
+
+
+class BatchNorm2d(_Normalizing, nn.BatchNorm2d):
+    """torch.nn.BatchNorm2d with `residual` and `activation` in the same call: ``activation(norm(x) + residual)``.
+
+    x, and a residual like it, has shape ``(N, C, H, W)``. Same constructor, state_dict and running statistics as
+    torch's, and the keyword `activation`; types and errors as in `functional.batch_norm`. A call that fails is not
+    counted in `num_batches_tracked`.
+
+    Example:
+        >>> norm = BatchNorm2d(64, activation="relu")
+        >>> y = norm(torch.randn(2, 64, 16, 16), residual=torch.randn(2, 64, 16, 16))
+    """
+
+
+class BatchNorm3d(_Normalizing, nn.BatchNorm3d):
+    """torch.nn.BatchNorm3d with `residual` and `activation` in the same call: ``activation(norm(x) + residual)``.
+
+    x, and a residual like it, has shape ``(N, C, D, H, W)``. Same constructor, state_dict and running statistics as
+    torch's, and the keyword `activation`; types and errors as in `functional.batch_norm`. A call that fails is not
+    counted in `num_batches_tracked`.
+
+    Example:
+        >>> y = BatchNorm3d(32, activation="leaky_relu")(torch.randn(2, 32, 8, 8, 8))
+    """
+
+
+class AddBatchNorm1d(_Adding, nn.BatchNorm1d):
+    """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
+
+    x and residual have shape ``(N, C)`` or ``(N, C, L)``. Same constructor and state_dict as torch.nn.BatchNorm1d, and
+    the keywords `activation` and `dropout_p` (see `functional.add_batch_norm`).
+    """
+
+
+class AddBatchNorm2d(_Adding, nn.BatchNorm2d):
+    """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
+
+    x and residual have shape ``(N, C, H, W)``. Same constructor and state_dict as torch.nn.BatchNorm2d, and the
+    keywords `activation` and `dropout_p` (see `functional.add_batch_norm`).
+
+    Example:
+        >>> x, stream = torch.randn(2, 64, 8, 8), torch.randn(2, 64, 8, 8)
+        >>> y, stream = AddBatchNorm2d(64, activation="relu")(x, stream)
+    """
+
+
+class AddBatchNorm3d(_Adding, nn.BatchNorm3d):
+    """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
+
+    x and residual have shape ``(N, C, D, H, W)``. Same constructor and state_dict as torch.nn.BatchNorm3d, and the
+    keywords `activation` and `dropout_p` (see `functional.add_batch_norm`).
+    """
