@@ -48,7 +48,7 @@ class Verdict:
 
 def run_forward(call: Call, case: Case) -> tuple[Tensor, ...]:
     """The outputs, always as a tuple."""
-    outputs = call(**case.inputs)
+    outputs = call(**case.arguments)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 

@@ -39,7 +39,7 @@ def kept_bytes(call: Call, case: Case) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = call(**case.inputs)  # alive until counted, so that no storage's id is used again
+        outputs = call(**case.arguments)  # alive until counted, so that no storage's id is used again
     total = sum(held.values())
     del outputs
     return total

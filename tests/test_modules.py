@@ -266,10 +266,11 @@ def test_dropout_is_read_when_it_is_called(cls):
 
 
 def test_what_the_package_exports_is_here_or_beside():
-    """`test_channel_norm_modules` and `test_weight_standardization` have the rest."""
+    """The tests of each other norm's modules have the rest."""
     exported = {
         name for name, value in vars(fused_ops).items() if isinstance(value, type) and issubclass(value, nn.Module)
     }
-    planes = [*(f"InstanceNorm{dims}d" for dims in (1, 2, 3)), "GroupNorm"]
+    kinds = ("Instance", "Batch", "Switch")
+    planes = ["GroupNorm", *(f"{kind}Norm{dims}d" for kind in kinds for dims in (1, 2, 3))]
     beside = {*planes, *(f"Add{name}" for name in planes), *(f"WSConv{dims}d" for dims in (1, 2, 3))}
     assert exported == {cls.__name__ for cls in TORCHS} | beside

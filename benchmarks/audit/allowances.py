@@ -7,7 +7,8 @@ S is one pass over x, m a bit an element.
 | whole, or walked within L2 | 2 S, residual 3 S, add_ 4 S | 3 S, residual and activation 5 S (mask 4 S + m), add_ 4 S |
 | shared by several programs | 3 S, residual 4 S, add_ 5 S | 5 S, residual and activation 7 S (mask 6 S + m), add_ 6 S |
 
-Groups are shared, in one launch more each way, where they do not fit the chip or lie channels_last.
+Groups are shared, in one launch more each way, where they do not fit the chip or lie channels_last. Channels of a
+batch norm likewise; whole, their backward is one launch, and by running statistics nothing is read twice, in two.
 
 Beside these: parameters, read by each launch that needs them, and their gradients; partial sums of at most 32 rows a
 multiprocessor, written and read; statistics of 8 bytes a row (16 in float64) and, for shared rows, as much for each
@@ -16,6 +17,7 @@ chunk; for shared groups a share of the activations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +48,10 @@ WALKED_SHARE = 0.6
 HELD_GROUP_FORWARD = {2: 16384, 4: 8192, 8: 2048}
 HELD_GROUP_BACKWARD = {2: 8192, 4: 8192, 8: 1024}
 HELD_GROUP_BACKWARD_CROWDED = {2: 8192, 4: 4096, 8: 1024}
+# Padded elements of the channels of a batch norm that a program has at least.
+HELD_CHANNELS_FORWARD = {2: 16384, 4: 16384, 8: 2048}
+HELD_CHANNELS_BACKWARD = {2: 8192, 4: 8192, 8: 1024}
+SHORT_POOLED = 256  # positions of a plane: below, it is columns of a matrix, one row a sample
 # Of the activations' bytes, what partial results of shared groups may add.
 PARTIAL_SHARE = 0.04
 
@@ -63,6 +69,8 @@ class Schedule:
     def allowed(cls, workload: Workload, case: Case, launches: Sequence[LaunchTraffic], facts: DeviceFacts) -> Schedule:
         """The one that these launches follow, where the call may be cut into chunks; otherwise that of whole rows. With
         as many partial rows as are allowed."""
+        if workload.of.by_channel == "batch":
+            return _channels_allowed(workload, case)
         if workload.of.by_channel:
             return _groups_allowed(workload, case)
         programs = {launch.kernel: launch.programs for launch in launches}
@@ -83,6 +91,30 @@ def _groups_allowed(workload: Workload, case: Case) -> Schedule:
         workload.channels_last or padded > held[x.itemsize] for held in (HELD_GROUP_FORWARD, held_backward)
     )
     return Schedule(int(forward), int(backward), x.shape[0])
+
+
+def _channels_allowed(workload: Workload, case: Case) -> Schedule:
+    """Channels cut where no program has to hold the fewest of them whose run in memory is one of whole bytes of bits;
+    not where nothing is computed of them."""
+    x = case.inputs["x"]
+    samples, _, *positions = x.shape
+    plane = elements(tuple(positions))
+    if not workload.training:
+        return Schedule()
+    lies_last = plane == 1 or workload.channels_last
+    if lies_last:
+        rows, columns = samples * plane, max(8, 32 // x.itemsize)
+    else:
+        rows, columns = samples, 8 // math.gcd(8, plane) * plane
+    padded = triton.next_power_of_2(rows) * triton.next_power_of_2(columns)
+    # Waiting in registers beside x, a residual takes as many; and z is computed again.
+    waits = 2 if workload.residual and not workload.adds_first and x.itemsize > 2 else 1
+    crowded = 2 if backward_passes(workload) == 5 and x.itemsize == 4 else 1
+    cut = plane >= SHORT_POOLED and not lies_last
+    return Schedule(
+        int(cut or waits * padded > HELD_CHANNELS_FORWARD[x.itemsize]),
+        int(cut or crowded * padded > HELD_CHANNELS_BACKWARD[x.itemsize]),
+    )
 
 
 def _may_share_forward(workload: Workload, case: Case, facts: DeviceFacts) -> bool:
@@ -166,16 +198,20 @@ def _allowance_of_groups(workload: Workload, case: Case, direction: Direction, s
     channels, wide = x.shape[1], compute_dtype(x.dtype).itemsize
     groups = x.numel() // workload.span(tuple(x.shape))
     parameters = sum(case.inputs[name].numel() * case.inputs[name].itemsize for name in case.parameters)
+    of_batch = workload.of.by_channel == "batch"
+    frozen = of_batch and not workload.training  # what is summed is for the parameters alone
     cut = bool(schedule.forward_chunks), bool(schedule.backward_chunks)
     passes, launches = forward_passes(workload) + cut[0], 3 if cut[0] else 1
     reads, statistics = 1, 2 * wide * groups * cut[0] * 2
+    if of_batch:
+        statistics += 2 * sum(statistic.nbytes for statistic in case.state.values())  # read, and moved
     mask = partial = 0.0
     if direction == "forward+backward":
         passes += backward_passes(workload) + 2 * cut[1]
-        launches += 3 if cut[1] else 2
+        launches += 3 if cut[1] else 1 if of_batch and not frozen else 2
         reads += 4
         statistics += 2 * wide * groups * (2 + 3 * cut[1])
-        if not cut[1]:
+        if not cut[1] and not of_batch:
             partial = 2 * len(case.parameters) * schedule.partial_rows * channels * wide
         bits = elements(tuple(x.shape)) / 8
         mask = 2 * bits if keeps_mask(workload) else 0.0
@@ -185,7 +221,7 @@ def _allowance_of_groups(workload: Workload, case: Case, direction: Direction, s
         "mask": mask + 8 * groups,
         "parameter": reads * parameters,
         "partial": partial,
-        "statistics": statistics + (PARTIAL_SHARE * passes * one_pass if any(cut) else 0.0),
+        "statistics": statistics + (PARTIAL_SHARE * passes * one_pass if any(cut) or frozen else 0.0),
     }
     return Allowance(sizes, launches)
 

@@ -12,9 +12,9 @@ def run(call: Call, case: Case, direction: Direction) -> None:
     """Forward without gradients, or forward and the gradients of every input."""
     if direction == "forward":
         with torch.no_grad():
-            call(**case.inputs)
+            call(**case.arguments)
         return
-    outputs = call(**case.inputs)
+    outputs = call(**case.arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     torch.autograd.grad(outputs, list(case.inputs.values()), case.output_gradients)
 

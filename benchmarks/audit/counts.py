@@ -24,6 +24,7 @@ SIZES: dict[str, Size] = {
     **dict.fromkeys(("PartialDWeight", "PartialDBias"), "partial"),
     **dict.fromkeys(("Mean", "Rstd", "Means", "M2s", "GSums", "GXHatSums"), "statistics"),
     **dict.fromkeys(("Origins", "DZSums", "DZXHatSums", "MeanG", "MeanGXHat"), "statistics"),
+    **dict.fromkeys(("RunningMean", "RunningVar"), "statistics"),
 }
 
 

@@ -163,9 +163,25 @@ def _group_norm_backward(
     yield Launch([mean, rstd, *sums], gradients)
 
 
-def _batch_norm(results: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Iterator[Launch]:
+def _batch_norm(
+    results: Sequence[Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    *_: Any,
+) -> Iterator[Launch]:
+    """The moments of each channel; running statistics moved towards them; y of these, or of running statistics."""
     y, *statistics = results
+    running = _tensors((running_mean, running_var))
+    if not training:
+        yield Launch([x, weight, bias, *running], [y])
+        return
     yield Launch([x], statistics)
+    if running:
+        yield Launch([*statistics, *running], running)
     yield Launch([x, weight, bias, *statistics], [y])
 
 

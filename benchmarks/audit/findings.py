@@ -19,6 +19,9 @@ LARGE_CALL = 4 * 2**20
 LEAST_BYTES_IN_FLIGHT = 32 * 2**10
 MOST_IDLE = 0.3  # of a trip of the loop; above it smaller programs, of which several overlap, are worth trying
 MOST_COMPILATIONS = 2
+# Have all rows of a matrix in registers, as a power of two of them; more than this many powers do not fit.
+HOLD_ALL_ROWS = frozenset({"batch_norm_forward_kernel", "batch_norm_backward_kernel"})
+MOST_ROW_TILES = 10
 # Merge partial results; next to nothing beside the launch before them.
 SMALL_KERNELS = frozenset({"column_sum_kernel", "combine_moments_kernel", "combine_gradients_kernel"})
 
@@ -75,7 +78,7 @@ def of_compilations(compilations: Mapping[str, int], where: str) -> list[Finding
     return [
         Finding(where, kernel, "recompiles with the number of rows", f"{count} compilations", f"{MOST_COMPILATIONS}")
         for kernel, count in compilations.items()
-        if count > MOST_COMPILATIONS
+        if count > (MOST_ROW_TILES if kernel in HOLD_ALL_ROWS else MOST_COMPILATIONS)
     ]
 
 

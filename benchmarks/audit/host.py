@@ -54,7 +54,7 @@ def _smallest(workload: Workload) -> Shape:
 def host_time(workload: Workload, direction: Direction, seconds: float = SECONDS) -> HostTime:
     """Measures both in turn, in one thread, for so many seconds."""
     calls = {
-        "ours": (workload.ours(), unfilled_case(workload, workload.of_samples(1), torch.float32)),
+        "ours": (workload.ours(), unfilled_case(workload, workload.of_samples(2), torch.float32)),
         "eager": (workload.torch_composition(), workload.case_of(_smallest(workload), lambda own, *_: torch.ones(own))),
     }
     runs = {name: functools.partial(run, call, case, direction) for name, (call, case) in calls.items()}

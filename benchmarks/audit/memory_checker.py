@@ -16,6 +16,8 @@ from .watch import Access, Kind, Launch, watch
 
 # In the place of a program, whose number is kept plus 1: nobody, and more than one (of writers: atomically).
 NOBODY, SEVERAL = 0, -1
+# Elements of a block whose readers and writers are remembered; of larger ones only the bounds are checked.
+LARGEST_BLOCK = 2**28
 
 OUT_OF_BOUNDS = "out of bounds"
 TWO_WRITERS = "two programs write one address"
@@ -48,10 +50,12 @@ class MemoryChecker:
         self._writers: dict[int, np.ndarray] = {}
 
     def begin(self, launch: Launch) -> None:
-        self._readers = launch.element_array(np.int32)
-        self._writers = launch.element_array(np.int32)
+        self._readers = launch.element_array(np.int32, LARGEST_BLOCK)
+        self._writers = launch.element_array(np.int32, LARGEST_BLOCK)
 
     def access(self, launch: Launch, access: Access) -> None:
+        if id(access.block) not in self._readers:
+            return
         elements, program = access.elements, access.program + 1
         readers, writers = self._readers[id(access.block)], self._writers[id(access.block)]
         written_by = writers[elements]

@@ -1,8 +1,8 @@
 """Audits every named workload without a GPU: compiled for one that is not there, and interpreted under a counter.
 
 Prints a table with a line for each call, writes JSON, and ends with 1 where a call exceeds an allowance of the design
-or a kernel spills. --full also compiles every entry of the launch tables, which takes hours, and counts the traffic on
-every device.
+or a kernel spills. --full takes the workloads that the default run leaves out as well, counts the traffic on every
+device, and compiles every entry of the launch tables, which takes hours.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="the type that the table is of")
     parser.add_argument("--only", action="store_true", help="compile for that device and type alone")
     parser.add_argument(
-        "--filter", nargs="*", default=[], metavar="TEXT", help="only workloads whose name holds a text"
+        "--filter", nargs="*", default=[], metavar="TEXT", help="only workloads whose name holds a text, and all these"
     )
-    parser.add_argument("--full", action="store_true", help="every entry of the launch tables, traffic on every device")
+    parser.add_argument(
+        "--full", action="store_true", help="every workload and entry of the launch tables, traffic on every device"
+    )
     parser.add_argument("--every", type=_positive, default=1, metavar="N", help="with --full, every N-th entry alone")
     parser.add_argument("--output", type=Path, default=environment.LOCAL_RESULTS, help="folder of the JSON")
     return parser.parse_args(arguments)
@@ -66,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [
         workload
         for name, workload in WORKLOADS.items()
-        if not options.filter or any(text in name for text in options.filter)
+        if any(text in name for text in options.filter)
+        or (not options.filter and (options.full or workload.in_default_run))
     ]
     if not chosen:
         print(f"no workload's name holds any of {options.filter}; known are {', '.join(WORKLOADS)}")

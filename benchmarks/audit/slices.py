@@ -30,6 +30,8 @@ from .watch import watch
 
 SMALL_CALL = 2**20
 PART_OF_A_MULTIPROCESSOR = 4
+# Channels of a tile at most, of 16 bits: channels_last, or of planes.
+MOST_SIDE_BY_SIDE = 128
 # Planes from this length on are launched alike, whatever their length.
 LONG_PLANE = 2**15
 
@@ -108,10 +110,15 @@ def _slice_of_images(workload: Workload, full: Shape, facts: DeviceFacts) -> Sli
     shared depends little on how many there are."""
     samples, channels, *positions = full
     plane = elements(tuple(positions))
+    if workload.of.by_channel == "batch":  # fewer channels, so that each has as many samples as can be
+        least = MOST_SIDE_BY_SIDE if workload.channels_last else MOST_SIDE_BY_SIDE // 4
+        alike = min(least, channels & -channels)  # decides how channels are accessed
+        channels = min(channels, least // alike * alike)
     if plane > LONG_PLANE:
         along = positions[0] * LONG_PLANE // plane
         positions = [max(1, along), *positions[1:]]
-    samples = min(samples, max(1, SMALL_CALL // elements((channels, *positions))))
+    most = SMALL_CALL * (2 if workload.of.by_channel == "batch" else 1)
+    samples = min(samples, max(1, most // elements((channels, *positions))))
     return Slice((samples, channels, *positions), facts, 1)
 
 

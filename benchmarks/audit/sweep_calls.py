@@ -41,6 +41,15 @@ CUT_GROUPS: tuple[Planes, ...] = (
 CHANNELS_LAST: tuple[Planes, ...] = (
     (1, 32, (64, 64)), (1, 3, (128, 128)), (10, 32, (64, 64)), (40, 32, (16, 16)), (8, 32, (7, 7)), (10, 3, (9, 37)),
 )  # fmt: skip
+# Samples, channels and positions: channels that fit on chip, up to the longest, and others.
+BATCHES: tuple[tuple[int, ...], ...] = (
+    (2, 30, 3), (32, 64), (1000, 64), (4000, 30), (16, 64, 7, 7), (32, 64, 7, 7), (8, 64, 14, 14), (32, 64, 14, 14),
+    (256, 64, 7, 7), (256, 64, 14, 14), (5, 30, 9, 11), (40, 30, 9, 11), (2, 30, 15, 15), (4, 64, 16, 16),
+    (4, 64, 28, 28), (4, 64, 56, 56), (4, 30, 25, 37),
+)  # fmt: skip
+BATCHES_CHANNELS_LAST: tuple[tuple[int, ...], ...] = (
+    (2, 64, 3, 3), (8, 64, 7, 7), (16, 64, 7, 7), (8, 30, 7, 7), (256, 64, 7, 7), (32, 30, 14, 14), (16, 64, 56, 56),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,9 +83,14 @@ class Call:
         raise NotImplementedError
 
     @property
-    def own_argument(self) -> Any:
+    def own_arguments(self) -> tuple[Any, ...]:
         """What the norm takes before its weight."""
         raise NotImplementedError
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What else it takes."""
+        return {}
 
     @property
     def channels(self) -> int:
@@ -113,9 +127,10 @@ class Call:
         parameters = self._parameters()
         norm: Callable[..., Any] = getattr(F, self.function)
         if kind.residual == "before":
-            outputs = norm(x, residual, self.own_argument, *parameters, activation=kind.activation)
+            outputs = norm(x, residual, *self.own_arguments, *parameters, activation=kind.activation, **self.keywords)
         else:
-            outputs = (norm(x, self.own_argument, *parameters, residual=residual, activation=kind.activation),)
+            keywords = {"residual": residual, "activation": kind.activation, **self.keywords}
+            outputs = (norm(x, *self.own_arguments, *parameters, **keywords),)
         inputs = [t for t in (x, residual, *parameters) if t is not None and t.requires_grad]
         torch.autograd.grad(outputs, inputs, [torch.empty_like(output) for output in outputs])
 
@@ -147,8 +162,8 @@ class RowCall(Call):
         return self.rows, self.span
 
     @property
-    def own_argument(self) -> tuple[int, ...]:
-        return (self.span,)
+    def own_arguments(self) -> tuple[Any, ...]:
+        return ((self.span,),)
 
     @property
     def channels(self) -> int:
@@ -164,25 +179,61 @@ class ChannelCall(Call):
 
     @property
     def size(self) -> str:
-        return f"{self.shape} in {self.own_argument} groups" + (", channels_last" if self.channels_last else "")
+        return f"{self.shape} in {self.planes[1]} groups" + (", channels_last" if self.channels_last else "")
 
     @property
     def shape(self) -> tuple[int, ...]:
         return 2, self.channels, *self.planes[2]
 
     @property
-    def own_argument(self) -> int:
-        return self.planes[1]
+    def own_arguments(self) -> tuple[Any, ...]:
+        return (self.planes[1],)
 
     @property
     def channels(self) -> int:
         return self.planes[0] * self.planes[1]
 
     def input(self) -> Tensor:
-        if not self.channels_last:
-            return super().input()
-        samples, channels, *positions = self.shape
-        return torch.empty((samples, *positions, channels), dtype=self.kind.dtype).movedim(-1, 1)
+        return _laid_out(self.shape, self.kind.dtype, self.channels_last)
+
+
+@dataclass(frozen=True)
+class BatchCall(Call):
+    sizes: tuple[int, ...]
+    channels_last: bool
+    training: bool
+
+    norm = "batch_norm"
+
+    @property
+    def size(self) -> str:
+        return f"{self.sizes}" + (", channels_last" if self.channels_last else "") + (", eval" * (not self.training))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.sizes
+
+    @property
+    def own_arguments(self) -> tuple[Any, ...]:
+        return tuple(torch.empty(self.channels) for _ in range(2))
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        return {"training": self.training}
+
+    @property
+    def channels(self) -> int:
+        return self.sizes[1]
+
+    def input(self) -> Tensor:
+        return _laid_out(self.sizes, self.kind.dtype, self.channels_last)
+
+
+def _laid_out(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Tensor:
+    if not channels_last:
+        return torch.empty(shape, dtype=dtype)
+    samples, channels, *positions = shape
+    return torch.empty((samples, *positions, channels), dtype=dtype).movedim(-1, 1)
 
 
 def kinds() -> Iterator[Kind]:
@@ -206,3 +257,6 @@ def candidates(kind: Kind) -> Iterator[Call]:
     for parameters in own:
         yield from (ChannelCall(kind, parameters, planes, False) for planes in (*WHOLE_GROUPS, *CUT_GROUPS))
         yield from (ChannelCall(kind, parameters, planes, True) for planes in CHANNELS_LAST)
+        for training in (True, False):
+            yield from (BatchCall(kind, parameters, sizes, False, training) for sizes in BATCHES)
+            yield from (BatchCall(kind, parameters, sizes, True, training) for sizes in BATCHES_CHANNELS_LAST)

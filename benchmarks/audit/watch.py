@@ -79,9 +79,10 @@ class Launch:
     grid: tuple[int, int, int] = (1, 1, 1)
     order: np.ndarray | None = field(default=None, repr=False)
 
-    def element_array(self, dtype: type) -> dict[int, np.ndarray]:
-        """Zeros, one an element, by the id of a block: memory is taken only of what is touched."""
-        return {id(block): np.zeros(block.belongs.size, dtype) for block in self.blocks}
+    def element_array(self, dtype: type, most: int | None = None) -> dict[int, np.ndarray]:
+        """Zeros, one an element, by the id of a block of at most so many: memory is taken only of what is touched."""
+        blocks = (block for block in self.blocks if most is None or block.belongs.size <= most)
+        return {id(block): np.zeros(block.belongs.size, dtype) for block in blocks}
 
 
 class Observer(Protocol):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from .batch_norms import BATCH_NORMS
 from .channel_norms import CHANNEL_NORMS
 from .functions import FUNCTIONS as FUNCTIONS
 from .functions import finish as finish
@@ -30,4 +31,4 @@ def _named(*workloads: Workload) -> dict[str, Workload]:
     return dict(zip(names, workloads, strict=True))
 
 
-WORKLOADS: Mapping[str, Workload] = _named(*ROW_NORMS, *CHANNEL_NORMS)
+WORKLOADS: Mapping[str, Workload] = _named(*ROW_NORMS, *CHANNEL_NORMS, *BATCH_NORMS)

@@ -17,6 +17,7 @@ TORCH_ACTIVATIONS: Mapping[str | None, Callable[[Tensor], Tensor]] = {
     "gelu": TF.gelu,
     "silu": TF.silu,
     "leaky_relu": TF.leaky_relu,
+    "hardswish": TF.hardswish,
 }
 
 
@@ -106,6 +107,61 @@ def _torch_instance_norm(workload: Workload) -> Call:
     return call
 
 
+def _running(shape: Shape) -> dict[str, tuple[Shape, float]]:
+    return {"running_mean": (shape[1:2], 0.0), "running_var": (shape[1:2], 1.0)}
+
+
+def _batch_norm(workload: Workload) -> Call:
+    def call(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        statistics, own = (running_mean, running_var), {"residual": residual, "activation": workload.activation}
+        return F.batch_norm(x, *statistics, weight, bias, workload.training, 0.1, EPS, **own)  # type: ignore[arg-type]
+
+    return call
+
+
+def _torch_batch_norm(workload: Workload) -> Call:
+    def call(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        y = TF.batch_norm(x, running_mean, running_var, weight, bias, workload.training, 0.1, EPS)
+        return finish(y, residual, workload.activation)
+
+    return call
+
+
+def _add_batch_norm(workload: Workload) -> Call:
+    def call(
+        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        own = (running_mean, running_var, weight, bias, workload.training, 0.1, EPS)
+        return F.add_batch_norm(x, residual, *own, activation=workload.activation)
+
+    return call
+
+
+def _torch_add_batch_norm(workload: Workload) -> Call:
+    def call(
+        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        total = residual + x
+        y = TF.batch_norm(total, running_mean, running_var, weight, bias, workload.training, 0.1, EPS)
+        return finish(y, None, workload.activation), total
+
+    return call
+
+
 def _weight_standardize(workload: Workload) -> Call:
     return lambda x: F.weight_standardize(x, EPS)
 
@@ -161,6 +217,12 @@ FUNCTIONS: Mapping[str, Function] = {
     ),
     "instance_norm": Function(
         _of_channels, _instance_norm, _torch_instance_norm, over_last_dim=False, by_channel="single"
+    ),
+    "batch_norm": Function(
+        _of_channels, _batch_norm, _torch_batch_norm, over_last_dim=False, by_channel="batch", state=_running
+    ),
+    "add_batch_norm": Function(
+        _of_channels, _add_batch_norm, _torch_add_batch_norm, over_last_dim=False, by_channel="batch", state=_running
     ),
     "weight_standardize": Function(
         lambda shape: {}, _weight_standardize, _torch_weight_standardize, over_last_dim=False

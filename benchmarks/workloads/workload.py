@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -19,16 +19,26 @@ EPS = 1e-5  # torch's for LayerNorm, and Llama 3's for RMSNorm, whose default di
 
 @dataclass(frozen=True)
 class Case:
-    """The tensors of one workload at one size and type; all inputs require a gradient, each output is given one."""
+    """The tensors of one workload at one size and type; all inputs require a gradient, each output is given one.
+
+    state: what the call also takes, and may change.
+    """
 
     inputs: dict[str, Tensor]
     parameters: frozenset[str]  # those inputs that belong to the model rather than to the call
     output_gradients: tuple[Tensor, ...]
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> dict[str, Tensor]:
+        """Everything that the call takes."""
+        return {**self.inputs, **self.state}
 
     def to(self, dtype: torch.dtype) -> Case:
         """The same values in another type."""
         inputs = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in self.inputs.items()}
-        return Case(inputs, self.parameters, tuple(gradient.to(dtype) for gradient in self.output_gradients))
+        state = {name: tensor.to(dtype, copy=True) for name, tensor in self.state.items()}
+        return Case(inputs, self.parameters, tuple(gradient.to(dtype) for gradient in self.output_gradients), state)
 
 
 @dataclass(frozen=True)
@@ -44,9 +54,10 @@ class Shapes:
 class Workload:
     """A call at a size: `function` of fused_ops.functional, with a residual and an activation or without.
 
-    groups: of channels, of a group norm. channels_last: how x and its like lie in memory. launch_bound: so small that
-    the call, not the memory, is what takes time. in_default_run: otherwise only --full has it. compiled_on_cpu: the
-    default run on a CPU compiles it too, at some 20 s a workload.
+    groups: of channels, of a group norm. training: of a batch norm, by the batch's statistics and not by running ones.
+    channels_last: how x and its like lie in memory. launch_bound: so small that the call, not the memory, is what takes
+    time. fits_cache: of a model's layer that is no larger. in_default_run: otherwise only --full has it. compiled_on_cpu: the default run on a CPU compiles it too, at
+    some 20 s a workload.
     """
 
     name: str
@@ -55,8 +66,10 @@ class Workload:
     residual: bool = False
     activation: str | None = None
     groups: int = 1
+    training: bool = True
     channels_last: bool = False
     launch_bound: bool = False
+    fits_cache: bool = False
     in_default_run: bool = True
     compiled_on_cpu: bool = False
 
@@ -81,6 +94,8 @@ class Workload:
 
     def span(self, shape: Shape) -> int:
         """Elements that share statistics."""
+        if self.of.by_channel == "batch":
+            return elements(shape) // shape[1]
         groups = shape[1] if self.of.by_channel == "single" else self.groups
         return elements(self.sample(shape)) // groups
 
@@ -119,7 +134,8 @@ class Workload:
         inputs |= {name: draw(own_shape, 0.1, mean) for name, (own_shape, mean) in parameters.items()}
         gradients = tuple(activation() for _ in range(2 if self.adds_first else 1))
         inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
-        return Case(inputs, frozenset(parameters), gradients)
+        state = {name: draw(own_shape, 0.1, mean).abs() for name, (own_shape, mean) in self.of.state(shape).items()}
+        return Case(inputs, frozenset(parameters), gradients, state)
 
     def ours(self) -> Call:
         """The call of fused_ops."""
@@ -134,14 +150,15 @@ class Workload:
 class Function:
     """A function of fused_ops: the shape and mean of each parameter, our call, and torch's composition.
 
-    over_last_dim: its statistics are; otherwise over all but the first, or, by_channel, over groups of channels, or
-    single ones."""
+    over_last_dim: its statistics are; otherwise over all but the first, or, by_channel, over groups of channels, single
+    ones, or these of the whole batch. state: the same of running statistics."""
 
     parameters: Callable[[Shape], dict[str, tuple[Shape, float]]]
     ours: Callable[[Workload], Call]
     torch_composition: Callable[[Workload], Call]
     over_last_dim: bool = True
-    by_channel: Literal["", "groups", "single"] = ""
+    by_channel: Literal["", "groups", "single", "batch"] = ""
+    state: Callable[[Shape], dict[str, tuple[Shape, float]]] = lambda shape: {}
 
 
 def elements(shape: Shape) -> int:
