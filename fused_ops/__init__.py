@@ -21,6 +21,7 @@ from .modules import AddRMSNorm as AddRMSNorm
 from .modules import AddSwitchNorm1d as AddSwitchNorm1d
 from .modules import AddSwitchNorm2d as AddSwitchNorm2d
 from .modules import AddSwitchNorm3d as AddSwitchNorm3d
+from .modules import AddSyncBatchNorm as AddSyncBatchNorm
 from .modules import BatchNorm1d as BatchNorm1d
 from .modules import BatchNorm2d as BatchNorm2d
 from .modules import BatchNorm3d as BatchNorm3d
@@ -33,8 +34,10 @@ from .modules import RMSNorm as RMSNorm
 from .modules import SwitchNorm1d as SwitchNorm1d
 from .modules import SwitchNorm2d as SwitchNorm2d
 from .modules import SwitchNorm3d as SwitchNorm3d
+from .modules import SyncBatchNorm as SyncBatchNorm
 from .modules import WSConv1d as WSConv1d
 from .modules import WSConv2d as WSConv2d
 from .modules import WSConv3d as WSConv3d
+from .modules import convert_sync_batchnorm as convert_sync_batchnorm
 
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ import torch
 from . import backend, fallback
 from .activation import Activation
 from .kernels.families import family_of
-from .kernels.problem import BatchNorm, Gradients, Norm, RowNorm, Wanted, slope_takes_two_values
+from .kernels.problem import BatchNorm, Gradients, Norm, RowNorm, SwitchNorm, Wanted, slope_takes_two_values
 from .kernels.views import pooled_planes
 
 Tensor = torch.Tensor
@@ -41,7 +41,7 @@ class Saving(NamedTuple):
     residual: bool
 
 
-def what_to_save(norm: Norm, needs: Needs, has_residual: bool) -> Saving:
+def what_to_save(norm: Norm | SwitchNorm, needs: Needs, has_residual: bool) -> Saving:
     """Keeps only what a gradient that is asked for depends on."""
     added_after = has_residual and not norm.add_first
     needs_slope = norm.activation is not None and any(needs)
@@ -52,7 +52,7 @@ def what_to_save(norm: Norm, needs: Needs, has_residual: bool) -> Saving:
     return Saving(needs_x, needs_x or needs_dx, bits, recomputes_z and added_after)
 
 
-def is_frozen(norm: Norm) -> bool:
+def is_frozen(norm: Norm | SwitchNorm) -> bool:
     """Whether mean and rstd are no functions of x, so that dx does not depend on it."""
     return isinstance(norm, BatchNorm) and not norm.training
 
@@ -123,14 +123,22 @@ def gradients(
     needs: Needs,
     backward: Backward,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dresidual, dweight, dbias), each where needed, by `backward` or by the composition (see `_composes`)."""
+    """(dx, dresidual, dweight, dbias), each where needed, by `backward` or by the composition (see `composes`)."""
     if dy is None:  # only the total was used, and it is x + residual
         dx = dtotal.to(x_dtype) if dtotal is not None and needs.x else None
         return dx, dtotal if needs.residual else None, None, None
-    if _composes(saved, dy, dtotal):
-        dx, dresidual, dweight, dbias = _composed(saved, dy, dtotal, norm, torch.is_grad_enabled())
+    if composes(saved, dy, dtotal):
+        found = _composed(saved, dy, dtotal, norm, torch.is_grad_enabled())
     else:
-        dx, dresidual, dweight, dbias = _launched(saved, dy, dtotal, norm, needs, backward)
+        found = _launched(saved, dy, dtotal, norm, needs, backward)
+    return as_needed(found, dy, saved, norm, x_dtype, needs)
+
+
+def as_needed(
+    found: Gradients, dy: Tensor, saved: Saved, norm: Norm | SwitchNorm, x_dtype: torch.dtype, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dresidual, dweight, dbias), each where needed and in its own type and shape."""
+    dx, dresidual, dweight, dbias = found
     if needs.residual and dresidual is None:
         dresidual = dx if norm.add_first else dy
     if dx is not None and dx.dtype != x_dtype:
@@ -150,7 +158,7 @@ def _shaped(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
     return gradient.view(parameter.shape)
 
 
-def _composes(saved: Saved, dy: Tensor, dtotal: Tensor | None) -> bool:
+def composes(saved: Saved, dy: Tensor, dtotal: Tensor | None) -> bool:
     """Whether torch's composition has to find the gradients: they are to be differentiated again (create_graph), they
     come in batches (vmap, is_grads_batched), or forward was traced for inference and kept no statistics."""
     if torch.is_grad_enabled() or fallback.transformed() or (saved.x is not None and saved.rstd is None):
@@ -164,18 +172,22 @@ def _composes(saved: Saved, dy: Tensor, dtotal: Tensor | None) -> bool:
 def _launched(
     saved: Saved, dy: Tensor, dtotal: Tensor | None, norm: Norm, needs: Needs, backward: Backward
 ) -> Gradients:
-    """By kernel. Without an activation dresidual is dy; where the residual was added first it is dx, if of one type."""
-    if norm.add_first:
-        one_type = saved.x is None or saved.x.dtype == dy.dtype
-        wanted = Wanted(
-            needs.x or (one_type and needs.residual), needs.residual and not one_type, needs.weight, needs.bias
-        )
-    else:
-        wanted = Wanted(needs.x, needs.residual and norm.activation is not None, needs.weight, needs.bias)
+    """By kernel."""
+    wanted = wanted_of_kernels(saved, dy, norm, needs)
     if not any(wanted):
         return Gradients(None, None, None, None)
     x, residual, weight, bias, mean, rstd, bits = saved
     return backward(dy, dtotal, x, residual, bits, weight, bias, mean, rstd, norm, wanted)
+
+
+def wanted_of_kernels(saved: Saved, dy: Tensor, norm: Norm | SwitchNorm, needs: Needs) -> Wanted:
+    """Without an activation dresidual is dy; where the residual was added first it is dx, if of one type."""
+    if norm.add_first:
+        one_type = saved.x is None or saved.x.dtype == dy.dtype
+        return Wanted(
+            needs.x or (one_type and needs.residual), needs.residual and not one_type, needs.weight, needs.bias
+        )
+    return Wanted(needs.x, needs.residual and norm.activation is not None, needs.weight, needs.bias)
 
 
 @torch.enable_grad()
@@ -186,7 +198,7 @@ def _composed(saved: Saved, dy: Tensor, dtotal: Tensor | None, norm: Norm, creat
     weight, bias = (None if tensor is None else tensor.reshape(-1) for tensor in (saved.weight, saved.bias))
     dz = dy
     if saved.bits is not None:
-        dz = torch.where(_unpack(saved.bits, norm, dy.shape), dy, dy * norm.alpha if norm.alpha else 0.0)
+        dz = through_mask(saved.bits, norm, dy)
     dx = dresidual = dweight = dbias = None
     if x is None:
         dbias = _summed_to_parameter(dz, norm) if bias is not None else None
@@ -235,7 +247,12 @@ def _summed_to_parameter(dz: Tensor, norm: Norm) -> Tensor:
     return dz.sum([dim for dim in range(dz.dim()) if dim != 1])
 
 
-def _unpack(bits: Tensor, norm: Norm, shape: Sequence[int]) -> Tensor:
+def through_mask(bits: Tensor, norm: Norm | SwitchNorm, dy: Tensor) -> Tensor:
+    """dy times the slope that a bit of each element tells."""
+    return torch.where(_unpack(bits, norm, dy.shape), dy, dy * norm.alpha if norm.alpha else 0.0)
+
+
+def _unpack(bits: Tensor, norm: Norm | SwitchNorm, shape: Sequence[int]) -> Tensor:
     """The mask of a tensor of this shape as booleans, from the bytes of each of its runs, lowest bit first."""
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     flags = ((bits.unsqueeze(-1) >> places) & 1).flatten(1).bool()

@@ -16,11 +16,15 @@ def sum_in_groups(values, PLANES: tl.constexpr):
         sums = tl.sum(tl.reshape(values, [GROUPS, PLANES]), axis=1, keep_dims=True)
         return tl.reshape(tl.broadcast_to(sums, [GROUPS, PLANES]), [GROUPS * PLANES])
     else:
+        # Each group moves to a power of two of places of its own.
+        PADDED: tl.constexpr = triton.next_power_of_2(PLANES)
         OWNERS: tl.constexpr = triton.next_power_of_2((values.shape[0] + PLANES - 1) // PLANES)
-        owner = tl.arange(0, values.shape[0])[:, None] // PLANES
-        owns = owner == tl.arange(0, OWNERS)[None, :]
-        sums = tl.sum(tl.where(owns, values[:, None], 0.0), axis=0, keep_dims=True)
-        return tl.sum(tl.where(owns, sums, 0.0), axis=1)
+        place = tl.arange(0, OWNERS * PADDED)
+        index = place // PADDED * PLANES + place % PADDED
+        exists = (place % PADDED < PLANES) & (index < values.shape[0])
+        padded = tl.where(exists, tl.gather(values, tl.where(exists, index, 0), 0), 0.0)
+        sums = tl.sum(tl.reshape(padded, [OWNERS, PADDED]), axis=1)
+        return tl.gather(sums, tl.arange(0, values.shape[0]) // PLANES, 0)
 
 
 @triton.jit

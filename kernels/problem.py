@@ -56,6 +56,20 @@ class BatchNorm(NamedTuple):
     beta: float = 0.0
 
 
+class SwitchNorm(NamedTuple):
+    """Statistics of each channel of each sample, of each sample, and of each channel over the batch, mixed by learned
+    weights. The fields are `BatchNorm`'s, of which running statistics stand for the last of the three."""
+
+    channels_last: bool
+    training: bool
+    momentum: float
+    eps: float
+    add_first: bool = False
+    activation: str | None = None
+    alpha: float = 0.0
+    beta: float = 0.0
+
+
 Norm = RowNorm | GroupNorm | BatchNorm
 
 
@@ -69,6 +83,26 @@ class Forward(NamedTuple):
     mean: Tensor | None
     rstd: Tensor | None
     bits: Tensor | None
+
+
+class Mixture(NamedTuple):
+    """The weights of switchable norm's statistics, [3] or, where a plane is one value, [2] each."""
+
+    mean_weight: Tensor
+    var_weight: Tensor
+
+    @property
+    def kinds(self) -> int:
+        """How many statistics are mixed."""
+        return self.mean_weight.numel()
+
+
+class Kinds(NamedTuple):
+    """The means and biased variances that are mixed, each [samples * channels + samples + channels]: of every plane, of
+    every sample, of every channel."""
+
+    means: Tensor
+    variances: Tensor
 
 
 class Wanted(NamedTuple):

@@ -56,8 +56,8 @@ class Workload:
 
     groups: of channels, of a group norm. training: of a batch norm, by the batch's statistics and not by running ones.
     channels_last: how x and its like lie in memory. launch_bound: so small that the call, not the memory, is what takes
-    time. fits_cache: of a model's layer that is no larger. in_default_run: otherwise only --full has it. compiled_on_cpu: the default run on a CPU compiles it too, at
-    some 20 s a workload.
+    time. fits_cache: of a model's layer that is no larger. in_default_run: otherwise only --full has it.
+    compiled_on_cpu: the default run on a CPU compiles it too, at some 20 s a workload.
     """
 
     name: str

@@ -1,14 +1,22 @@
-"""How a switchable norm runs: the composition in `switch_fallback`. Its arguments are validated."""
+"""How a switchable norm runs: the kernels, or the composition in `switch_fallback`. Its arguments are validated."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
-from .. import batch_fallback, fallback, switch_fallback
+from .. import backend, batch_fallback, fallback, switch_fallback
 from ..activation import Activation
-from .dispatch import _composed
+from .dispatch import _composed, _kernel
+
+if backend.HAS_TRITON:
+    from .. import autograd, switch_autograd
+    from ..kernels.problem import SwitchNorm
+    from ..kernels.views import lies_channels_last
+
+    _layout_of = functools.lru_cache(maxsize=4096)(lies_channels_last)
 
 Tensor = torch.Tensor
 
@@ -29,38 +37,14 @@ def _switch_norm(
     activation: Activation | None,
 ) -> Any:
     """y, or (y, total) where the residual is added first, in x's layout. In training running statistics move last."""
+    run = _kernel(x, residual, weight, bias, mean_weight, var_weight, running_mean, running_var) if x.numel() else None
+    if run is not None and run is autograd.run:  # a tracer gets torch's operations
+        fused = () if activation is None else (activation.name, *activation.scalars)
+        channels_last = _layout_of(tuple(x.shape), x.stride(), x.shape[1])
+        norm = SwitchNorm(channels_last, training, momentum, eps, add_first, *fused)
+        operands = (x, residual, weight, bias, mean_weight, var_weight)
+        return switch_autograd.run(*operands, norm, running_mean, running_var)
     running = tuple(tensor for tensor in (running_mean, running_var) if tensor is not None)
-    run = _by_composition
-    return run(
-        x,
-        residual,
-        running,
-        weight,
-        bias,
-        mean_weight,
-        var_weight,
-        training,
-        momentum,
-        eps,
-        add_first,
-        activation,
-    )
-
-
-def _by_composition(
-    x: Tensor,
-    residual: Tensor | None,
-    running: tuple[Tensor, ...],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean_weight: Tensor,
-    var_weight: Tensor,
-    training: bool,
-    momentum: float,
-    eps: float,
-    add_first: bool,
-    activation: Activation | None,
-) -> Any:
     # Copies move, and what is given follows once nothing can fail any more; a transform refuses that.
     moving = tuple(map(torch.clone, running)) if training and not fallback.transformed() else running
     mean, var = moving or (None, None)

@@ -24,6 +24,9 @@ from .switch_norm import AddSwitchNorm3d as AddSwitchNorm3d
 from .switch_norm import SwitchNorm1d as SwitchNorm1d
 from .switch_norm import SwitchNorm2d as SwitchNorm2d
 from .switch_norm import SwitchNorm3d as SwitchNorm3d
+from .sync_batch_norm import AddSyncBatchNorm as AddSyncBatchNorm
+from .sync_batch_norm import SyncBatchNorm as SyncBatchNorm
+from .sync_batch_norm import convert_sync_batchnorm as convert_sync_batchnorm
 from .weight_standardization import WSConv1d as WSConv1d
 from .weight_standardization import WSConv2d as WSConv2d
 from .weight_standardization import WSConv3d as WSConv3d

@@ -10,7 +10,7 @@ from typing import Any
 from ..column_sum import column_sum
 from ..launch import cdiv
 from ..launcher import Launcher, Tensors
-from ..problem import BatchNorm, Gradients, GroupNorm, Tensor, Wanted, parameter_zeros
+from ..problem import BatchNorm, Gradients, GroupNorm, SwitchNorm, Tensor, Wanted, parameter_zeros
 from ..views import columns, empty_samples, sample_view
 from .backward_kernels import channel_norm_backward_kernel
 from .backward_pieces import BackwardKind, BackwardPieces, Pair, Strides
@@ -64,7 +64,7 @@ def group_norm_backward(
     return Gradients(dx, dresidual, *schedule(samples, plane, given, (dx, dresidual), units, (alpha, beta)))
 
 
-def allocate_gradients(dy: Tensor, x: Tensor | None, norm: GroupNorm | BatchNorm, wanted: Wanted) -> Pair:
+def allocate_gradients(dy: Tensor, x: Tensor | None, norm: GroupNorm | BatchNorm | SwitchNorm, wanted: Wanted) -> Pair:
     """(dx, dresidual), each where wanted, nothing in them yet; x is what was normalized."""
     dtype = x.dtype if norm.add_first and x is not None else dy.dtype
     dx = empty_samples(dy, norm.channels_last) if wanted.dx else None

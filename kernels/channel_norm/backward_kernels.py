@@ -15,6 +15,7 @@ from ..epilogue import load_bits
 from ..moments import input_gradient, sum_in_groups
 from ..tiles import load_gradients, scalar, store_gradients
 from .forward_kernels import partials_of_groups
+from .mixture import mixed_gradient_means, store_weight_gradients
 from .planes import (
     load_of_channels,
     load_plane_bits,
@@ -228,14 +229,16 @@ def combine_gradients_kernel(
 )
 def channel_gradient_apply_kernel(
     DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
-    MeanG_ptr, MeanGXHat_ptr, DX_ptr, DResidual_ptr,
+    KindMeans_ptr, MeanWeight_ptr, VarWeight_ptr, Products_ptr, MeanG_ptr, MeanGXHat_ptr,
+    DX_ptr, DResidual_ptr, DMeanWeight_ptr, DVarWeight_ptr,
     dy_stride: tl.int64, dtotal_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64,
     plane_units: tl.int64, pieces: tl.int64, steps: tl.int64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    POOLED: tl.constexpr, ADD_FIRST: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
+    POOLED: tl.constexpr, ADD_FIRST: tl.constexpr, KINDS: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One piece of a block of planes a program: dx, from the means over its groups. The last pieces go first."""
+    """One piece of a block of planes a program: dx, from the means over its groups. The last pieces go first. Of a
+    mixture of KINDS of statistics (see `mixture`), the first program stores the gradients of its weights, too."""
     COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
     plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -245,8 +248,19 @@ def channel_gradient_apply_kernel(
     group, parameter = owners(sample, channel, CHANNELS, GROUPS, POOLED)
     mean = load_of_channels(Mean_ptr, group, in_channels, COMPUTE)
     rstd = load_of_channels(Rstd_ptr, group, in_channels, COMPUTE)
-    mean_g = load_of_channels(MeanG_ptr, group, in_channels, COMPUTE)
-    mean_g_x_hat = load_of_channels(MeanGXHat_ptr, group, in_channels, COMPUTE)
+    if KINDS > 0:
+        samples = tl.num_programs(0) // (pieces * ((CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS))
+        mean_g, mean_g_x_hat = mixed_gradient_means(
+            MeanG_ptr, MeanGXHat_ptr, KindMeans_ptr, MeanWeight_ptr, VarWeight_ptr, mean, rstd, sample, channel,
+            in_channels, samples, CHANNELS, KINDS, COMPUTE,
+        )  # fmt: skip
+        if tl.program_id(0) == 0:
+            store_weight_gradients(
+                Products_ptr, MeanWeight_ptr, VarWeight_ptr, DMeanWeight_ptr, DVarWeight_ptr, samples, KINDS
+            )
+    else:
+        mean_g = load_of_channels(MeanG_ptr, group, in_channels, COMPUTE)
+        mean_g_x_hat = load_of_channels(MeanGXHat_ptr, group, in_channels, COMPUTE)
     weight = load_of_channels(Weight_ptr, parameter, in_channels, COMPUTE)
     bias = load_of_channels(Bias_ptr, parameter, in_channels, COMPUTE)
     for step in tl.range(steps_of(piece, plane, steps, BLOCK_PLANE, STAGES), num_stages=STAGES):

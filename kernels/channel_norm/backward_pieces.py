@@ -14,6 +14,7 @@ from ..launcher import Launcher, Tensors
 from ..problem import Tensor, Wanted, compute_dtype
 from .backward_kernels import channel_gradient_apply_kernel, channel_gradient_sums_kernel, combine_gradients_kernel
 from .config import (
+    MERGE_REGISTERS,
     GroupPlanes,
     PlaneKind,
     backward_steps,
@@ -54,6 +55,12 @@ class BackwardKind(NamedTuple):
     mean: torch.dtype | None
     rstd: torch.dtype | None
     dbias: torch.dtype | None
+    # Of a mixture of statistics: how many, and the types of their weights, whose gradients are wanted or not.
+    kinds: int = 0
+    mean_weight: torch.dtype | None = None
+    var_weight: torch.dtype | None = None
+    wants_mean_weight: bool = False
+    wants_var_weight: bool = False
 
     @property
     def group_planes(self) -> GroupPlanes:
@@ -106,42 +113,88 @@ class BackwardPieces:
         self.sums = launcher(channel_gradient_sums_kernel, kind.frozen, *kind.slope)
         block_partials, self.block_groups = combine_tile(kind.channels // kind.groups)
         self.combine = Launcher(
-            combine_gradients_kernel, 4, *of_plane, kind.pooled, block_partials, self.block_groups, *COMBINED_COLUMNS
-        )
+            combine_gradients_kernel, 4, *of_plane, kind.pooled, block_partials, self.block_groups, *COMBINED_COLUMNS,
+            most_registers=MERGE_REGISTERS,
+        )  # fmt: skip
         slope = (None, None) if self.leaves_dz else kind.slope
-        self.apply = launcher(channel_gradient_apply_kernel, *slope)
+        self.apply = launcher(channel_gradient_apply_kernel, kind.kinds, *slope)
 
     def __call__(
         self, samples: int, plane: int, given: Tensors, out: Pair, strides: Strides, floats: tuple[float, float]
     ) -> Pair:
+        means, parameters, lengths = self.sum_up(samples, plane, given, out, strides, floats)
+        if means[0] is not None:
+            self.finish(samples, plane, given, out, (None, None, None, None, *means), strides, lengths, floats)
+        return parameters
+
+    def sum_up(
+        self, samples: int, plane: int, given: Tensors, out: Pair, strides: Strides, floats: tuple[float, float]
+    ) -> tuple[Pair, Pair, tuple[int, int, int]]:
+        """(the means that `finish` takes, if it has anything to do, (dweight, dbias) where wanted, the lengths)."""
         kind = self.kind
+        weight, device = given[5], given[0].device  # type: ignore[union-attr]
+        lengths = self.lengths(samples, plane, device)
+        sums = kind.partials((samples, lengths[1], kind.channels), device, both=kind.needs_dx and not kind.frozen)
+        self.reduce(samples, given, out, sums, strides, lengths, floats)
+        means, parameters = self._combine(samples, sums, weight, lengths, device)
+        return means, parameters, lengths
+
+    def lengths(self, samples: int, plane: int, device: torch.device) -> tuple[int, int, int]:
+        """(the plane's length in units, pieces of a plane, tiles of a piece)."""
+        steps = backward_steps(plane, self.kind.dy.itemsize, self.tile, samples * self.blocks, device_facts(device))
+        pieces = cdiv(plane, self.tile.block_plane * steps)
+        return plane_units(plane, self.kind.vec, self.kind.channels_last), pieces, steps
+
+    def reduce(
+        self,
+        samples: int,
+        given: Tensors,
+        out: Pair,
+        sums: Pair,
+        strides: Strides,
+        lengths: tuple[int, int, int],
+        floats: tuple[float, float],
+    ) -> None:
+        """Fills the sums of dz * x_hat and of dz over the pieces, where there are any; and what needs no sums."""
+        dy, dtotal, *rest = given
+        of_dz_x_hat, of_dz = sums
+        dx, dresidual = out
+        frozen = self.kind.frozen
+        written = (dx, dresidual) if frozen else (None, dresidual if self.leaves_dz else None)
+        if any(tensor is not None for tensor in (*written, of_dz_x_hat, of_dz)):
+            read = (dy, dtotal if frozen else None, *rest)
+            programs, device = samples * self.blocks * lengths[1], dy.device  # type: ignore[union-attr]
+            self.sums(programs, device, read, (*written, of_dz, of_dz_x_hat), *strides, *lengths, *floats)
+
+    def finish(
+        self,
+        samples: int,
+        plane: int,
+        given: Tensors,
+        out: Pair,
+        means: Tensors,
+        strides: Strides,
+        lengths: tuple[int, int, int],
+        floats: tuple[float, float],
+        weights: Pair = (None, None),
+    ) -> None:
+        """dx, and dresidual where it was not left by `reduce`, from the means of g and g * x_hat over each group, the
+        last two of `means`. Before them is what a mixture needs, whose `weights` are gradients to be stored."""
         dy, dtotal, x, residual, bits, weight, bias, mean, rstd = given
         dx, dresidual = out
-        device = dy.device  # type: ignore[union-attr]
-        steps = backward_steps(plane, kind.dy.itemsize, self.tile, samples * self.blocks, device_facts(device))
-        pieces = cdiv(plane, self.tile.block_plane * steps)
-        programs = samples * self.blocks * pieces
-        lengths = (plane_units(plane, kind.vec, kind.channels_last), pieces, steps)
-        needs_sums = kind.needs_dx and not kind.frozen
-        of_dz_x_hat, of_dz = kind.partials((samples, pieces, kind.channels), device, both=needs_sums)
-        dz = dresidual if self.leaves_dz else None
-        written = (dx, dresidual) if kind.frozen else (None, dz)
-        if any(tensor is not None for tensor in (*written, of_dz_x_hat, of_dz)):
-            read = (dy, dtotal if kind.frozen else None, *given[2:])
-            self.sums(programs, device, read, (*written, of_dz, of_dz_x_hat), *strides, *lengths, *floats)
-        mean_g, mean_g_x_hat, *parameters = self._combine(samples, (of_dz, of_dz_x_hat), weight, lengths[:2], device)
-        if needs_sums:
-            if dz is not None:
-                dy, residual, bits, bias, dresidual = dz, None, None, None, None
-                strides = [kind.channels * plane // kind.vec, *strides[1:]]
-            given = (dy, dtotal, x, residual, bits, weight, bias, mean, rstd)
-            self.apply(programs, device, given, (mean_g, mean_g_x_hat, dx, dresidual), *strides, *lengths, *floats)
-        return parameters[0], parameters[1]
+        if self.leaves_dz:
+            dy, residual, bits, bias, dresidual = dresidual, None, None, None, None
+            strides = [self.kind.channels * plane // self.kind.vec, *strides[1:]]
+        programs, device = samples * self.blocks * lengths[1], dy.device  # type: ignore[union-attr]
+        self.apply(
+            programs, device, (dy, dtotal, x, residual, bits, weight, bias, mean, rstd, *means),
+            (dx, dresidual, *weights), *strides, *lengths, *floats,
+        )  # fmt: skip
 
     def _combine(
-        self, samples: int, sums: Pair, weight: Tensor | None, lengths: tuple[int, int], device: torch.device
-    ) -> list[Tensor | None]:
-        """[the two means of each group, dweight, dbias], each where wanted."""
+        self, samples: int, sums: Pair, weight: Tensor | None, lengths: tuple[int, int, int], device: torch.device
+    ) -> tuple[Pair, Pair]:
+        """The two means of each group, (dweight, dbias), each where wanted."""
         kind, wanted = self.kind, self.kind.wanted
         groups = group_programs = column_programs = 0
         mean_g = mean_g_x_hat = dweight = dbias = None
@@ -165,7 +218,7 @@ class BackwardPieces:
             allocated = (mean_g, mean_g_x_hat, dweight, dbias)
             rows = samples * lengths[1]
             self.combine(
-                group_programs + column_programs, device, (weight,), (*sums, *allocated),
-                groups, group_programs, rows if kind.pooled else lengths[1], rows, *lengths,
+                group_programs + column_programs, device, (weight,), (*reversed(sums), *allocated),
+                groups, group_programs, rows if kind.pooled else lengths[1], rows, *lengths[:2],
             )  # fmt: skip
-        return [mean_g, mean_g_x_hat, dweight, dbias]
+        return (mean_g, mean_g_x_hat), (dweight, dbias)

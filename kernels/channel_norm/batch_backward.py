@@ -5,16 +5,16 @@ planes, or twice where statistics are given.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..launch import cdiv
-from ..launcher import Launcher
+from ..launcher import Launcher, Tensors
 from ..problem import BatchNorm, Gradients, Tensor, Wanted, parameter_zeros
-from ..views import columns, pooled_planes, pooled_view
+from ..views import PooledPlanes, columns, pooled_planes, pooled_view
 from .backward import allocate_gradients
-from .backward_pieces import BackwardKind, BackwardPieces
+from .backward_pieces import BackwardKind, BackwardPieces, Strides
 from .batch_kernels import batch_norm_backward_kernel
 from .config import ChannelTile, batch_backward_tile, pooled_plane_kind, widest_access
 
@@ -33,51 +33,69 @@ def batch_norm_backward(
     wanted: Wanted,
 ) -> Gradients:
     """The wanted gradients, as of `group_norm_backward`. Not norm.training, mean and rstd are no functions of x."""
-    channels_last, training, _, _, add_first, activation, alpha, beta = norm
     dx, dresidual = allocate_gradients(dy, x, norm, wanted)
     if dy.numel() == 0:
         return Gradients(dx, dresidual, *parameter_zeros(weight, bias, wanted))
 
-    view = pooled_planes(dy.shape, channels_last)
-    if activation is None or bits is not None:  # z is not computed again
+    saved = (x, residual, bits, weight, bias, mean, rstd)
+    kind, view, given, strides = prepare_backward(dy, dtotal, saved, norm, wanted)
+    tile = None
+    if norm.training and view.channels_last:
+        is_read = kind.residual is not None
+        tile = batch_backward_tile(view.plane, view.channels // kind.groups, dy.element_size(), is_read)
+    if tile is None:
+        floats = (norm.alpha, norm.beta)
+        found = backward_pieces_of(kind)(view.samples, view.plane, given, (dx, dresidual), strides, floats)
+        return Gradients(dx, dresidual, *found)
+    dweight = torch.empty(kind.groups, dtype=kind.weight, device=dy.device) if wanted.dweight else None
+    dbias = torch.empty(kind.groups, dtype=kind.dbias, device=dy.device) if wanted.dbias else None
+    launch, programs = _whole_channels(kind, tile), cdiv(kind.groups, tile.block_channels)
+    launch(programs, dy.device, given, (dx, dresidual, dweight, dbias), view.plane, norm.alpha, norm.beta)
+    return Gradients(dx, dresidual, dweight, dbias)
+
+
+class PreparedBackward(NamedTuple):
+    """A call as kernels take it: tensors that they can read, dy first, strides in units of kind.vec."""
+
+    kind: BackwardKind
+    view: PooledPlanes
+    given: Tensors
+    strides: Strides
+
+
+def prepare_backward(
+    dy: Tensor, dtotal: Tensor | None, saved: Tensors, norm: BatchNorm, wanted: Wanted
+) -> PreparedBackward:
+    """What `batch_norm_backward` was given, of which there are elements; `saved` are x and what follows it there."""
+    x, residual, bits, weight, bias, mean, rstd = saved
+    view = pooled_planes(dy.shape, norm.channels_last)
+    bias_read = columns(bias)
+    if norm.activation is None or bits is not None:  # z is not computed again
         residual = bias_read = None
-        if not (wanted.dweight or (training and (wanted.dx or wanted.dresidual))):
+        if not (wanted.dweight or (norm.training and (wanted.dx or wanted.dresidual))):
             x = None
-    else:
-        bias_read = columns(bias)
     strides = [0, 0, 0, 0]
-    needs_dx = wanted.dx or (add_first and wanted.dresidual)
+    needs_dx = wanted.dx or (norm.add_first and wanted.dresidual)
     activations = [dy, dtotal if needs_dx else None, x, residual]
     for index, tensor in enumerate(activations):
         if tensor is not None:
-            activations[index], strides[index] = pooled_view(tensor, channels_last, view)
+            activations[index], strides[index] = pooled_view(tensor, norm.channels_last, view)
     vec = widest_access(dy.element_size(), *view[1:], *strides)
     # What was saved may come back in another layout, from whoever packed it.
     given = (*activations, columns(bits), columns(weight), bias_read, columns(mean), columns(rstd))
     dtypes: list[Any] = [
         None if tensor is None else tensor.dtype for tensor in (*given, bias)
     ]  # read or not, dbias's type
-    groups = dy.shape[1]
     kind = BackwardKind(
-        view.channels, groups, pooled_plane_kind(view), view.channels_last, True, not training,
-        vec, add_first, activation, wanted, *dtypes,
+        view.channels, dy.shape[1], pooled_plane_kind(view), view.channels_last, True, not norm.training,
+        vec, norm.add_first, norm.activation, wanted, *dtypes,
     )  # fmt: skip
-    tile = None
-    if training and view.channels_last:
-        tile = batch_backward_tile(view.plane, view.channels // groups, dy.element_size(), residual is not None)
-    if tile is None:
-        units = [stride // vec for stride in strides]
-        found = _pieces(kind)(view.samples, view.plane, given, (dx, dresidual), units, (alpha, beta))
-        return Gradients(dx, dresidual, *found)
-    dweight = torch.empty(groups, dtype=kind.weight, device=dy.device) if wanted.dweight else None
-    dbias = torch.empty(groups, dtype=kind.dbias, device=dy.device) if wanted.dbias else None
-    launch, programs = _whole_channels(kind, tile), cdiv(groups, tile.block_channels)
-    launch(programs, dy.device, given, (dx, dresidual, dweight, dbias), view.plane, alpha, beta)
-    return Gradients(dx, dresidual, dweight, dbias)
+    return PreparedBackward(kind, view, given, [stride // vec for stride in strides])
 
 
 @functools.cache
-def _pieces(kind: BackwardKind) -> BackwardPieces:
+def backward_pieces_of(kind: BackwardKind) -> BackwardPieces:
+    """The schedule over pieces, for calls of this kind."""
     return BackwardPieces(kind)
 
 

@@ -5,14 +5,14 @@ over pieces of the planes.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..launch import cdiv
-from ..launcher import Launcher
+from ..launcher import Launcher, Tensors
 from ..problem import BatchNorm, Forward, Tensor, compute_dtype
-from ..views import columns, empty_samples, pooled_planes, pooled_view
+from ..views import PooledPlanes, columns, empty_samples, pooled_planes, pooled_view
 from .batch_kernels import batch_norm_forward_kernel
 from .config import ChannelTile, batch_forward_tile, pooled_plane_kind, widest_access
 from .forward_pieces import ForwardKind, ForwardPieces, Running
@@ -36,16 +36,58 @@ def batch_norm_forward(
     the norm's. weight, bias and the running statistics have an element a channel. With save_bits, a bit says that the
     activation's slope is 1.
     """
-    channels_last, training, momentum, eps, add_first, activation, alpha, beta = norm
     out = allocate(x, residual, norm, save_statistics, save_bits)
     if x.numel() == 0:
         return out
-    view = pooled_planes(x.shape, channels_last)
-    groups = x.shape[1]
-    x, x_stride = pooled_view(x, channels_last, view)
-    residual, residual_stride = (None, 0) if residual is None else pooled_view(residual, channels_last, view)
-    given = (x, residual, columns(weight), columns(bias))
     running = (columns(running_mean), columns(running_var))
+    kind, view, given, strides = prepare(x, residual, weight, bias, norm, running, save_statistics, save_bits)
+    tile = None
+    if norm.training and view.channels_last:
+        waiting = 2 if residual is not None and not norm.add_first else 1
+        tile = batch_forward_tile(view.plane, view.channels // kind.groups, x.element_size(), waiting)
+    if tile is not None:
+        launch = _whole_channels(kind, tile)
+        y, total, mean, rstd, bits = out
+        launch(
+            cdiv(kind.groups, tile.block_channels), y.device, (*given, *running), (y, total, bits, mean, rstd),
+            view.plane, norm.eps, norm.momentum, norm.alpha, norm.beta,
+        )  # fmt: skip
+        store_moved((running_mean, running_var), running)
+        return out
+    call = (view.samples, view.plane, given, out, strides, (norm.eps, norm.alpha, norm.beta))
+    if not norm.training:
+        pieces_of(kind).by_running_statistics(*call, running)
+        return out
+    pieces_of(kind)(*call, running, norm.momentum)
+    store_moved((running_mean, running_var), running)
+    return out
+
+
+class Prepared(NamedTuple):
+    """A call as kernels take it: x, residual, weight and bias that they can read, strides in units of kind.vec."""
+
+    kind: ForwardKind
+    view: PooledPlanes
+    given: Tensors
+    strides: tuple[int, int]
+
+
+def prepare(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: BatchNorm,
+    running: Running,
+    save_statistics: bool,
+    save_bits: bool,
+) -> Prepared:
+    """What `batch_norm_forward` was given, of which there are elements."""
+    view = pooled_planes(x.shape, norm.channels_last)
+    groups = x.shape[1]
+    x, x_stride = pooled_view(x, norm.channels_last, view)
+    residual, residual_stride = (None, 0) if residual is None else pooled_view(residual, norm.channels_last, view)
+    given = (x, residual, columns(weight), columns(bias))
     dtypes: list[Any] = [None if tensor is None else tensor.dtype for tensor in (*given, *running)]
     vec, dense_vec = (
         widest_access(x.element_size(), *view[1:], *strides)
@@ -53,32 +95,12 @@ def batch_norm_forward(
     )
     kind = ForwardKind(
         view.channels, groups, pooled_plane_kind(view), view.channels_last, True, vec, dense_vec,
-        add_first, activation, save_bits, save_statistics, *dtypes,
+        norm.add_first, norm.activation, save_bits, save_statistics, *dtypes,
     )  # fmt: skip
-    tile = None
-    if training and view.channels_last:
-        waiting = 2 if residual is not None and not add_first else 1
-        tile = batch_forward_tile(view.plane, view.channels // groups, x.element_size(), waiting)
-    if tile is not None:
-        launch = _whole_channels(kind, tile)
-        y, total, mean, rstd, bits = out
-        launch(
-            cdiv(groups, tile.block_channels), y.device, (*given, *running), (y, total, bits, mean, rstd),
-            view.plane, eps, momentum, alpha, beta,
-        )  # fmt: skip
-        _store_moved((running_mean, running_var), running)
-        return out
-    pieces = _pieces(kind)
-    call = (view.samples, view.plane, given, out, (x_stride // vec, residual_stride // vec), (eps, alpha, beta))
-    if not training:
-        pieces.by_running_statistics(*call, running)
-        return out
-    pieces(*call, running, momentum)
-    _store_moved((running_mean, running_var), running)
-    return out
+    return Prepared(kind, view, given, (x_stride // vec, residual_stride // vec))
 
 
-def _store_moved(statistics: Running, moved: Running) -> None:
+def store_moved(statistics: Running, moved: Running) -> None:
     """Stores a running statistic that was moved as a copy, because its elements are no contiguous run."""
     for statistic, copy in zip(statistics, moved, strict=True):
         if statistic is not None and copy is not None and copy is not statistic:
@@ -101,7 +123,8 @@ def allocate(x: Tensor, residual: Tensor | None, norm: BatchNorm, save_statistic
 
 
 @functools.cache
-def _pieces(kind: ForwardKind) -> ForwardPieces:
+def pieces_of(kind: ForwardKind) -> ForwardPieces:
+    """The schedule over pieces, for calls of this kind."""
     return ForwardPieces(kind)
 
 

@@ -157,9 +157,7 @@ def _channel_tile(rows: int, spread: int, itemsize: int, elements_per_thread: in
     while True:
         block_columns = triton.next_power_of_2(block_channels * spread)
         elements = block_rows * block_columns
-        # Sums over channels of which each is no power of two of columns compare every column with every channel.
-        compared = block_columns * block_channels if spread & (spread - 1) else 0
-        if 2 * elements > 128 * elements_per_thread or compared > 4096:
+        if 2 * elements > 128 * elements_per_thread:
             break
         block_channels *= 2
     if elements > longest:
@@ -195,6 +193,9 @@ MOST_PIECES = 2048
 BACKWARD_PROGRAMS = 16  # a multiprocessor, where there is work for so many
 
 
+MERGE_REGISTERS = 168  # what merges partial results; left alone, ptxas spills some bytes to fit one program more
+
+
 @functools.cache
 def piece_tile(
     channels: int, plane: int, itemsize: int, channels_last: bool, mixed: bool = False, crowded: bool = False
@@ -217,8 +218,10 @@ def piece_tile(
     stages = 0 if plane <= block_plane else 3 if channels_last else 1
     num_warps = max(1, threads // THREADS_PER_WARP)
     most_registers = (168 if crowded else 144) if channels_last else _most_registers(itemsize, num_warps)
+    ragged = channels * itemsize % 16 != 0
+    if crowded and channels_last and ragged:
+        most_registers = 224
     if mixed:
-        ragged = channels * itemsize % 16 != 0
         most_registers = 184 if channels_last and not ragged else 255
     return PieceTile(block_channels, block_plane, num_warps, most_registers, stages)
 
@@ -237,6 +240,20 @@ def _steps(plane: int, itemsize: int, tile: PieceTile, most_pieces: int) -> int:
     of_channel = tile.block_plane * itemsize
     least = max(cdiv(LEAST_PIECE_BYTES, tile.block_channels * of_channel), cdiv(LEAST_CHANNEL_BYTES, of_channel))
     return max(least, cdiv(cdiv(plane, tile.block_plane), most_pieces))
+
+
+class Merged(NamedTuple):
+    """Partial results that a program of switchable norm merges at a time: pieces of planes, those of a sample, rows of
+    channels."""
+
+    pieces: int
+    planes: int
+    of_sample: int
+    rows: int
+    channels: int
+
+
+MERGED = Merged(pieces=16, planes=64, of_sample=1024, rows=128, channels=8)
 
 
 def combine_tile(group_channels: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import triton.language as tl
 from ..epilogue import activate, pre_activation, store_bits
 from ..moments import corrected_moments, merge_moments, reciprocal_deviation, tile_moments
 from ..tiles import load_added_residual, load_input, scalar, store_tile
+from .mixture import mixed_statistics
 from .planes import (
     load_of_channels,
     owners,
@@ -177,64 +178,98 @@ def move_statistic(Running_ptr, found, group, in_groups, momentum, COMPUTE: tl.c
         tl.store(Running_ptr + group, moved.to(Running_ptr.dtype.element_ty), mask=in_groups)
 
 
+@triton.jit
+def moments_from_origins(
+    Origins_ptr, Means_ptr, M2s_ptr, group, groups_in_all, rows, pieces, piece_length, plane,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(origin, mean as a difference from it, m2, count) of groups [1, BLOCK_GROUPS] from the moments of their channels'
+    pieces; the count is of each.
+
+    As in a tile, a rough mean comes first, the origin, and everything else as differences from it.
+    """
+    COMPUTE: tl.constexpr = Means_ptr.dtype.element_ty
+    in_groups = group < groups_in_all
+    count_in_all = scalar(plane * (CHANNELS // GROUPS) * (rows // pieces), COMPUTE)
+    inv_count = 1.0 / count_in_all
+    origin = means_of_groups(
+        Origins_ptr, Means_ptr, tl.zeros(group.shape, COMPUTE), group, in_groups, rows, pieces, piece_length, plane,
+        inv_count, CHANNELS, GROUPS, BLOCK,
+    )  # fmt: skip
+    shift = means_of_groups(
+        Origins_ptr, Means_ptr, origin, group, in_groups, rows, pieces, piece_length, plane, inv_count,
+        CHANNELS, GROUPS, BLOCK,
+    )  # fmt: skip
+    m2s = tl.zeros([BLOCK, group.shape[1]], COMPUTE)
+    for first in tl.range(0, rows * (CHANNELS // GROUPS), BLOCK):
+        count, mean, place = partial_means(
+            Origins_ptr, Means_ptr, origin, first, group, in_groups, rows, pieces, piece_length, plane,
+            CHANNELS, GROUPS, BLOCK,
+        )  # fmt: skip
+        deviation = mean - shift
+        m2 = tl.load(M2s_ptr + place, mask=count > 0, other=0.0)
+        m2s += m2 + tl.where(count > 0, count * (deviation * deviation), 0.0)
+    return origin, shift, tl.sum(m2s, axis=0, keep_dims=True), count_in_all
+
+
+@triton.jit
+def moments_of_groups(
+    Origins_ptr, Means_ptr, M2s_ptr, group, groups_in_all, rows, pieces, piece_length, plane,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(mean, m2, count) of groups, of which `moments_from_origins` tells the rest."""
+    origin, shift, m2, count = moments_from_origins(
+        Origins_ptr, Means_ptr, M2s_ptr, group, groups_in_all, rows, pieces, piece_length, plane,
+        CHANNELS, GROUPS, BLOCK,
+    )  # fmt: skip
+    return origin + shift, m2, count
+
+
 @triton.jit(do_not_specialize=["groups_in_all", "rows", "plane_units", "pieces", "steps"])
 def combine_moments_kernel(
-    RunningMean_ptr, RunningVar_ptr, Origins_ptr, Means_ptr, M2s_ptr, Mean_ptr, Rstd_ptr,
+    RunningMean_ptr, RunningVar_ptr, Origins_ptr, Means_ptr, M2s_ptr, Origin_ptr, Mean_ptr, M2_ptr, Rstd_ptr,
     groups_in_all: tl.int64, rows: tl.int64, plane_units: tl.int64, pieces: tl.int64, steps: tl.int64,
     eps: tl.float64, momentum: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_PLANE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_GROUPS groups a program: mean and rstd [groups_in_all] from the moments of their channels' pieces, and the
-    running statistics, if any, moved.
-
-    As in a tile, a rough mean comes first, and everything else as differences from it.
-    """
+    running statistics, if any, moved. Or, for others to merge, with an origin: it, the difference of the mean from it,
+    and m2."""
     COMPUTE: tl.constexpr = Means_ptr.dtype.element_ty
     plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
-    length = steps * BLOCK_PLANE
     group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[None, :]
     in_groups = group < groups_in_all
-    count_in_all = scalar(plane * (CHANNELS // GROUPS) * (rows // pieces), COMPUTE)
-    inv_count = 1.0 / count_in_all
-    origin = means_of_groups(
-        Origins_ptr, Means_ptr, tl.zeros([1, BLOCK_GROUPS], COMPUTE), group, in_groups, rows, pieces, length, plane,
-        inv_count, CHANNELS, GROUPS, BLOCK,
-    )  # fmt: skip
-    shift = means_of_groups(
-        Origins_ptr, Means_ptr, origin, group, in_groups, rows, pieces, length, plane, inv_count,
+    origin, shift, m2, count = moments_from_origins(
+        Origins_ptr, Means_ptr, M2s_ptr, group, groups_in_all, rows, pieces, steps * BLOCK_PLANE, plane,
         CHANNELS, GROUPS, BLOCK,
     )  # fmt: skip
-
-    m2s = tl.zeros([BLOCK, BLOCK_GROUPS], COMPUTE)
-    for first in tl.range(0, rows * (CHANNELS // GROUPS), BLOCK):
-        count, mean, place = partial_means(
-            Origins_ptr, Means_ptr, origin, first, group, in_groups, rows, pieces, length, plane,
-            CHANNELS, GROUPS, BLOCK,
-        )  # fmt: skip
-        deviation = mean - shift
-        m2 = tl.load(M2s_ptr + place, mask=count > 0, other=0.0)
-        m2s += m2 + tl.where(count > 0, count * (deviation * deviation), 0.0)
-    m2 = tl.sum(m2s, axis=0, keep_dims=True)
-    tl.store(Mean_ptr + group, origin + shift, mask=in_groups)
-    tl.store(Rstd_ptr + group, reciprocal_deviation(m2 * inv_count, 1.0, scalar(eps, COMPUTE)), mask=in_groups)
-    weight = scalar(momentum, COMPUTE)
-    move_statistic(RunningMean_ptr, origin + shift, group, in_groups, weight, COMPUTE)
-    move_statistic(RunningVar_ptr, m2 / (count_in_all - 1.0), group, in_groups, weight, COMPUTE)
+    if Origin_ptr is not None:
+        tl.store(Origin_ptr + group, origin, mask=in_groups)
+        tl.store(Mean_ptr + group, shift, mask=in_groups)
+        tl.store(M2_ptr + group, m2, mask=in_groups)
+    else:
+        mean = origin + shift
+        tl.store(Mean_ptr + group, mean, mask=in_groups)
+        tl.store(Rstd_ptr + group, reciprocal_deviation(m2, count, scalar(eps, COMPUTE)), mask=in_groups)
+        weight = scalar(momentum, COMPUTE)
+        move_statistic(RunningMean_ptr, mean, group, in_groups, weight, COMPUTE)
+        move_statistic(RunningVar_ptr, m2 / (count - 1.0), group, in_groups, weight, COMPUTE)
 
 
 @triton.jit(do_not_specialize=["x_stride", "residual_stride", "plane_units", "pieces", "steps"])
 def channel_apply_kernel(
-    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, RunningMean_ptr, RunningVar_ptr, Y_ptr, Total_ptr, Bits_ptr, Mean_ptr,
-    Rstd_ptr, x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int64, steps: tl.int64,
+    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, GivenMean_ptr, GivenVar_ptr, MeanWeight_ptr, VarWeight_ptr,
+    Y_ptr, Total_ptr, Bits_ptr, Mean_ptr, Rstd_ptr,
+    x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int64, steps: tl.int64,
     eps: tl.float64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    POOLED: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr,
+    POOLED: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr, KINDS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One piece of a block of planes a program, normalized and finished. The last pieces go first: they are what
-    `channel_moments_kernel` left in the cache. With running statistics these are what x is normalized by, and mean and
-    rstd, if asked for, are copies for backward."""
+    `channel_moments_kernel` left in the cache. With given statistics, or the mixture of KINDS of them (see `mixture`),
+    these are what x is normalized by, and mean and rstd, if asked for, are copies for backward."""
     COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
     plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -242,12 +277,20 @@ def channel_apply_kernel(
     channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
     in_channels = channel < CHANNELS
     group, parameter = owners(sample, channel, CHANNELS, GROUPS, POOLED)
-    if RunningMean_ptr is not None:
-        mean = load_of_channels(RunningMean_ptr, group, in_channels, COMPUTE)
-        variance = load_of_channels(RunningVar_ptr, group, in_channels, COMPUTE)
+    if GivenMean_ptr is not None:
+        if KINDS > 0:
+            samples = tl.num_programs(0) // (pieces * ((CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS))
+            mean, variance = mixed_statistics(
+                GivenMean_ptr, GivenVar_ptr, MeanWeight_ptr, VarWeight_ptr, sample, channel, in_channels, samples,
+                CHANNELS, KINDS, COMPUTE,
+            )  # fmt: skip
+        else:
+            mean = load_of_channels(GivenMean_ptr, group, in_channels, COMPUTE)
+            variance = load_of_channels(GivenVar_ptr, group, in_channels, COMPUTE)
         rstd = reciprocal_deviation(variance, 1.0, scalar(eps, COMPUTE))
         if Mean_ptr is not None:
-            copies = in_channels & (channel % (CHANNELS // GROUPS) == 0) & (sample == 0) & (piece == 0)
+            is_first = (sample == 0) | (not POOLED)
+            copies = in_channels & (channel % (CHANNELS // GROUPS) == 0) & is_first & (piece == 0)
             tl.store(Mean_ptr + group, tl.reshape(mean, group.shape), mask=copies)
             tl.store(Rstd_ptr + group, tl.reshape(rstd, group.shape), mask=copies)
     else:

@@ -14,6 +14,7 @@ from ..launch import cdiv, device_facts
 from ..launcher import Launcher, Tensors
 from ..problem import Forward, Tensor, compute_dtype
 from .config import (
+    MERGE_REGISTERS,
     GroupPlanes,
     PlaneKind,
     backward_steps,
@@ -54,6 +55,10 @@ class ForwardKind(NamedTuple):
     bias: torch.dtype | None
     running_mean: torch.dtype | None = None
     running_var: torch.dtype | None = None
+    # Of a mixture of statistics: how many, and the types of their weights.
+    kinds: int = 0
+    mean_weight: torch.dtype | None = None
+    var_weight: torch.dtype | None = None
 
     @property
     def group_planes(self) -> GroupPlanes:
@@ -84,11 +89,11 @@ class ForwardPieces:
         self.moments = launcher(channel_moments_kernel, kind.channels, length, kind.vec, kind.channels_last, *block)
         block_partials, self.block_groups = combine_tile(kind.channels // kind.groups)
         self.combine = Launcher(
-            combine_moments_kernel, 4, *of_plane, tile.block_plane, block_partials, self.block_groups
-        )
-        constants = (kind.pooled, *kind.functions, *block)
+            combine_moments_kernel, 4, *of_plane, tile.block_plane, block_partials, self.block_groups,
+            most_registers=MERGE_REGISTERS,
+        )  # fmt: skip
+        constants = (kind.pooled, *kind.functions, kind.kinds, *block)
         self.apply_given = launcher(channel_apply_kernel, *of_plane, *constants)
-        # The total that it reads has no gaps.
         self.apply_vec = kind.dense_vec if kind.add_first else kind.vec
         self.apply_found = launcher(
             channel_apply_kernel, kind.channels, kind.groups, length, self.apply_vec, kind.channels_last, *constants
@@ -107,30 +112,67 @@ class ForwardPieces:
     ) -> None:
         """By the statistics of x; the running ones, if any, move towards them."""
         kind = self.kind
-        x, residual, weight, bias = given
         y, total, mean, rstd, bits = out
-        eps, device = floats[0], y.device
-        programs, units, pieces, steps = self._programs(samples, plane, kind.vec, device)
-        means = torch.empty((samples, pieces, kind.channels), dtype=compute_dtype(y.dtype), device=device)
-        origins, m2s = torch.empty_like(means), torch.empty_like(means)
-        groups = kind.groups if kind.pooled else samples * kind.groups
+        moments, *lengths = self.reduce(samples, plane, given, total, strides)
         if mean is None:
-            mean = torch.empty(groups, dtype=means.dtype, device=device)
+            groups = kind.groups if kind.pooled else samples * kind.groups
+            mean = torch.empty(groups, dtype=compute_dtype(y.dtype), device=y.device)
             rstd = torch.empty_like(mean)
-        added = residual if kind.add_first else None
-        moments = (origins, means, m2s)
+        self.merge(samples, moments, lengths, (None, mean, None, rstd), running, floats[0], momentum)
+        self.finish(samples, plane, given, Forward(y, total, mean, rstd, bits), strides, floats)
+
+    def reduce(
+        self, samples: int, plane: int, given: Tensors, total: Tensor | None, strides: tuple[int, int]
+    ) -> tuple[Tensors, int, int, int]:
+        """((origins, means, m2s) of the pieces, the plane's length in units, pieces of a plane, tiles of a piece)."""
+        x, residual, *_ = given
+        device = x.device  # type: ignore[union-attr]
+        programs, units, pieces, steps = self._programs(samples, plane, self.kind.vec, device)
+        shape = (samples, pieces, self.kind.channels)
+        means = torch.empty(shape, dtype=compute_dtype(self.kind.x), device=device)
+        moments = (torch.empty_like(means), means, torch.empty_like(means))
+        added = residual if self.kind.add_first else None
         self.moments(programs, device, (x, added), (total, *moments), *strides, units, pieces, steps)
-        rows = samples * pieces if kind.pooled else pieces
+        return moments, units, pieces, steps
+
+    def merge(
+        self,
+        samples: int,
+        moments: Tensors,
+        lengths: list[int],
+        found: Tensors,
+        running: Running = (None, None),
+        eps: float = 0.0,
+        momentum: float = 0.0,
+    ) -> None:
+        """Fills `found` with (None, mean, None, rstd) of the groups, or with (origin, mean - origin, m2, None)."""
+        groups = self.kind.groups if self.kind.pooled else samples * self.kind.groups
+        units, pieces, steps = lengths
+        rows = samples * pieces if self.kind.pooled else pieces
         self.combine(
-            cdiv(groups, self.block_groups), device, running, (*moments, mean, rstd),
+            cdiv(groups, self.block_groups), moments[0].device, running, (*moments, *found),  # type: ignore[union-attr]
             groups, rows, units, pieces, steps, eps, momentum,
         )  # fmt: skip
-        if kind.add_first:
-            x, residual, strides = total, None, (kind.channels * plane // self.apply_vec, 0)
-            _, units, _, _ = self._programs(samples, plane, self.apply_vec, device)
+
+    def finish(
+        self,
+        samples: int,
+        plane: int,
+        given: Tensors,
+        out: Forward,
+        strides: tuple[int, int],
+        floats: Floats,
+        statistics: Tensors = (None, None, None, None),
+    ) -> None:
+        """By mean and rstd of `out`, or by statistics that are given, with the weights of their mixture, if any."""
+        y, total, mean, rstd, bits = out
+        x, residual, weight, bias = given
+        if self.kind.add_first:  # the total that is read has no gaps
+            x, residual, strides = total, None, (self.kind.channels * plane // self.apply_vec, 0)
+        programs, *lengths = self._programs(samples, plane, self.apply_vec, y.device)
         self.apply_found(
-            programs, device, (x, residual, weight, bias, None, None), (y, None, bits, mean, rstd),
-            *strides, units, pieces, steps, *floats,
+            programs, y.device, (x, residual, weight, bias, *statistics), (y, None, bits, mean, rstd),
+            *strides, *lengths, *floats,
         )  # fmt: skip
 
     def by_running_statistics(
@@ -143,13 +185,12 @@ class ForwardPieces:
         floats: Floats,
         running: Running,
     ) -> None:
-        """By statistics that are given."""
+        """By statistics that are given, in one launch."""
         device = out.y.device
         programs, *lengths = self._programs(samples, plane, self.kind.vec, device)
         y, total, mean, rstd, bits = out
-        self.apply_given(
-            programs, device, (*given, *running), (y, total, bits, mean, rstd), *strides, *lengths, *floats
-        )
+        given = (*given, *running, None, None)
+        self.apply_given(programs, device, given, (y, total, bits, mean, rstd), *strides, *lengths, *floats)
 
     def _programs(self, samples: int, plane: int, vec: int, device: torch.device) -> tuple[int, int, int, int]:
         """(programs, the plane's length in units, pieces of a plane, tiles of a piece)."""

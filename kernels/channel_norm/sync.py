@@ -1,0 +1,93 @@
+"""Batch norm by halves, forward and backward, between which statistics may go round processes; always over pieces."""
+
+from __future__ import annotations
+
+import torch
+
+from ..problem import BatchNorm, Forward, Gradients, Tensor, Wanted, compute_dtype
+from .backward import allocate_gradients
+from .backward_pieces import Pair
+from .batch_backward import backward_pieces_of, prepare_backward
+from .batch_forward import allocate, pieces_of, prepare
+
+
+class SyncForward:
+    """`batch_norm_forward` of x with elements, by statistics of which its own are a part."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: BatchNorm,
+        save_bits: bool,
+    ) -> None:
+        self.norm = norm
+        self.out = allocate(x, residual, norm, save_statistics=False, save_bits=save_bits)
+        self.call = prepare(x, residual, weight, bias, norm, (None, None), True, save_bits)
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A rough mean of x, the difference of the mean from it, and the sum of squared deviations, [channels] each."""
+        kind, view, given, strides = self.call
+        pieces = pieces_of(kind)
+        origin = torch.empty(kind.groups, dtype=compute_dtype(kind.x), device=self.out.y.device)
+        mean, m2 = torch.empty_like(origin), torch.empty_like(origin)
+        moments, *lengths = pieces.reduce(view.samples, view.plane, given, self.out.total, strides)
+        pieces.merge(view.samples, moments, lengths, (origin, mean, m2, None))
+        return origin, mean, m2
+
+    def finish(self, mean: Tensor, rstd: Tensor) -> Forward:
+        """y and what else was asked for, after `moments`."""
+        kind, view, given, strides = self.call
+        out = self.out._replace(mean=mean, rstd=rstd)
+        floats = (self.norm.eps, self.norm.alpha, self.norm.beta)
+        pieces_of(kind).finish(view.samples, view.plane, given, out, strides, floats)
+        return out
+
+
+class SyncBackward:
+    """`batch_norm_backward` of dy with elements, where mean and rstd depend on more than x."""
+
+    def __init__(
+        self,
+        dy: Tensor,
+        dtotal: Tensor | None,
+        x: Tensor,
+        residual: Tensor | None,
+        bits: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        norm: BatchNorm,
+        wanted: Wanted,
+    ) -> None:
+        self.norm = norm
+        self.dx, self.dresidual = allocate_gradients(dy, x, norm, wanted)
+        # Others need the means, whether dx is wanted here or not.
+        saved = (x, residual, bits, weight, bias, mean, rstd)
+        self.call = prepare_backward(dy, dtotal, saved, norm, wanted._replace(dx=True))
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """The means of g = dz * weight and of g * x_hat over dy, [channels] each."""
+        kind, view, given, strides = self.call
+        means, self.parameters, self.lengths = backward_pieces_of(kind).sum_up(
+            view.samples, view.plane, given, self._written(), strides, (self.norm.alpha, self.norm.beta)
+        )
+        mean_g, mean_g_x_hat = means
+        assert mean_g is not None and mean_g_x_hat is not None
+        return mean_g, mean_g_x_hat
+
+    def finish(self, mean_g: Tensor, mean_g_x_hat: Tensor) -> Gradients:
+        """The wanted gradients, after `means`, from the means over all that mean and rstd depend on."""
+        kind, view, given, strides = self.call
+        pieces = backward_pieces_of(kind)
+        if self.dx is not None or (self.dresidual is not None and not pieces.leaves_dz):
+            means = (None, None, None, None, mean_g, mean_g_x_hat)
+            floats = (self.norm.alpha, self.norm.beta)
+            pieces.finish(view.samples, view.plane, given, self._written(), means, strides, self.lengths, floats)
+        return Gradients(self.dx, self.dresidual, *self.parameters)
+
+    def _written(self) -> Pair:
+        return self.dx, self.dresidual
