@@ -81,8 +81,10 @@ def load_gradients(
     DY_ptr, X_ptr, Residual_ptr, passes, mean, rstd, weight, bias, dy_base, x_base, residual_base, col, mask,
     alpha, beta, SLOPE: tl.constexpr, PASSES: tl.constexpr, COMPUTE: tl.constexpr, slot=None, RUN: tl.constexpr = 0,
 ):  # fmt: skip
-    """(x_hat, dz) of one tile, dz = dL/d(pre-activation), given mean (or None) and rstd, broadcastable to it; x_hat is
-    None where no caller needs x."""
+    """(x_hat, dz) of one tile, dz = dL/d(pre-activation), given mean (or None) and rstd, broadcastable to it.
+
+    Without x, x_hat is nothing to use: None would not compile.
+    """
     dy = load_tile(DY_ptr, dy_base, col, mask, COMPUTE, slot, RUN)
     x_hat = load_tile(X_ptr, x_base, col, mask, COMPUTE, slot, RUN)
     residual = load_tile(Residual_ptr, residual_base, col, mask, COMPUTE, slot, RUN)
@@ -93,7 +95,10 @@ def load_gradients(
     dz = pre_activation_gradient(
         dy, x_hat, weight, bias, residual, passes, SLOPE, PASSES, scalar(alpha, COMPUTE), scalar(beta, COMPUTE)
     )
-    return x_hat, dz
+    if x_hat is None:
+        return dz, dz
+    else:
+        return x_hat, dz
 
 
 @triton.jit

@@ -9,6 +9,7 @@ S is one pass over x, m a bit an element.
 
 Groups are shared, in one launch more each way, where they do not fit the chip or lie channels_last. Channels of a
 batch norm likewise; whole, their backward is one launch, and by running statistics nothing is read twice, in two.
+Switchable norm is always shared; it has statistics of each plane.
 
 Beside these: parameters, read by each launch that needs them, and their gradients; partial sums of at most 32 rows a
 multiprocessor, written and read; statistics of 8 bytes a row (16 in float64) and, for shared rows, as much for each
@@ -71,6 +72,8 @@ class Schedule:
         as many partial rows as are allowed."""
         if workload.of.by_channel == "batch":
             return _channels_allowed(workload, case)
+        if workload.of.by_channel == "mixed":
+            return Schedule(1, 1)
         if workload.of.by_channel:
             return _groups_allowed(workload, case)
         programs = {launch.kernel: launch.programs for launch in launches}
@@ -198,7 +201,7 @@ def _allowance_of_groups(workload: Workload, case: Case, direction: Direction, s
     channels, wide = x.shape[1], compute_dtype(x.dtype).itemsize
     groups = x.numel() // workload.span(tuple(x.shape))
     parameters = sum(case.inputs[name].numel() * case.inputs[name].itemsize for name in case.parameters)
-    of_batch = workload.of.by_channel == "batch"
+    of_batch = workload.of.by_channel in ("batch", "mixed")
     frozen = of_batch and not workload.training  # what is summed is for the parameters alone
     cut = bool(schedule.forward_chunks), bool(schedule.backward_chunks)
     passes, launches = forward_passes(workload) + cut[0], 3 if cut[0] else 1
@@ -215,6 +218,9 @@ def _allowance_of_groups(workload: Workload, case: Case, direction: Direction, s
             partial = 2 * len(case.parameters) * schedule.partial_rows * channels * wide
         bits = elements(tuple(x.shape)) / 8
         mask = 2 * bits if keeps_mask(workload) else 0.0
+    if workload.of.by_channel == "mixed":  # moments of each plane's pieces, what is mixed, and what x is normalized by
+        planes = elements(tuple(x.shape[:2]))
+        statistics += wide * planes * (12 if direction == "forward" else 12 + 20)
     one_pass = x.numel() * x.itemsize
     sizes: dict[Size, float] = {
         "activation": passes * one_pass,

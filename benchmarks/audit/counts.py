@@ -24,7 +24,9 @@ SIZES: dict[str, Size] = {
     **dict.fromkeys(("PartialDWeight", "PartialDBias"), "partial"),
     **dict.fromkeys(("Mean", "Rstd", "Means", "M2s", "GSums", "GXHatSums"), "statistics"),
     **dict.fromkeys(("Origins", "DZSums", "DZXHatSums", "MeanG", "MeanGXHat"), "statistics"),
-    **dict.fromkeys(("RunningMean", "RunningVar"), "statistics"),
+    **dict.fromkeys(("RunningMean", "RunningVar", "GivenMean", "GivenVar", "KindMeans", "KindVars"), "statistics"),
+    "Products": "statistics",
+    **dict.fromkeys(("MeanWeight", "VarWeight", "DMeanWeight", "DVarWeight"), "parameter"),
 }
 
 

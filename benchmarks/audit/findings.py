@@ -14,6 +14,8 @@ from .targets import Device
 # their own a third, and two for each. An operand that is read narrow has many more.
 LEAST_WIDE_SHARE = 0.65
 MOST_NARROW = 2.5  # accesses, for each wide one
+# Accesses are counted in the code, where those of once a program weigh as those of a loop.
+LEAST_WIDE_SHARE_MIXING, MOST_NARROW_MIXING = 0.4, 7.0
 # From here on a call has to fill the device.
 LARGE_CALL = 4 * 2**20
 LEAST_BYTES_IN_FLIGHT = 32 * 2**10
@@ -23,7 +25,15 @@ MOST_COMPILATIONS = 2
 HOLD_ALL_ROWS = frozenset({"batch_norm_forward_kernel", "batch_norm_backward_kernel"})
 MOST_ROW_TILES = 10
 # Merge partial results; next to nothing beside the launch before them.
-SMALL_KERNELS = frozenset({"column_sum_kernel", "combine_moments_kernel", "combine_gradients_kernel"})
+SMALL_KERNELS = frozenset(
+    {
+        "column_sum_kernel",
+        "combine_moments_kernel",
+        "combine_gradients_kernel",
+        "combine_switch_moments_kernel",
+        "combine_switch_gradients_kernel",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -40,8 +50,8 @@ class Finding:
         return f"{self.where}: {self.kernel}: {self.what}: {self.found}, allowed {self.allowed}"
 
 
-def of_launch(launch: CompiledLaunch, where: str, elements: int, device: Device) -> list[Finding]:
-    """Of one launch of a call on x with so many elements."""
+def of_launch(launch: CompiledLaunch, where: str, elements: int, device: Device, mixes: bool = False) -> list[Finding]:
+    """Of one launch of a call on x with so many elements. mixes: programs begin by reading statistics of all kinds."""
     multiprocessors = device.facts.multiprocessors
 
     def finding(what: str, found: object, allowed: object) -> Finding:
@@ -52,13 +62,16 @@ def of_launch(launch: CompiledLaunch, where: str, elements: int, device: Device)
         found.append(finding("spills", f"{launch.spilled_bytes} bytes a thread", "none"))
     if launch.kernel in SMALL_KERNELS:
         return found
-    if launch.wide_share < LEAST_WIDE_SHARE:
-        share, least = f"{launch.wide_share:.0%} of the bytes {WIDEST_ACCESS} at a time", f"{LEAST_WIDE_SHARE:.0%}"
+    least_wide, most_narrow = (
+        (LEAST_WIDE_SHARE_MIXING, MOST_NARROW_MIXING) if mixes else (LEAST_WIDE_SHARE, MOST_NARROW)
+    )
+    if launch.wide_share < least_wide:
+        share, least = f"{launch.wide_share:.0%} of the bytes {WIDEST_ACCESS} at a time", f"{least_wide:.0%}"
         found.append(finding("narrow accesses", share, least))
     wide = launch.widths.get(WIDEST_ACCESS, 0)
     narrow = sum(launch.widths.values()) - wide
-    if narrow > MOST_NARROW * wide:
-        found.append(finding("narrow accesses", f"{narrow} beside {wide} of 16 bytes", f"{MOST_NARROW:.0f} for each"))
+    if narrow > most_narrow * wide:
+        found.append(finding("narrow accesses", f"{narrow} beside {wide} of 16 bytes", f"{most_narrow:.0f} for each"))
     if elements >= LARGE_CALL:
         if launch.programs < multiprocessors:
             found.append(finding("under-filled", f"{launch.programs} programs", f"{multiprocessors} and more"))
@@ -93,6 +106,8 @@ def of_layouts(few: set[tuple[str, str]], many: set[tuple[str, str]], where: str
     return [Finding(where, "the forward", "sums many rows in another order than few", found, expected)]
 
 
-def of_call(launches: Iterable[CompiledLaunch], where: str, elements: int, device: Device) -> list[Finding]:
+def of_call(
+    launches: Iterable[CompiledLaunch], where: str, elements: int, device: Device, mixes: bool = False
+) -> list[Finding]:
     """Of all launches of a call."""
-    return [found for launch in launches for found in of_launch(launch, where, elements, device)]
+    return [found for launch in launches for found in of_launch(launch, where, elements, device, mixes)]

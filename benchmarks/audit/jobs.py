@@ -37,7 +37,8 @@ def compile_workload(name: str, dtype_name: str, target_name: str) -> Compiled:
     launches = {direction: offline.compiled_launches(workload, dtype, direction, target) for direction in DIRECTIONS}
     samples = workload.samples(shape)
     most = MOST_ELEMENTS // elements(workload.sample(shape))
-    fewest = 2 if workload.of.by_channel == "batch" else 1  # of one value there are no statistics
+    of_batch = workload.of.by_channel in ("batch", "mixed")
+    fewest = 2 if of_batch else 1  # of one value there are no statistics
     counts = [count for count in ROW_COUNTS if fewest <= count <= most]
     compilations = offline.compilations(workload, dtype, target, (*counts, samples))
     where = f"{name} {dtype_name} {target_name}"
@@ -45,10 +46,12 @@ def compile_workload(name: str, dtype_name: str, target_name: str) -> Compiled:
     found = [
         finding
         for direction, of_direction in launches.items()
-        for finding in findings.of_call(of_direction, f"{where} {direction}", elements(shape), device)
+        for finding in findings.of_call(
+            of_direction, f"{where} {direction}", elements(shape), device, workload.of.by_channel == "mixed"
+        )
     ]
     found += findings.of_compilations(compilations, where)
-    if workload.of.by_channel != "batch":  # in which no sample stands for itself
+    if not of_batch:  # in which no sample stands for itself
         few, many = (
             reduction_layouts(offline.record(workload, dtype, "forward", target, workload.of_samples(count)))
             for count in (FEW, samples)

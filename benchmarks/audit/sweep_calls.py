@@ -50,6 +50,10 @@ BATCHES: tuple[tuple[int, ...], ...] = (
 BATCHES_CHANNELS_LAST: tuple[tuple[int, ...], ...] = (
     (2, 64, 3, 3), (8, 64, 7, 7), (16, 64, 7, 7), (8, 30, 7, 7), (256, 64, 7, 7), (32, 30, 14, 14), (16, 64, 56, 56),
 )  # fmt: skip
+MIXED: tuple[tuple[tuple[int, ...], bool], ...] = (
+    ((4, 64), False), ((4, 64, 7, 7), False), ((4, 64, 56, 56), False), ((4, 30, 25, 37), False),
+    ((4, 64, 56, 56), True), ((4, 30, 7, 7), True),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,12 +130,13 @@ class Call:
             residual = torch.empty_like(x, dtype=torch.float32 if kind.wide_residual else None, requires_grad=True)
         parameters = self._parameters()
         norm: Callable[..., Any] = getattr(F, self.function)
+        keywords = {"activation": kind.activation, **self.keywords}
         if kind.residual == "before":
-            outputs = norm(x, residual, *self.own_arguments, *parameters, activation=kind.activation, **self.keywords)
+            outputs = norm(x, residual, *self.own_arguments, *parameters, **keywords)
         else:
-            keywords = {"residual": residual, "activation": kind.activation, **self.keywords}
-            outputs = (norm(x, *self.own_arguments, *parameters, **keywords),)
-        inputs = [t for t in (x, residual, *parameters) if t is not None and t.requires_grad]
+            outputs = (norm(x, *self.own_arguments, *parameters, residual=residual, **keywords),)
+        operands = (x, residual, *parameters, *keywords.values())
+        inputs = [tensor for tensor in operands if isinstance(tensor, Tensor) and tensor.requires_grad]
         torch.autograd.grad(outputs, inputs, [torch.empty_like(output) for output in outputs])
 
     def _parameters(self) -> list[Tensor | None]:
@@ -229,6 +234,17 @@ class BatchCall(Call):
         return _laid_out(self.sizes, self.kind.dtype, self.channels_last)
 
 
+@dataclass(frozen=True)
+class SwitchCall(BatchCall):
+    norm = "switch_norm"
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        kinds = 2 if len(self.sizes) == 2 else 3
+        weights = {name: torch.empty(kinds, requires_grad=True) for name in ("mean_weight", "var_weight")}
+        return {"training": self.training, **weights}
+
+
 def _laid_out(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Tensor:
     if not channels_last:
         return torch.empty(shape, dtype=dtype)
@@ -260,3 +276,5 @@ def candidates(kind: Kind) -> Iterator[Call]:
         for training in (True, False):
             yield from (BatchCall(kind, parameters, sizes, False, training) for sizes in BATCHES)
             yield from (BatchCall(kind, parameters, sizes, True, training) for sizes in BATCHES_CHANNELS_LAST)
+        for sizes, channels_last in MIXED:
+            yield SwitchCall(kind, parameters, sizes, channels_last, True)

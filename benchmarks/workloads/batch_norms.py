@@ -1,4 +1,4 @@
-"""The workloads of batch norm, each size with its reason."""
+"""The workloads of batch norm and of switchable norm, each size with its reason."""
 
 from __future__ import annotations
 
@@ -25,16 +25,20 @@ IN_DEFAULT_RUN = frozenset(
         "resnet50_1024x14_batch_norm_residual",
         "resnet50_512x7_batch_norm_channels_last",
         "resnet50_2048x7_batch32_batch_norm_residual",
+        "resnet50_256x56_switch_norm_residual",
+        "resnet50_1024x14_switch_norm_residual_channels_last",
     }
 )
 
 
-def _resnet(channels: int, side: int, ends_block: bool, batch: int, channels_last: bool) -> Workload:
-    name = f"resnet50_{channels}x{side}{'' if batch == BATCHES[0] else f'_batch{batch}'}_batch_norm"
+def _resnet(
+    channels: int, side: int, ends_block: bool, batch: int, channels_last: bool, function: str = "batch_norm"
+) -> Workload:
+    name = f"resnet50_{channels}x{side}{'' if batch == BATCHES[0] else f'_batch{batch}'}_{function}"
     name += "_residual" * ends_block + "_channels_last" * channels_last
     return Workload(
         name,
-        "batch_norm",
+        function,
         images(channels, (side, side), batch, max(2, batch // 16)),
         residual=ends_block,
         activation="relu",
@@ -55,7 +59,12 @@ BATCH_NORMS = (
         for norm in RESNET_50
         for channels_last in (False, True)
     ),
-    # The same by running statistics, as it is served; and where the shortcut is added first (ResNet v2).
+    *(
+        _resnet(*norm, BATCHES[0], channels_last, "switch_norm")
+        for norm in RESNET_50
+        for channels_last in (False, True)
+    ),
+    # Batch norm by running statistics, as it is served; and where the shortcut is added first (ResNet v2).
     Workload(
         "resnet50_256x56_batch_norm_eval",
         "batch_norm",

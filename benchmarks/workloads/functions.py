@@ -162,6 +162,60 @@ def _torch_add_batch_norm(workload: Workload) -> Call:
     return call
 
 
+def _mixture(shape: Shape) -> dict[str, tuple[Shape, float]]:
+    return {**_of_channels(shape), "mean_weight": ((3,), 1.0), "var_weight": ((3,), 1.0)}
+
+
+def _switch_norm(workload: Workload) -> Call:
+    def call(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean_weight: Tensor,
+        var_weight: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        own = (running_mean, running_var, weight, bias, mean_weight, var_weight, workload.training, 0.1, EPS)
+        return F.switch_norm(x, *own, residual=residual, activation=workload.activation)
+
+    return call
+
+
+def _torch_switch_norm(workload: Workload) -> Call:
+    """As the authors' code has it: instance statistics by torch, the others from them; running ones apart."""
+
+    def call(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean_weight: Tensor,
+        var_weight: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        positions = tuple(range(2, x.dim()))
+        var, mean = torch.var_mean(x, positions, correction=0, keepdim=True)
+        square = var + mean.square()
+        means, variances = [mean], [var]
+        for dim in (1, 0):
+            means.append(mean.mean(dim, keepdim=True))
+            variances.append(square.mean(dim, keepdim=True) - means[-1].square())
+        with torch.no_grad():
+            running_mean.lerp_(means[-1].flatten(), 0.1)
+            running_var.lerp_(variances[-1].flatten(), 0.1)
+        mean_shares, var_shares = mean_weight.softmax(0), var_weight.softmax(0)
+        mixed_mean = sum(share * each for share, each in zip(mean_shares, means, strict=True))
+        mixed_var = sum(share * each for share, each in zip(var_shares, variances, strict=True))
+        by_channel = (-1, *(1,) * len(positions))
+        y = (x - mixed_mean) / torch.sqrt(mixed_var + EPS) * weight.view(by_channel) + bias.view(by_channel)
+        return finish(y, residual, workload.activation)
+
+    return call
+
+
 def _weight_standardize(workload: Workload) -> Call:
     return lambda x: F.weight_standardize(x, EPS)
 
@@ -223,6 +277,9 @@ FUNCTIONS: Mapping[str, Function] = {
     ),
     "add_batch_norm": Function(
         _of_channels, _add_batch_norm, _torch_add_batch_norm, over_last_dim=False, by_channel="batch", state=_running
+    ),
+    "switch_norm": Function(
+        _mixture, _switch_norm, _torch_switch_norm, over_last_dim=False, by_channel="mixed", state=_running
     ),
     "weight_standardize": Function(
         lambda shape: {}, _weight_standardize, _torch_weight_standardize, over_last_dim=False

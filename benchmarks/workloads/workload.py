@@ -96,6 +96,8 @@ class Workload:
         """Elements that share statistics."""
         if self.of.by_channel == "batch":
             return elements(shape) // shape[1]
+        if self.of.by_channel == "mixed":  # the longest of the three
+            return max(elements(shape) // shape[1], elements(shape[1:]))
         groups = shape[1] if self.of.by_channel == "single" else self.groups
         return elements(self.sample(shape)) // groups
 
@@ -151,13 +153,13 @@ class Function:
     """A function of fused_ops: the shape and mean of each parameter, our call, and torch's composition.
 
     over_last_dim: its statistics are; otherwise over all but the first, or, by_channel, over groups of channels, single
-    ones, or these of the whole batch. state: the same of running statistics."""
+    ones, these of the whole batch, or all of these mixed. state: the same of running statistics."""
 
     parameters: Callable[[Shape], dict[str, tuple[Shape, float]]]
     ours: Callable[[Workload], Call]
     torch_composition: Callable[[Workload], Call]
     over_last_dim: bool = True
-    by_channel: Literal["", "groups", "single", "batch"] = ""
+    by_channel: Literal["", "groups", "single", "batch", "mixed"] = ""
     state: Callable[[Shape], dict[str, tuple[Shape, float]]] = lambda shape: {}
 
 

@@ -87,7 +87,7 @@ def channel_norm_backward_kernel(
     sum_dz = tl.sum(dz, axis=AXIS)
     store_sums(PartialDBias_ptr, sum_dz, plane_index, in_planes)
     dx = None
-    if x_hat is not None:
+    if X_ptr is not None:
         sum_dz_x_hat = tl.sum(dz * x_hat, axis=AXIS)
         store_sums(PartialDWeight_ptr, sum_dz_x_hat, plane_index, in_planes)
         if NEEDS_DX:
@@ -248,16 +248,12 @@ def channel_gradient_apply_kernel(
     group, parameter = owners(sample, channel, CHANNELS, GROUPS, POOLED)
     mean = load_of_channels(Mean_ptr, group, in_channels, COMPUTE)
     rstd = load_of_channels(Rstd_ptr, group, in_channels, COMPUTE)
+    samples = tl.num_programs(0) // (pieces * ((CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS))
     if KINDS > 0:
-        samples = tl.num_programs(0) // (pieces * ((CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS))
         mean_g, mean_g_x_hat = mixed_gradient_means(
             MeanG_ptr, MeanGXHat_ptr, KindMeans_ptr, MeanWeight_ptr, VarWeight_ptr, mean, rstd, sample, channel,
             in_channels, samples, CHANNELS, KINDS, COMPUTE,
         )  # fmt: skip
-        if tl.program_id(0) == 0:
-            store_weight_gradients(
-                Products_ptr, MeanWeight_ptr, VarWeight_ptr, DMeanWeight_ptr, DVarWeight_ptr, samples, KINDS
-            )
     else:
         mean_g = load_of_channels(MeanG_ptr, group, in_channels, COMPUTE)
         mean_g_x_hat = load_of_channels(MeanGXHat_ptr, group, in_channels, COMPUTE)
@@ -282,3 +278,4 @@ def channel_gradient_apply_kernel(
             DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, sample * CHANNELS * plane + base,
             sample * dtotal_stride * VEC + base, col, mask, ADD_FIRST, COMPUTE,
         )  # fmt: skip
+    store_weight_gradients(Products_ptr, MeanWeight_ptr, VarWeight_ptr, DMeanWeight_ptr, DVarWeight_ptr, samples, KINDS)

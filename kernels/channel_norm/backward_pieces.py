@@ -92,9 +92,8 @@ class BackwardPieces:
         self.kind = kind
         length = kind.plane[0]
         mixed = kind.x is not None and kind.x.itemsize > kind.dy.itemsize
-        crowded = kind.frozen and (kind.residual is not None or kind.dtotal is not None)
         self.tile = tile = piece_tile(
-            kind.channels, longest_of(kind.plane), kind.dy.itemsize, kind.channels_last, mixed, crowded
+            kind.channels, longest_of(kind.plane), kind.dy.itemsize, kind.channels_last, mixed, kind.frozen
         )
         self.blocks = cdiv(kind.channels, tile.block_channels)
         # Where dresidual is wanted it is dz, which the sums leave there: read again, it is all that dx needs of dy.
@@ -106,9 +105,9 @@ class BackwardPieces:
         # Two tensors and more, and what is kept of them, take registers, and so programs, that loads ahead make up for.
         block = (tile.block_channels, tile.block_plane, min(3, 3 * tile.stages))
 
-        def launcher(kernel: Any, *constants: Any) -> Launcher:
+        def launcher(kernel: Any, *constants: Any, most_registers: int | None = tile.most_registers) -> Launcher:
             constants = (*of_plane, kind.pooled, kind.add_first, *constants, *block)
-            return Launcher(kernel, tile.num_warps, *constants, most_registers=tile.most_registers)
+            return Launcher(kernel, tile.num_warps, *constants, most_registers=most_registers)
 
         self.sums = launcher(channel_gradient_sums_kernel, kind.frozen, *kind.slope)
         block_partials, self.block_groups = combine_tile(kind.channels // kind.groups)
@@ -117,7 +116,9 @@ class BackwardPieces:
             most_registers=MERGE_REGISTERS,
         )  # fmt: skip
         slope = (None, None) if self.leaves_dz else kind.slope
-        self.apply = launcher(channel_gradient_apply_kernel, kind.kinds, *slope)
+        # What a mixture needs besides is needed before the tiles are: with 16 registers less a fourth program fits.
+        most = 128 if kind.kinds and kind.channels_last and kind.dy.itemsize < 8 else tile.most_registers
+        self.apply = launcher(channel_gradient_apply_kernel, kind.kinds, *slope, most_registers=most)
 
     def __call__(
         self, samples: int, plane: int, given: Tensors, out: Pair, strides: Strides, floats: tuple[float, float]

@@ -112,7 +112,7 @@ def batch_norm_backward_kernel(
     sum_dz = sum_in_groups(tl.sum(dz, axis=0), SPREAD)
     store_first(DBias_ptr, sum_dz, channel, is_first)
     dx = None
-    if x_hat is not None:
+    if X_ptr is not None:
         sum_dz_x_hat = sum_in_groups(tl.sum(dz * x_hat, axis=0), SPREAD)
         store_first(DWeight_ptr, sum_dz_x_hat, channel, is_first)
         if NEEDS_DX:

@@ -193,7 +193,7 @@ MOST_PIECES = 2048
 BACKWARD_PROGRAMS = 16  # a multiprocessor, where there is work for so many
 
 
-MERGE_REGISTERS = 168  # what merges partial results; left alone, ptxas spills some bytes to fit one program more
+MERGE_REGISTERS = 255  # what merges partial results; left alone, ptxas spills some bytes to fit one program more
 
 
 @functools.cache
@@ -204,7 +204,7 @@ def piece_tile(
 
     channels_last, a thread has eight channels and the values of each, which takes registers: smaller programs, of which
     more fit, and which load tiles ahead. mixed: beside 16-bit tensors float32 ones are read, which take more, too.
-    crowded: two tensors are written, and sums kept, of three that are read.
+    crowded: tensors are written, and sums kept, in one pass.
     """
     tile = (4096 if channels_last or mixed else 8192) // itemsize
     elements_per_thread = 32 // itemsize

@@ -78,19 +78,21 @@ def store_weight_gradients(
     Products_ptr, MeanWeight_ptr, VarWeight_ptr, DMeanWeight_ptr, DVarWeight_ptr, samples, KINDS: tl.constexpr,
     BLOCK: tl.constexpr = 64,
 ):  # fmt: skip
-    """The gradients of the weights of both mixtures, of which the softmax is the shares, from what each sample adds to
-    those of the shares: Products [samples, 6], three of the means and three of the variances."""
+    """The gradients of the weights of both mixtures, of which the softmax is the shares, stored by the first program:
+    from what each sample adds to those of the shares, Products [samples, 6], three of the means and three of the
+    variances. Nothing without Products."""
     if Products_ptr is not None:
         COMPUTE: tl.constexpr = Products_ptr.dtype.element_ty
-        kind = tl.arange(0, 4)[None, :]
-        of_means, of_vars = tl.zeros([BLOCK, 4], COMPUTE), tl.zeros([BLOCK, 4], COMPUTE)
-        for first in tl.range(0, samples, BLOCK):
-            sample = (first + tl.arange(0, BLOCK))[:, None]
-            exists = (sample < samples) & (kind < 3)
-            of_means += tl.load(Products_ptr + sample * 6 + kind, mask=exists, other=0.0)
-            of_vars += tl.load(Products_ptr + sample * 6 + 3 + kind, mask=exists, other=0.0)
-        store_softmax_gradient(DMeanWeight_ptr, MeanWeight_ptr, tl.sum(of_means, axis=0), KINDS, COMPUTE)
-        store_softmax_gradient(DVarWeight_ptr, VarWeight_ptr, tl.sum(of_vars, axis=0), KINDS, COMPUTE)
+        if tl.program_id(0) == 0:
+            kind = tl.arange(0, 4)[None, :]
+            of_means, of_vars = tl.zeros([BLOCK, 4], COMPUTE), tl.zeros([BLOCK, 4], COMPUTE)
+            for first in tl.range(0, samples, BLOCK):
+                sample = (first + tl.arange(0, BLOCK))[:, None]
+                exists = (sample < samples) & (kind < 3)
+                of_means += tl.load(Products_ptr + sample * 6 + kind, mask=exists, other=0.0)
+                of_vars += tl.load(Products_ptr + sample * 6 + 3 + kind, mask=exists, other=0.0)
+            store_softmax_gradient(DMeanWeight_ptr, MeanWeight_ptr, tl.sum(of_means, axis=0), KINDS, COMPUTE)
+            store_softmax_gradient(DVarWeight_ptr, VarWeight_ptr, tl.sum(of_vars, axis=0), KINDS, COMPUTE)
 
 
 @triton.jit

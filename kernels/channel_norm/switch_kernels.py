@@ -19,6 +19,44 @@ def store_kinds(ptr, first, index, values, exists):
         tl.store(ptr + first + index, values, mask=exists)
 
 
+@triton.jit
+def merge_groups(
+    Origins_ptr, Means_ptr, M2s_ptr, KindMeans_ptr, KindVars_ptr, place, first, groups, pieces, length, plane,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Mean and biased variance of each of BLOCK_GROUPS groups of a sample's planes."""
+    group = first + tl.arange(0, BLOCK_GROUPS)[None, :]
+    mean, m2, count = moments_of_groups(
+        Origins_ptr, Means_ptr, M2s_ptr, group, groups, pieces, pieces, length, plane, CHANNELS, GROUPS, BLOCK
+    )
+    tl.store(KindMeans_ptr + place + group, mean, mask=group < groups)
+    tl.store(KindVars_ptr + place + group, m2 / count, mask=group < groups)
+
+
+@triton.jit
+def merge_channels(
+    RunningMean_ptr, RunningVar_ptr, Origins_ptr, Means_ptr, M2s_ptr, KindMeans_ptr, KindVars_ptr, place, first,
+    rows, pieces, length, plane, momentum,
+    CHANNELS: tl.constexpr, FROZEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Mean and biased variance of each of BLOCK_CHANNELS channels, to which running statistics move, or these."""
+    COMPUTE: tl.constexpr = Means_ptr.dtype.element_ty
+    channel = first + tl.arange(0, BLOCK_CHANNELS)[None, :]
+    in_channels = channel < CHANNELS
+    if FROZEN:
+        mean = tl.load(RunningMean_ptr + channel, mask=in_channels, other=0.0).to(COMPUTE)
+        variance = tl.load(RunningVar_ptr + channel, mask=in_channels, other=0.0).to(COMPUTE)
+    else:
+        mean, m2, count = moments_of_groups(
+            Origins_ptr, Means_ptr, M2s_ptr, channel, CHANNELS, rows, pieces, length, plane, CHANNELS, CHANNELS, BLOCK
+        )
+        variance = m2 / count
+        move_statistic(RunningMean_ptr, mean, channel, in_channels, scalar(momentum, COMPUTE), COMPUTE)
+        move_statistic(RunningVar_ptr, m2 / (count - 1.0), channel, in_channels, scalar(momentum, COMPUTE), COMPUTE)
+    tl.store(KindMeans_ptr + place + channel, mean, mask=in_channels)
+    tl.store(KindVars_ptr + place + channel, variance, mask=in_channels)
+
+
 @triton.jit(do_not_specialize=["samples", "plane_units", "pieces", "steps"])
 def combine_switch_moments_kernel(
     RunningMean_ptr, RunningVar_ptr, Origins_ptr, Means_ptr, M2s_ptr, KindMeans_ptr, KindVars_ptr,
@@ -30,44 +68,26 @@ def combine_switch_moments_kernel(
 ):  # fmt: skip
     """The mean and biased variance of each plane, sample and channel (see `mixture`); running statistics move, or,
     FROZEN, are the channels'."""
-    COMPUTE: tl.constexpr = Means_ptr.dtype.element_ty
     plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
-    length = steps * BLOCK_PLANE
-    planes = samples * CHANNELS
+    length, planes = steps * BLOCK_PLANE, samples * CHANNELS
     program = tl.program_id(0).to(tl.int64)
     plane_programs = tl.cdiv(planes, BLOCK_PLANES)
     if program < plane_programs:
-        group = program * BLOCK_PLANES + tl.arange(0, BLOCK_PLANES)[None, :]
-        mean, m2, count = moments_of_groups(
-            Origins_ptr, Means_ptr, M2s_ptr, group, planes, pieces, pieces, length, plane,
-            CHANNELS, CHANNELS, BLOCK_PIECES,
+        merge_groups(
+            Origins_ptr, Means_ptr, M2s_ptr, KindMeans_ptr, KindVars_ptr, 0, program * BLOCK_PLANES, planes, pieces,
+            length, plane, CHANNELS, CHANNELS, BLOCK_PIECES, BLOCK_PLANES,
         )  # fmt: skip
-        store_kinds(KindMeans_ptr, 0, group, mean, group < planes)
-        store_kinds(KindVars_ptr, 0, group, m2 / count, group < planes)
     elif program < plane_programs + samples:
-        group = program - plane_programs + tl.zeros([1, 1], tl.int64)
-        mean, m2, count = moments_of_groups(
-            Origins_ptr, Means_ptr, M2s_ptr, group, samples, pieces, pieces, length, plane, CHANNELS, 1, BLOCK_SAMPLE,
+        merge_groups(
+            Origins_ptr, Means_ptr, M2s_ptr, KindMeans_ptr, KindVars_ptr, planes, program - plane_programs, samples,
+            pieces, length, plane, CHANNELS, 1, BLOCK_SAMPLE, 1,
         )  # fmt: skip
-        store_kinds(KindMeans_ptr, planes, group, mean, group < samples)
-        store_kinds(KindVars_ptr, planes, group, m2 / count, group < samples)
     else:
-        group = (program - plane_programs - samples) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
-        in_channels = group < CHANNELS
-        if FROZEN:
-            mean = tl.load(RunningMean_ptr + group, mask=in_channels, other=0.0).to(COMPUTE)
-            variance = tl.load(RunningVar_ptr + group, mask=in_channels, other=0.0).to(COMPUTE)
-        else:
-            mean, m2, count = moments_of_groups(
-                Origins_ptr, Means_ptr, M2s_ptr, group, CHANNELS, samples * pieces, pieces, length, plane,
-                CHANNELS, CHANNELS, BLOCK_ROWS,
-            )  # fmt: skip
-            variance = m2 / count
-            weight = scalar(momentum, COMPUTE)
-            move_statistic(RunningMean_ptr, mean, group, in_channels, weight, COMPUTE)
-            move_statistic(RunningVar_ptr, m2 / (count - 1.0), group, in_channels, weight, COMPUTE)
-        store_kinds(KindMeans_ptr, planes + samples, group, mean, in_channels)
-        store_kinds(KindVars_ptr, planes + samples, group, variance, in_channels)
+        merge_channels(
+            RunningMean_ptr, RunningVar_ptr, Origins_ptr, Means_ptr, M2s_ptr, KindMeans_ptr, KindVars_ptr,
+            planes + samples, (program - plane_programs - samples) * BLOCK_CHANNELS, samples * pieces, pieces, length,
+            plane, momentum, CHANNELS, FROZEN, BLOCK_ROWS, BLOCK_CHANNELS,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -31,7 +31,7 @@ def load_row_gradients(
     dy_stride, x_stride, residual_stride, alpha, beta,
     SPAN: tl.constexpr, VEC: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """(x_hat, rstd, dz) of one tile; x_hat and rstd are None where no caller needs x."""
+    """(x_hat, rstd, dz) of one tile; without x the first two are nothing to use (see `load_gradients`)."""
     passes = load_bits(Bits_ptr, row, first // 8, in_rows, (SPAN + 7) // 8, col.shape[1])
     mean = load_statistics(Mean_ptr, row, in_rows, COMPUTE)
     rstd = load_statistics(Rstd_ptr, row, in_rows, COMPUTE)
@@ -40,7 +40,10 @@ def load_row_gradients(
         row * dy_stride * VEC, row * x_stride * VEC, row * residual_stride * VEC, col, mask, alpha, beta,
         SLOPE, PASSES, COMPUTE,
     )  # fmt: skip
-    return x_hat, rstd, dz
+    if rstd is None:
+        return x_hat, dz, dz
+    else:
+        return x_hat, rstd, dz
 
 
 @triton.jit
