@@ -5,7 +5,8 @@ The twin of torch.nn is what one writes without this package, every add and acti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ import torch.nn.functional as TF
 from torch import Tensor, nn
 
 import fused_ops
+
+from .resnet import FusedResNet, PlainResNet
 
 IMAGE, PATCH, CLASSES = 8, 2, 10
 TOKENS = (IMAGE // PATCH) ** 2
@@ -115,11 +118,11 @@ def patches(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Twins:
-    """A model of torch.nn alone and the same of fused_ops, with the settings both are trained with."""
+    """A model of torch.nn alone and the same of fused_ops, with the optimizer that each is trained with."""
 
     plain: Callable[[], nn.Module]
     fused: Callable[[], nn.Module]
-    learning_rate: float
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
     def build(self, seed: int) -> tuple[nn.Module, nn.Module]:
         """Both with the same parameters."""
@@ -130,4 +133,9 @@ class Twins:
         return plain, fused
 
 
-MODELS: Mapping[str, Twins] = {"vit": Twins(PlainVisionTransformer, FusedVisionTransformer, learning_rate=3e-3)}
+MODELS: Mapping[str, Twins] = {
+    "vit": Twins(PlainVisionTransformer, FusedVisionTransformer, functools.partial(torch.optim.AdamW, lr=3e-3)),
+    # AdamW divides a gradient by its size, so that one of nearly 0 moves a weight as far as any, and its rounding error
+    # is soon seen in the loss.
+    "resnet18": Twins(PlainResNet, FusedResNet, functools.partial(torch.optim.SGD, lr=0.02, momentum=0.9)),
+}
