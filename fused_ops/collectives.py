@@ -35,11 +35,14 @@ class Statistics(NamedTuple):
 
     @torch.no_grad()
     def attract(self, running_mean: Tensor | None, running_var: Tensor | None, momentum: float) -> None:
-        """Moves running statistics, if there are any, towards these."""
+        """Moves running statistics, if there are any, towards these; both, or where it fails neither."""
+        moved = []
         for running, found in ((running_mean, self.mean), (running_var, self.unbiased_var)):
             if running is not None and found is not None:
                 wide = torch.promote_types(running.dtype, found.dtype)
-                running.copy_(running.to(wide).lerp(found.to(wide), momentum))
+                moved.append((running, running.to(wide).lerp(found.to(wide), momentum)))
+        for running, value in moved:
+            running.copy_(value)
 
 
 def computed_in(x: Tensor) -> torch.dtype:

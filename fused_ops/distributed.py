@@ -8,7 +8,6 @@ Which of them may differ: of x one process may want the gradient, and another no
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -22,10 +21,8 @@ from .functional.dispatch import _composed, _kernel
 
 if backend.HAS_TRITON:
     from . import autograd, sync_autograd
+    from .functional.batch_dispatch import _layout_of
     from .kernels.problem import BatchNorm
-    from .kernels.views import lies_pooled_channels_last
-
-    _layout_of = functools.lru_cache(maxsize=4096)(lies_pooled_channels_last)
 
 Tensor = torch.Tensor
 

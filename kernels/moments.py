@@ -66,6 +66,18 @@ def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 
 @triton.jit
+def merge_places(count, mean, m2):
+    """(mean, m2) of each row of [rows, places] from those of its places; count is [1, places], 0 where nothing was."""
+    share = count / tl.sum(count, axis=1, keep_dims=True)
+    rough_mean = tl.sum(mean * share, axis=1, keep_dims=True)
+    rough = tl.where(count > 0, mean - rough_mean, 0.0)
+    correction = tl.sum(rough * share, axis=1, keep_dims=True)
+    deviation = tl.where(count > 0, rough - correction, 0.0)
+    m2 = tl.sum(m2 + count * (deviation * deviation), axis=1)
+    return tl.reshape(rough_mean + correction, m2.shape), m2
+
+
+@triton.jit
 def reciprocal_deviation(m2, count, eps):
     """1 / sqrt(variance + eps), the variance biased."""
     return tl.math.rsqrt(m2 / count + eps)

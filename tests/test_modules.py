@@ -271,6 +271,6 @@ def test_what_the_package_exports_is_here_or_beside():
         name for name, value in vars(fused_ops).items() if isinstance(value, type) and issubclass(value, nn.Module)
     }
     kinds = ("Instance", "Batch", "Switch")
-    planes = ["GroupNorm", *(f"{kind}Norm{dims}d" for kind in kinds for dims in (1, 2, 3))]
+    planes = ["GroupNorm", "SyncBatchNorm", *(f"{kind}Norm{dims}d" for kind in kinds for dims in (1, 2, 3))]
     beside = {*planes, *(f"Add{name}" for name in planes), *(f"WSConv{dims}d" for dims in (1, 2, 3))}
     assert exported == {cls.__name__ for cls in TORCHS} | beside

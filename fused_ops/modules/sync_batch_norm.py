@@ -29,7 +29,6 @@ class _Synchronized(_Batches, nn.SyncBatchNorm):
         group = dist.group.WORLD if self.process_group is None else self.process_group
         return group if dist.get_world_size(group) > 1 else None
 
-
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
         """The function of that name, which keeps activations, in the place of torch's."""
@@ -45,8 +44,9 @@ class SyncBatchNorm(Activated, _Synchronized):
     batches of all processes of `process_group` (None: of all there are), which may differ in size and be empty; in
     eval(), without an initialized process group and alone in one it is a plain batch norm. Same constructor, state_dict
     and running statistics as torch's, and the keyword `activation`; types as in `functional.batch_norm`. Every process
-    of the group has to make each call, and its backward (see `fused_ops.distributed`); gradients of weight and bias are
-    left for DistributedDataParallel to average, and no gradient can be differentiated again.
+    of the group has to make each call, and its backward (see `fused_ops.distributed`). Gradients of weight and bias are
+    those of its own batch, for DistributedDataParallel to average, which on a CPU refuses models with such a norm:
+    there average them yourself. No gradient can be differentiated again, and torch.compile leaves the call alone.
 
     Raises:
         ArgumentError (a ValueError and a RuntimeError): as in `functional.batch_norm`; one value a channel in all

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..epilogue import activate, pre_activation, store_bits
-from ..moments import corrected_moments, merge_moments, reciprocal_deviation, tile_moments
+from ..moments import merge_places, reciprocal_deviation, tile_moments
 from ..tiles import load_added_residual, load_input, scalar, store_tile
 from .mixture import mixed_statistics
 from .planes import (
@@ -95,8 +95,9 @@ def channel_moments_kernel(
     """One piece of a block of planes a program: its moments, each [samples, pieces, CHANNELS]. Stores the total as it
     goes.
 
-    The mean is in two parts, Origins_ptr and the difference from it, Means_ptr: as one number it would be rounded to
-    what is no small part of a small deviation.
+    The mean is in two parts, an element of the piece, Origins_ptr, and the difference from it, Means_ptr: as one number
+    it would be rounded to what is no small part of a small deviation. Each place of a tile has moments of its own
+    (Welford's), which are merged at the end: to merge those of whole tiles, threads would wait for one another at each.
     """
     COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
     plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
@@ -105,24 +106,27 @@ def channel_moments_kernel(
     in_channels = channel < CHANNELS
     x_base, residual_base = sample * x_stride * VEC, sample * residual_stride * VEC
 
-    origin = tl.zeros([BLOCK_CHANNELS], COMPUTE)
-    count = scalar(0.0, COMPUTE)  # the same of every channel
-    mean = tl.zeros([BLOCK_CHANNELS], COMPUTE)
-    m2 = tl.zeros([BLOCK_CHANNELS], COMPUTE)
+    first = piece * steps * BLOCK_PLANE + tl.zeros([1, 1], tl.int64)
+    base, col = places(channel, first, plane, CHANNELS, CHANNELS_LAST)
+    origin = load_input(
+        X_ptr, Residual_ptr, Total_ptr, x_base + base, residual_base + base, col, in_channels[:, None], COMPUTE
+    )
+    count = tl.zeros([1, BLOCK_PLANE], COMPUTE)
+    mean = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
+    m2 = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
     for step in tl.range(steps_of(piece, plane, steps, BLOCK_PLANE, STAGES), num_stages=STAGES):
-        first = (piece * steps + step) * BLOCK_PLANE
-        position = first + tl.arange(0, BLOCK_PLANE)[None, :]
+        position = (piece * steps + step) * BLOCK_PLANE + tl.arange(0, BLOCK_PLANE)[None, :]
         mask = in_channels[:, None] & (position < plane)
         base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)
         x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base + base, residual_base + base, col, mask, COMPUTE)
         store_tile(Total_ptr, x, sample * CHANNELS * plane + base, col, mask)
-        tile_count = tl.minimum(plane - first, BLOCK_PLANE).to(COMPUTE)
-        rough_mean, correction, tile_m2, _ = corrected_moments(x, mask, 1.0 / tile_count, 1, 1)
-        origin = tl.where(step == 0, rough_mean, origin)
-        tile_mean = rough_mean - origin + correction
-        count, mean, m2 = merge_moments(count, mean, m2, tile_count, tile_mean, tile_m2)
+        count += tl.where(position < plane, 1.0, 0.0).to(COMPUTE)
+        above = tl.where(mask, (x - origin) - mean, 0.0)
+        mean += above * (1.0 / tl.maximum(count, 1.0))
+        m2 += above * tl.where(mask, (x - origin) - mean, 0.0)
+    mean, m2 = merge_places(count, mean, m2)
     partial = (sample * pieces + piece) * CHANNELS + channel
-    tl.store(Origins_ptr + partial, origin, mask=in_channels)
+    tl.store(Origins_ptr + partial, tl.reshape(origin, [BLOCK_CHANNELS]), mask=in_channels)
     tl.store(Means_ptr + partial, mean, mask=in_channels)
     tl.store(M2s_ptr + partial, m2, mask=in_channels)
 
