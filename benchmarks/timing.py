@@ -27,8 +27,8 @@ Run = Callable[[], object]
 
 # A timed stretch on a CPU: a thousand times what reading the clock costs.
 CPU_STRETCH_S = 2e-4
-# Below it a launch through Python, some 10 us and several a call, would show in an event's time.
-GRAPH_BELOW_S = 50e-6
+# Below it Python would show in an event's time: with autograd some hundred us a call, which are a column of their own.
+GRAPH_BELOW_S = 2e-3
 CALLS_A_GRAPH = 20
 MIN_ROUNDS, MAX_ROUNDS = 7, 200
 # A row whose medians are known to within it is done; one that something disturbs gets up to PATIENCE times its budget.

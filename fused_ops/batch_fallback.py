@@ -51,6 +51,7 @@ def batch_norm(
                 F.batch_norm(x.detach().to(dtype), mean, var, None, None, True, momentum, eps)
     else:
         weight, bias = (None if parameter is None else parameter.to(dtype) for parameter in (weight, bias))
+        weight = _beside(bias) if weight is None else weight
         y = F.batch_norm(_beside_parameters(x, dtype), mean, var, weight, bias, True, momentum, eps)
         y = _laid_out_as(x, y.to(x.dtype))
     move(running, moving)
@@ -76,6 +77,19 @@ def _beside_parameters(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype in HALF and dtype == torch.float32 else x.to(dtype)
 
 
+def _beside(bias: Tensor | None) -> Tensor | None:
+    """A weight for a bias that has none: on a GPU torch's backward finds no device without one."""
+    return None if bias is None else torch.ones_like(bias)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x in one of the layouts that torch's backward takes on a GPU, where its forward makes them by itself."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]):
+        return x
+    return x.contiguous()
+
+
 class _BatchNorm(torch.autograd.Function):
     """torch's batch_norm in training, with right derivatives of every order; but for running statistics it keeps what
     torch keeps."""
@@ -93,6 +107,7 @@ class _BatchNorm(torch.autograd.Function):
     ) -> Tensor:
         dtype = _computed_in(x, running_mean, weight, bias)
         scale, shift = (None if parameter is None else parameter.to(dtype) for parameter in (weight, bias))
+        scale = _beside(shift) if scale is None else scale
         # All that F.batch_norm calls, which returns the first of these alone.
         y, mean, rstd, reserve, ctx.implementation = torch._batch_norm_impl_index(
             _beside_parameters(x, dtype),
@@ -119,12 +134,15 @@ class _BatchNorm(torch.autograd.Function):
         if x is None or torch.is_grad_enabled() or transformed() or torch._C._functorch.is_legacy_batchedtensor(dy):
             dx, dweight, dbias = gradients(dy, x, weight, ctx.eps, needs_x, needs_weight, needs_bias)
         else:
-            wide = _beside_parameters(x, ctx.dtype)
+            wide = _dense(_beside_parameters(x, ctx.dtype))
+            scale = None if weight is None else weight.to(ctx.dtype)
+            if scale is None and needs_bias:
+                scale = torch.ones_like(mean)
             dx, dweight, dbias = torch.ops.aten._batch_norm_impl_index_backward(
                 ctx.implementation,
                 wide,
                 dy.to(wide.dtype),
-                None if weight is None else weight.to(ctx.dtype),
+                scale,
                 None,  # the running statistics, which nothing depends on
                 None,
                 mean,

@@ -48,10 +48,10 @@ class ChannelCase(Case):
         return rows, -(-run // 8)
 
     def torch_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        if "instance" in self.function:
-            return TF.instance_norm(x, weight=weight, bias=bias, eps=self.eps)
         if weight is None and bias is not None:
             weight = torch.ones_like(bias)  # without one torch's backward fails
+        if "instance" in self.function:
+            return TF.instance_norm(x, weight=weight, bias=bias, eps=self.eps)
         return TF.group_norm(x, self.groups, weight, bias, self.eps)
 
     def for_torch(self) -> ChannelCase:

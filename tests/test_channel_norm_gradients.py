@@ -13,6 +13,7 @@ from fused_ops import Activation, reference
 from tests.channel_norm_cases import FUNCTIONS, PLACES, ChannelCase, make_case, with_layout
 from tests.layouts import Layout, channels_last
 from tests.norm_cases import (
+    DEVICE,
     HALF,
     OPERANDS,
     check,
@@ -124,7 +125,9 @@ def test_groups_of_one_value(dtype: torch.dtype) -> None:
     case = make_case("group_norm", 2, 4, groups=4, dtype=dtype, residual=True, activation="silu")
     for frozen in ((), ("x",), ("residual",), ("weight", "bias")):
         result = check(with_fields(case, frozen=frozen))
-        assert "x" in frozen or not result.gradients["dx"].any()
+        # Where a compiler fuses product and difference, their rounding is left, over the deviation that eps allows.
+        left = rounding(torch.float32) * float(case.dy.abs().max()) * case.eps**-0.5
+        assert "x" in frozen or result.gradients["dx"].abs().max() <= (2 * left if DEVICE.type == "cuda" else 0)
 
 
 # --- mixed types ---------------------------------------------------------------------------------------------------
@@ -193,8 +196,8 @@ def test_float32_residual_of_half_x(
 def test_each_output_is_rounded_once(dtype: torch.dtype, way: Way) -> None:
     """Residual and activation cost no rounding of their own: half input misses by one rounding of each number."""
     case = way.case("group_norm", dtype=dtype, residual=True, activation="silu", dy=None)
-    y = run_fused(case).outputs["y"].double()
-    expected = run_reference(case).outputs["y"]
+    y = run_fused(case).outputs["y"].double().cpu()
+    expected = run_reference(case).outputs["y"].cpu()
     truncates = 2 if dtype == torch.bfloat16 else 1
     in_float32 = 32 * rounding(torch.float32) * float(expected.abs().max())
     allowed = truncates * rounding(dtype) * expected.abs() + in_float32

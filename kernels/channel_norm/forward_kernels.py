@@ -107,10 +107,11 @@ def channel_moments_kernel(
     x_base, residual_base = sample * x_stride * VEC, sample * residual_stride * VEC
 
     first = piece * steps * BLOCK_PLANE + tl.zeros([1, 1], tl.int64)
-    base, col = places(channel, first, plane, CHANNELS, CHANNELS_LAST)
+    first_base, first_col = places(channel, first, plane, CHANNELS, CHANNELS_LAST)
     origin = load_input(
-        X_ptr, Residual_ptr, Total_ptr, x_base + base, residual_base + base, col, in_channels[:, None], COMPUTE
-    )
+        X_ptr, Residual_ptr, Total_ptr, x_base + first_base, residual_base + first_base, first_col,
+        in_channels[:, None], COMPUTE,
+    )  # fmt: skip
     count = tl.zeros([1, BLOCK_PLANE], COMPUTE)
     mean = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
     m2 = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)

@@ -82,11 +82,15 @@ class ForwardPieces:
         block = (tile.block_channels, tile.block_plane, tile.stages)
         self.blocks = cdiv(kind.channels, tile.block_channels)
 
-        def launcher(kernel: Any, *constants: Any) -> Launcher:
-            return Launcher(kernel, tile.num_warps, *constants, most_registers=tile.most_registers)
+        def launcher(kernel: Any, *constants: Any, most_registers: int | None = tile.most_registers) -> Launcher:
+            return Launcher(kernel, tile.num_warps, *constants, most_registers=most_registers)
 
         of_plane = (kind.channels, kind.groups, length, kind.vec, kind.channels_last)
-        self.moments = launcher(channel_moments_kernel, kind.channels, length, kind.vec, kind.channels_last, *block)
+        most = tile.most_registers
+        if kind.channels_last and kind.x.itemsize < 8:  # with 16 registers less a fourth program fits
+            most = 128 if kind.channels * kind.x.itemsize % 16 == 0 else 208
+        of_moments = (kind.channels, length, kind.vec, kind.channels_last, *block)
+        self.moments = launcher(channel_moments_kernel, *of_moments, most_registers=most)
         block_partials, self.block_groups = combine_tile(kind.channels // kind.groups)
         self.combine = Launcher(
             combine_moments_kernel, 4, *of_plane, tile.block_plane, block_partials, self.block_groups,
