@@ -46,6 +46,7 @@ RATIO_TICKS = (
     50,
     100,
 )
+FEW_RATIO_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 
 
 def draw(run: Run, path: Path) -> None:
@@ -101,7 +102,8 @@ def _ratios(axes: Axes, lines: Lines) -> None:
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xlim(1 / extent, extent)  # equal ways to both sides of 1; a far quartile may lie outside
-    axes.xaxis.set_major_locator(FixedLocator(RATIO_TICKS))
+    # Where a wide range leaves each less room, every other one.
+    axes.xaxis.set_major_locator(FixedLocator(RATIO_TICKS if extent < 4 else FEW_RATIO_TICKS))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("time over the peer's: of medians, line between quartiles over rounds (less is better)", fontsize=9)

@@ -31,6 +31,12 @@ from fused_ops.kernels.problem import GroupNorm, RowNorm
 
 Tensor = torch.Tensor
 
+# torch's own, as it first loads what it exports with.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),
+]
+
 LEAKY = Activation("leaky_relu", negative_slope=0.2)
 NAMES = ("row_norm_forward", "row_norm_backward", "group_norm_forward", "group_norm_backward")
 FORWARD, BACKWARD, GROUP_FORWARD, GROUP_BACKWARD = (getattr(torch.ops.fused_ops, name).default for name in NAMES)

@@ -25,7 +25,7 @@ SIZES: dict[str, Size] = {
     **dict.fromkeys(("Mean", "Rstd", "Means", "M2s", "GSums", "GXHatSums"), "statistics"),
     **dict.fromkeys(("Origins", "DZSums", "DZXHatSums", "MeanG", "MeanGXHat"), "statistics"),
     **dict.fromkeys(("RunningMean", "RunningVar", "GivenMean", "GivenVar", "KindMeans", "KindVars"), "statistics"),
-    "Products": "statistics",
+    **dict.fromkeys(("Products", "Origin", "M2"), "statistics"),
     **dict.fromkeys(("MeanWeight", "VarWeight", "DMeanWeight", "DVarWeight"), "parameter"),
 }
 

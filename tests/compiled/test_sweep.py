@@ -20,8 +20,11 @@ MODULES = (
     "row_norm.backward_kernels",
     "channel_norm.forward_kernels",
     "channel_norm.backward_kernels",
+    "channel_norm.batch_kernels",
+    "channel_norm.switch_kernels",
     "column_sum",
 )
+ONE_PROGRAM_OF_ONE_WARP = "mixing_gradients_kernel"  # of a switchable norm whose x learns nothing; of no table
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +41,7 @@ def test_it_reaches_every_kernel() -> None:
     with compiling_for(TARGETS["sm_90"]):
         for call in some_calls:
             reached |= {name for name, *_ in sweep.entries_of(call)}
-    assert reached == kernels
+    assert reached == kernels - {ONE_PROGRAM_OF_ONE_WARP}
     assert len(set(map(str, some_calls))) == len(some_calls)
 
 
