@@ -38,6 +38,7 @@ class Launcher:
         self.most_registers = most_registers
         self.constants = constants
         self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._types: tuple[torch.dtype | None, ...] | None = None
         self._compiles = isinstance(kernel, JITFunction)
 
     def __call__(
@@ -58,6 +59,7 @@ class Launcher:
     ) -> None:
         arguments = (*given, *allocated, *scalars, *self.constants)
         if not self._compiles:
+            self._require_types_of_before(given + allocated)
             self._first_launch(programs, arguments)
             return
         addresses = 0
@@ -80,6 +82,17 @@ class Launcher:
             stream = driver.get_current_stream(driver.get_current_device())
             function, metadata = compiled.function, compiled.packed_metadata
             compiled.run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+
+    def _require_types_of_before(self, tensors: Tensors) -> None:
+        """RuntimeError where a second launch would need another binary than the first: interpreted kernels take
+        anything, compiled ones are kept and run on whatever comes."""
+        types = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
+        if self._types not in (None, types):
+            raise RuntimeError(
+                f"a launcher of {self.kernel.__name__} must get tensors of one set of types, None in the same places, "
+                f"but got {types} after {self._types}; use another launcher"
+            )
+        self._types = types
 
     def _first_launch(self, programs: int, arguments: tuple[Any, ...]) -> Any:
         # fp fusion: its default changes in Triton 3.10, and with it the bits.

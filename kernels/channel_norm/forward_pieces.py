@@ -92,9 +92,13 @@ class ForwardPieces:
         of_moments = (kind.channels, length, kind.vec, kind.channels_last, *block)
         self.moments = launcher(channel_moments_kernel, *of_moments, most_registers=most)
         block_partials, self.block_groups = combine_tile(kind.channels // kind.groups)
-        self.combine = Launcher(
-            combine_moments_kernel, 4, *of_plane, tile.block_plane, block_partials, self.block_groups,
-            most_registers=MERGE_REGISTERS,
+        # A launcher for each: what it stores, and what not, is part of what it compiled.
+        self.combine, self.combine_in_parts = (
+            Launcher(
+                combine_moments_kernel, 4, *of_plane, tile.block_plane, block_partials, self.block_groups,
+                most_registers=MERGE_REGISTERS,
+            )
+            for _ in range(2)
         )  # fmt: skip
         constants = (kind.pooled, *kind.functions, kind.kinds, *block)
         self.apply_given = launcher(channel_apply_kernel, *of_plane, *constants)
@@ -153,7 +157,8 @@ class ForwardPieces:
         groups = self.kind.groups if self.kind.pooled else samples * self.kind.groups
         units, pieces, steps = lengths
         rows = samples * pieces if self.kind.pooled else pieces
-        self.combine(
+        combine = self.combine_in_parts if found[3] is None else self.combine
+        combine(
             cdiv(groups, self.block_groups), moments[0].device, running, (*moments, *found),  # type: ignore[union-attr]
             groups, rows, units, pieces, steps, eps, momentum,
         )  # fmt: skip

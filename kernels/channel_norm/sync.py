@@ -63,11 +63,12 @@ class SyncBackward:
         norm: BatchNorm,
         wanted: Wanted,
     ) -> None:
-        self.norm = norm
-        self.dx, self.dresidual = allocate_gradients(dy, x, norm, wanted)
-        # Others need the means, whether dx is wanted here or not.
+        self.norm, self.wanted = norm, wanted
+        # Others need the means, whether dx is wanted here or not; and who has it stored must always have it stored.
+        with_dx = wanted._replace(dx=True)
+        self.dx, self.dresidual = allocate_gradients(dy, x, norm, with_dx)
         saved = (x, residual, bits, weight, bias, mean, rstd)
-        self.call = prepare_backward(dy, dtotal, saved, norm, wanted._replace(dx=True))
+        self.call = prepare_backward(dy, dtotal, saved, norm, with_dx)
 
     def means(self) -> tuple[Tensor, Tensor]:
         """The means of g = dz * weight and of g * x_hat over dy, [channels] each."""
@@ -83,11 +84,11 @@ class SyncBackward:
         """The wanted gradients, after `means`, from the means over all that mean and rstd depend on."""
         kind, view, given, strides = self.call
         pieces = backward_pieces_of(kind)
-        if self.dx is not None or (self.dresidual is not None and not pieces.leaves_dz):
+        if self.wanted.dx or (self.wanted.dresidual and not pieces.leaves_dz):
             means = (None, None, None, None, mean_g, mean_g_x_hat)
             floats = (self.norm.alpha, self.norm.beta)
             pieces.finish(view.samples, view.plane, given, self._written(), means, strides, self.lengths, floats)
-        return Gradients(self.dx, self.dresidual, *self.parameters)
+        return Gradients(self.dx if self.wanted.dx else None, self.dresidual, *self.parameters)
 
     def _written(self) -> Pair:
         return self.dx, self.dresidual
