@@ -66,15 +66,16 @@ def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 
 @triton.jit
-def merge_places(count, mean, m2):
-    """(mean, m2) of each row of [rows, places] from those of its places; count is [1, places], 0 where nothing was."""
+def merge_places(count, origin, mean, m2):
+    """(origin, mean, m2) of each row of [rows, places] from those of its places, means as differences from origins;
+    count is [1, places], 0 where nothing was."""
     share = count / tl.sum(count, axis=1, keep_dims=True)
-    rough_mean = tl.sum(mean * share, axis=1, keep_dims=True)
-    rough = tl.where(count > 0, mean - rough_mean, 0.0)
+    rough_mean = tl.sum((origin + mean) * share, axis=1, keep_dims=True)
+    rough = tl.where(count > 0, (origin - rough_mean) + mean, 0.0)
     correction = tl.sum(rough * share, axis=1, keep_dims=True)
     deviation = tl.where(count > 0, rough - correction, 0.0)
     m2 = tl.sum(m2 + count * (deviation * deviation), axis=1)
-    return tl.reshape(rough_mean + correction, m2.shape), m2
+    return tl.reshape(rough_mean, m2.shape), tl.reshape(correction, m2.shape), m2
 
 
 @triton.jit

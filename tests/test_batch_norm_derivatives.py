@@ -28,7 +28,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWar
 @each_mode
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("activation", [None, "tanh"])
-@pytest.mark.parametrize("parameters", ["both", "weight", "bias", "neither"])
+@pytest.mark.parametrize(
+    "parameters", ["both", "bias", *(pytest.param(some, marks=pytest.mark.full) for some in ("weight", "neither"))]
+)
 @every_function
 def test_derivatives_up_to_the_third_are_those_of_finite_differences(
     function, activation, parameters, layout, training, each_backend

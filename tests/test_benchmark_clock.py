@@ -62,12 +62,12 @@ def test_spread_and_ratios() -> None:
 
 @pytest.fixture
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Events take a microsecond for `quick` calls and a millisecond for others; graphs refuse `stubborn` ones."""
+    """Events take a microsecond for `quick` calls and ten milliseconds for others; graphs refuse `stubborn` ones."""
     used: list[str] = []
 
     def event_turn(run: timing.Run, flush: object) -> timing.Turn:
         used.append("events")
-        return lambda: 1e-6 if run() == "quick" else 1e-3
+        return lambda: 1e-6 if run() == "quick" else 1e-2
 
     def graph_turn(run: timing.Run, flush: object) -> timing.Turn:
         if run() == "stubborn":

@@ -95,9 +95,9 @@ def channel_moments_kernel(
     """One piece of a block of planes a program: its moments, each [samples, pieces, CHANNELS]. Stores the total as it
     goes.
 
-    The mean is in two parts, an element of the piece, Origins_ptr, and the difference from it, Means_ptr: as one number
-    it would be rounded to what is no small part of a small deviation. Each place of a tile has moments of its own
-    (Welford's), which are merged at the end: to merge those of whole tiles, threads would wait for one another at each.
+    The mean is in two parts, Origins_ptr and the difference from it, Means_ptr: as one number it would be rounded to
+    what is no small part of a small deviation. Each place of a tile has moments of its own (Welford's), taken from the
+    first value there, and merged at the end: to merge those of whole tiles, threads would wait for one another at each.
     """
     COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
     plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
@@ -106,13 +106,8 @@ def channel_moments_kernel(
     in_channels = channel < CHANNELS
     x_base, residual_base = sample * x_stride * VEC, sample * residual_stride * VEC
 
-    first = piece * steps * BLOCK_PLANE + tl.zeros([1, 1], tl.int64)
-    first_base, first_col = places(channel, first, plane, CHANNELS, CHANNELS_LAST)
-    origin = load_input(
-        X_ptr, Residual_ptr, Total_ptr, x_base + first_base, residual_base + first_base, first_col,
-        in_channels[:, None], COMPUTE,
-    )  # fmt: skip
     count = tl.zeros([1, BLOCK_PLANE], COMPUTE)
+    origin = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
     mean = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
     m2 = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
     for step in tl.range(steps_of(piece, plane, steps, BLOCK_PLANE, STAGES), num_stages=STAGES):
@@ -121,13 +116,14 @@ def channel_moments_kernel(
         base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)
         x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base + base, residual_base + base, col, mask, COMPUTE)
         store_tile(Total_ptr, x, sample * CHANNELS * plane + base, col, mask)
+        origin = tl.where(step == 0, x, origin)
         count += tl.where(position < plane, 1.0, 0.0).to(COMPUTE)
         above = tl.where(mask, (x - origin) - mean, 0.0)
         mean += above * (1.0 / tl.maximum(count, 1.0))
         m2 += above * tl.where(mask, (x - origin) - mean, 0.0)
-    mean, m2 = merge_places(count, mean, m2)
+    origin, mean, m2 = merge_places(count, origin, mean, m2)
     partial = (sample * pieces + piece) * CHANNELS + channel
-    tl.store(Origins_ptr + partial, tl.reshape(origin, [BLOCK_CHANNELS]), mask=in_channels)
+    tl.store(Origins_ptr + partial, origin, mask=in_channels)
     tl.store(Means_ptr + partial, mean, mask=in_channels)
     tl.store(M2s_ptr + partial, m2, mask=in_channels)
 
