@@ -48,7 +48,8 @@ def what_to_save(norm: Norm | SwitchNorm, needs: Needs, has_residual: bool) -> S
     bits = needs_slope and added_after and slope_takes_two_values(norm.activation)
     recomputes_z = needs_slope and not bits
     needs_dx = needs.x or (needs.residual and norm.add_first)
-    needs_x = needs.weight or recomputes_z or (needs_dx and not is_frozen(norm))
+    # Of a total that is frozen, its type: the residual's gradient has it.
+    needs_x = needs.weight or recomputes_z or (needs_dx and (norm.add_first or not is_frozen(norm)))
     return Saving(needs_x, needs_x or needs_dx, bits, recomputes_z and added_after)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import fallback, switch_fallback
+from . import backend, fallback, switch_fallback
 from .activation import Activation
 from .autograd import Needs, Saved, as_needed, composes, through_mask, wanted_of_kernels, what_to_save
 from .kernels.channel_norm.switch_backward import MixtureGradients, switch_norm_backward
@@ -62,8 +62,9 @@ class SwitchNormFunction(torch.autograd.Function):
         if dy is None:  # only the total was used, and it is x + residual
             dx = dtotal.to(ctx.x_dtype) if dtotal is not None and needs.x else None
             return dx, dtotal if needs.residual else None, None, None, None, None, *rest
-        if means is None or composes(saved, dy, dtotal):
-            found, of_mixture = _composed(saved, mixture, Kinds(means, variances), dy, dtotal, norm)
+        if means is None or backend.traced(dy) or composes(saved, dy, dtotal):
+            create_graph = torch.is_grad_enabled()
+            found, of_mixture = _composed(saved, mixture, Kinds(means, variances), dy, dtotal, norm, create_graph)
         else:
             wanted = wanted_of_kernels(saved, dy, norm, needs)
             assert saved.x is not None and saved.mean is not None and saved.rstd is not None
@@ -77,10 +78,15 @@ class SwitchNormFunction(torch.autograd.Function):
 
 @torch.enable_grad()
 def _composed(
-    saved: Saved, mixture: Mixture, kinds: Kinds, dy: Tensor, dtotal: Tensor | None, norm: SwitchNorm
+    saved: Saved,
+    mixture: Mixture,
+    kinds: Kinds,
+    dy: Tensor,
+    dtotal: Tensor | None,
+    norm: SwitchNorm,
+    create_graph: bool,
 ) -> tuple[Gradients, MixtureGradients]:
     """By torch's own operations, so that with create_graph they can be differentiated again."""
-    create_graph = torch.is_grad_enabled()
     # Views of their own, so that a tensor passed in two places gets a gradient for each.
     mean_weight, var_weight = (tensor.view_as(tensor) for tensor in mixture)
     operands = (saved.x, saved.residual, saved.weight, saved.bias)

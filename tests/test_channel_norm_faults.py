@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as TF
@@ -71,3 +73,42 @@ def test_a_view_that_torch_negates_as_it_reads() -> None:
     pairs.append((ours, torchs))
     for actual, expected in pairs:
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"), [("group_norm", (3, 33, 5, 7)), ("batch_norm", (3, 3, 17, 17)), ("switch_norm", (3, 3, 5))]
+)
+def test_dresidual_that_is_read_again_lies_without_gaps(function: str, shape: tuple[int, ...]) -> None:
+    """As what was given need not: accesses as wide as gaps allow skipped a part of a sample."""
+    samples, channels, *positions = shape
+    size = channels * math.prod(positions)
+    shares = torch.ones(3, dtype=torch.float64)
+    own = {
+        "group_norm": {"num_groups": 3},
+        "batch_norm": {"running_mean": None, "running_var": None, "training": True},
+        "switch_norm": {"running_mean": None, "running_var": None, "weight": None, "bias": None, "training": True}
+        | {"mean_weight": shares, "var_weight": shares},
+    }[function]
+
+    def with_gaps(seed: int) -> Tensor:
+        stride = -(-size // 4) * 4 + 4
+        storage = torch.zeros(samples * stride, dtype=torch.float64, device=DEVICE)
+        view = storage.as_strided(shape, (stride, *torch.empty(shape[1:]).stride()))
+        return view.copy_(normal(*shape, dtype=torch.float64, seed=seed))
+
+    x, residual, dy = map(with_gaps, range(3))
+    found = []
+    for given in ((x, residual, dy), (x.contiguous(), residual.contiguous(), dy.contiguous())):
+        leaves = [tensor.detach().requires_grad_() for tensor in given[:2]]
+        y = getattr(F, function)(leaves[0], residual=leaves[1], activation="relu", **own)
+        found.append((y, *torch.autograd.grad(y, leaves, given[2])))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+def test_the_gradient_of_a_float32_residual_is_float32_where_statistics_are_frozen() -> None:
+    x, residual = normal(2, 4, 3, dtype=torch.float16), normal(2, 4, 3, seed=1).requires_grad_()
+    mean, var = torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)
+    y, total = F.add_batch_norm(x, residual, mean, var, training=False)
+    arrived = (torch.zeros_like(y), torch.full_like(total, 1e5))
+    (dresidual,) = torch.autograd.grad((y, total), residual, arrived)
+    assert torch.equal(dresidual, arrived[1])

@@ -54,7 +54,8 @@ def group_norm_backward(
     for index, tensor in enumerate(activations):
         if tensor is not None:
             activations[index], strides[index] = sample_view(tensor, channels_last)
-    vec = widest_access(dy.element_size(), channels, plane, channels_last, *strides)
+    # What is written has no gaps.
+    vec = widest_access(dy.element_size(), channels, plane, channels_last, *strides, channels * plane)
     # What was saved may come back in another layout, from whoever packed it.
     given = (*activations, columns(bits), columns(weight), bias_read, columns(mean), columns(rstd))
     dtypes = [None if tensor is None else tensor.dtype for tensor in (*given, bias)]  # bias: read or not, dbias's type

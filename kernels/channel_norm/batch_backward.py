@@ -80,7 +80,7 @@ def prepare_backward(
     for index, tensor in enumerate(activations):
         if tensor is not None:
             activations[index], strides[index] = pooled_view(tensor, norm.channels_last, view)
-    vec = widest_access(dy.element_size(), *view[1:], *strides)
+    vec = widest_access(dy.element_size(), *view[1:], *strides, view.channels * view.plane)
     # What was saved may come back in another layout, from whoever packed it.
     given = (*activations, columns(bits), columns(weight), bias_read, columns(mean), columns(rstd))
     dtypes: list[Any] = [

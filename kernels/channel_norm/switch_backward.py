@@ -57,7 +57,7 @@ def switch_norm_backward(
     for index, tensor in enumerate(activations):
         if tensor is not None:
             activations[index], strides[index] = sample_view(tensor, channels_last)
-    vec = widest_access(dy.element_size(), channels, plane, channels_last, *strides)
+    vec = widest_access(dy.element_size(), channels, plane, channels_last, *strides, channels * plane)
     given = (*activations, columns(bits), columns(weight), bias_read, columns(mean), columns(rstd))
     dtypes: list[Any] = [None if tensor is None else tensor.dtype for tensor in (*given, bias)]
     dtypes += [mixture.kinds, mixture.mean_weight.dtype, mixture.var_weight.dtype, *wanted_of_mixture]

@@ -201,10 +201,13 @@ def combine_channels(
     if DWeight_ptr is not None:
         total = tl.sum(dweight, axis=0, keep_dims=True)
         tl.store(DWeight_ptr + channel, total.to(DWeight_ptr.dtype.element_ty), mask=in_channels)
-    scale = inv_count * 0.0 if FROZEN else inv_count
     place = samples * (CHANNELS + 1)
-    store_kinds(MeanG_ptr, place, channel, tl.sum(g, axis=0, keep_dims=True) * scale, in_channels)
-    store_kinds(MeanGXHat_ptr, place, channel, tl.sum(g_x_hat, axis=0, keep_dims=True) * scale, in_channels)
+    if FROZEN:
+        store_kinds(MeanG_ptr, place, channel, tl.zeros([1, BLOCK_CHANNELS], COMPUTE), in_channels)
+        store_kinds(MeanGXHat_ptr, place, channel, tl.zeros([1, BLOCK_CHANNELS], COMPUTE), in_channels)
+    else:
+        store_kinds(MeanG_ptr, place, channel, tl.sum(g, axis=0, keep_dims=True) * inv_count, in_channels)
+        store_kinds(MeanGXHat_ptr, place, channel, tl.sum(g_x_hat, axis=0, keep_dims=True) * inv_count, in_channels)
 
 
 @triton.jit(do_not_specialize=["samples", "plane_units", "pieces"])
