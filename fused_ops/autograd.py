@@ -125,14 +125,25 @@ def gradients(
     backward: Backward,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dresidual, dweight, dbias), each where needed, by `backward` or by the composition (see `composes`)."""
-    if dy is None:  # only the total was used, and it is x + residual
-        dx = dtotal.to(x_dtype) if dtotal is not None and needs.x else None
-        return dx, dtotal if needs.residual else None, None, None
+    if dy is None:
+        return of_total_alone(dtotal, x_dtype, needs)
     if composes(saved, dy, dtotal):
         found = _composed(saved, dy, dtotal, norm, torch.is_grad_enabled())
     else:
         found = _launched(saved, dy, dtotal, norm, needs, backward)
     return as_needed(found, dy, saved, norm, x_dtype, needs)
+
+
+def of_total_alone(
+    dtotal: Tensor | None, x_dtype: torch.dtype, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, None, None]:
+    """`gradients` where only the total was used, which is x + residual."""
+    return (
+        dtotal.to(x_dtype) if dtotal is not None and needs.x else None,
+        dtotal if needs.residual else None,
+        None,
+        None,
+    )
 
 
 def as_needed(

@@ -6,6 +6,7 @@ torch's own batch_norm runs forward, and backward once. In training its third de
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,6 +57,22 @@ def batch_norm(
         y = _laid_out_as(x, y.to(x.dtype))
     move(running, moving)
     return y
+
+
+def moving_last(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    moves: bool,
+    run: Callable[[Tensor | None, Tensor | None], Any],
+) -> Any:
+    """run(running_mean, running_var), where it `moves` them of copies: what is given follows once nothing can fail any
+    more. A transform refuses that."""
+    running = tuple(tensor for tensor in (running_mean, running_var) if tensor is not None)
+    moving = tuple(map(torch.clone, running)) if moves and not transformed() else running
+    mean, var = moving or (None, None)
+    out = run(mean, var)
+    move(running, moving)
+    return out
 
 
 @torch.no_grad()

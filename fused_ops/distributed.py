@@ -123,17 +123,14 @@ def _synchronized(
         fused = () if activation is None else (activation.name, *activation.scalars)
         norm = BatchNorm(_layout_of(tuple(x.shape), x.stride()), True, momentum, eps, add_first, *fused)
         return sync_autograd.run(x, residual, weight, bias, norm, group, (running_mean, running_var))
-    running = tuple(tensor for tensor in (running_mean, running_var) if tensor is not None)
-    moving = tuple(map(torch.clone, running))  # what is given follows once nothing can fail any more
-    out = _composed(
-        x,
-        residual,
-        add_first,
-        activation,
-        lambda x: _SyncBatchNorm.apply(x, weight, bias, momentum, eps, group, *(moving or (None, None))),
-    )
-    batch_fallback.move(running, moving)
-    return out
+
+    def composed(*running: Tensor | None) -> Any:
+        def normalize(x: Tensor) -> Tensor:
+            return _SyncBatchNorm.apply(x, weight, bias, momentum, eps, group, *running)
+
+        return _composed(x, residual, add_first, activation, normalize)
+
+    return batch_fallback.moving_last(running_mean, running_var, True, composed)
 
 
 class _SyncBatchNorm(torch.autograd.Function):

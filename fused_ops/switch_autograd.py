@@ -8,7 +8,7 @@ import torch
 
 from . import backend, fallback, switch_fallback
 from .activation import Activation
-from .autograd import Needs, Saved, as_needed, composes, through_mask, wanted_of_kernels, what_to_save
+from .autograd import Needs, Saved, as_needed, composes, of_total_alone, through_mask, wanted_of_kernels, what_to_save
 from .kernels.channel_norm.switch_backward import MixtureGradients, switch_norm_backward
 from .kernels.channel_norm.switch_forward import switch_norm_forward
 from .kernels.problem import Gradients, Kinds, Mixture, SwitchNorm
@@ -59,9 +59,8 @@ class SwitchNormFunction(torch.autograd.Function):
         *tensors, mean_weight, var_weight, means, variances = ctx.saved_tensors
         saved, mixture = Saved(*tensors), Mixture(mean_weight, var_weight)
         rest = (None,) * (len(ctx.needs_input_grad) - 6)
-        if dy is None:  # only the total was used, and it is x + residual
-            dx = dtotal.to(ctx.x_dtype) if dtotal is not None and needs.x else None
-            return dx, dtotal if needs.residual else None, None, None, None, None, *rest
+        if dy is None:
+            return *of_total_alone(dtotal, ctx.x_dtype, needs), None, None, *rest
         if means is None or backend.traced(dy) or composes(saved, dy, dtotal):
             create_graph = torch.is_grad_enabled()
             found, of_mixture = _composed(saved, mixture, Kinds(means, variances), dy, dtotal, norm, create_graph)

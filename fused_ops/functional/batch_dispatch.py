@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import backend, batch_fallback, fallback
+from .. import backend, batch_fallback
 from ..activation import Activation
 from .dispatch import _composed, _kernel
 
@@ -41,16 +41,11 @@ def _batch_norm(
         fused = () if activation is None else (activation.name, *activation.scalars)
         norm = BatchNorm(layout(tuple(x.shape), x.stride()), training, momentum, eps, add_first, *fused)
         return run(x, residual, weight, bias, norm, running_mean, running_var)
-    running = tuple(tensor for tensor in (running_mean, running_var) if tensor is not None)
-    # Copies move, and what is given follows once nothing can fail any more; a transform refuses that.
-    moving = tuple(map(torch.clone, running)) if training and not fallback.transformed() else running
-    mean, var = moving or (None, None)
-    out = _composed(
-        x,
-        residual,
-        add_first,
-        activation,
-        lambda x: batch_fallback.batch_norm(x, mean, var, weight, bias, training, momentum, eps),
-    )
-    batch_fallback.move(running, moving)
-    return out
+
+    def composed(mean: Tensor | None, var: Tensor | None) -> Any:
+        def normalize(x: Tensor) -> Tensor:
+            return batch_fallback.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+
+        return _composed(x, residual, add_first, activation, normalize)
+
+    return batch_fallback.moving_last(running_mean, running_var, training, composed)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import backend, batch_fallback, fallback, switch_fallback
+from .. import backend, batch_fallback, switch_fallback
 from ..activation import Activation
 from .dispatch import _composed, _kernel
 
@@ -44,18 +44,13 @@ def _switch_norm(
         norm = SwitchNorm(channels_last, training, momentum, eps, add_first, *fused)
         operands = (x, residual, weight, bias, mean_weight, var_weight)
         return switch_autograd.run(*operands, norm, running_mean, running_var)
-    running = tuple(tensor for tensor in (running_mean, running_var) if tensor is not None)
-    # Copies move, and what is given follows once nothing can fail any more; a transform refuses that.
-    moving = tuple(map(torch.clone, running)) if training and not fallback.transformed() else running
-    mean, var = moving or (None, None)
-    out = _composed(
-        x,
-        residual,
-        add_first,
-        activation,
-        lambda x: switch_fallback.switch_norm(
-            x, mean, var, weight, bias, mean_weight, var_weight, training, momentum, eps
-        ),
-    )
-    batch_fallback.move(running, moving)
-    return out
+
+    def composed(mean: Tensor | None, var: Tensor | None) -> Any:
+        def normalize(x: Tensor) -> Tensor:
+            return switch_fallback.switch_norm(
+                x, mean, var, weight, bias, mean_weight, var_weight, training, momentum, eps
+            )
+
+        return _composed(x, residual, add_first, activation, normalize)
+
+    return batch_fallback.moving_last(running_mean, running_var, training, composed)
