@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..column_sum import column_sum
 from ..launch import cdiv
@@ -38,31 +38,59 @@ def group_norm_backward(
     norm.add_first, dx and dresidual are the same values: ask for both only where their types differ.
     """
     groups, channels_last, _, add_first, activation, alpha, beta = norm
-    needs_dx = wanted.dx or (add_first and wanted.dresidual)
     samples, channels, *positions = dy.shape
     plane = math.prod(positions)
     dx, dresidual = allocate_gradients(dy, x, norm, wanted)
     if dy.numel() == 0:
         return Gradients(dx, dresidual, *parameter_zeros(weight, bias, wanted))
 
-    if activation is None or bits is not None:  # z is not computed again
+    given, units, vec, dtypes = operands(
+        dy, dtotal, (x, residual, bits, weight, bias, mean, rstd), norm, wanted,
+        (channels, plane, channels_last), lambda tensor: sample_view(tensor, channels_last),
+    )  # fmt: skip
+    kind = (channels, groups, plane_kind(plane), channels_last, False, False, vec, add_first, activation, wanted)
+    schedule = _schedule(*kind, *dtypes)
+    return Gradients(dx, dresidual, *schedule(samples, plane, given, (dx, dresidual), units, (alpha, beta)))
+
+
+class Operands(NamedTuple):
+    """What a backward reads, as kernels take it: tensors, dy first, strides of samples in units of vec elements, and
+    the types of `BackwardKind`."""
+
+    given: Tensors
+    strides: Strides
+    vec: int
+    dtypes: list[Any]
+
+
+def operands(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    saved: Tensors,
+    norm: GroupNorm | BatchNorm | SwitchNorm,
+    wanted: Wanted,
+    sizes: tuple[int, int, bool],
+    view: Callable[[Tensor], tuple[Tensor, int]],
+) -> Operands:
+    """The operands of a call with elements; `saved` are x and what follows it in `group_norm_backward`, `sizes` the
+    channels of a sample, the length of a plane and whether channels lie last, as `view` shows them with a stride."""
+    x, residual, bits, weight, bias, mean, rstd = saved
+    bias_read = columns(bias)
+    if norm.activation is None or bits is not None:  # z is not computed again
         residual = bias_read = None
-    else:
-        bias_read = columns(bias)
+    needs_dx = wanted.dx or (norm.add_first and wanted.dresidual)
     strides = [0, 0, 0, 0]
     activations = [dy, dtotal if needs_dx else None, x, residual]
     for index, tensor in enumerate(activations):
         if tensor is not None:
-            activations[index], strides[index] = sample_view(tensor, channels_last)
-    # What is written has no gaps.
-    vec = widest_access(dy.element_size(), channels, plane, channels_last, *strides, channels * plane)
+            activations[index], strides[index] = view(tensor)
+    channels, plane, _ = sizes
+    # What is written has no gaps, and may be read again.
+    vec = widest_access(dy.element_size(), *sizes, *strides, channels * plane)
     # What was saved may come back in another layout, from whoever packed it.
     given = (*activations, columns(bits), columns(weight), bias_read, columns(mean), columns(rstd))
     dtypes = [None if tensor is None else tensor.dtype for tensor in (*given, bias)]  # bias: read or not, dbias's type
-    kind = (channels, groups, plane_kind(plane), channels_last, False, False, vec, add_first, activation, wanted)
-    schedule = _schedule(*kind, *dtypes)
-    units = [stride // vec for stride in strides]
-    return Gradients(dx, dresidual, *schedule(samples, plane, given, (dx, dresidual), units, (alpha, beta)))
+    return Operands(given, [stride // vec for stride in strides], vec, dtypes)
 
 
 def allocate_gradients(dy: Tensor, x: Tensor | None, norm: GroupNorm | BatchNorm | SwitchNorm, wanted: Wanted) -> Pair:

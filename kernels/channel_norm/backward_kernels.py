@@ -24,6 +24,7 @@ from .planes import (
     places,
     places_in_run,
     plane_length,
+    samples_of_launch,
     steps_of,
 )
 
@@ -248,7 +249,7 @@ def channel_gradient_apply_kernel(
     group, parameter = owners(sample, channel, CHANNELS, GROUPS, POOLED)
     mean = load_of_channels(Mean_ptr, group, in_channels, COMPUTE)
     rstd = load_of_channels(Rstd_ptr, group, in_channels, COMPUTE)
-    samples = tl.num_programs(0) // (pieces * ((CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS))
+    samples = samples_of_launch(pieces, CHANNELS, BLOCK_CHANNELS)
     if KINDS > 0:
         mean_g, mean_g_x_hat = mixed_gradient_means(
             MeanG_ptr, MeanGXHat_ptr, KindMeans_ptr, MeanWeight_ptr, VarWeight_ptr, mean, rstd, sample, channel,

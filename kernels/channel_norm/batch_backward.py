@@ -5,18 +5,18 @@ planes, or twice where statistics are given.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ..launch import cdiv
 from ..launcher import Launcher, Tensors
 from ..problem import BatchNorm, Gradients, Tensor, Wanted, parameter_zeros
-from ..views import PooledPlanes, columns, pooled_planes, pooled_view
-from .backward import allocate_gradients
+from ..views import PooledPlanes, pooled_planes, pooled_view
+from .backward import allocate_gradients, operands
 from .backward_pieces import BackwardKind, BackwardPieces, Strides
 from .batch_kernels import batch_norm_backward_kernel
-from .config import ChannelTile, batch_backward_tile, pooled_plane_kind, widest_access
+from .config import ChannelTile, batch_backward_tile, pooled_plane_kind
 
 
 def batch_norm_backward(
@@ -69,28 +69,18 @@ def prepare_backward(
     """What `batch_norm_backward` was given, of which there are elements; `saved` are x and what follows it there."""
     x, residual, bits, weight, bias, mean, rstd = saved
     view = pooled_planes(dy.shape, norm.channels_last)
-    bias_read = columns(bias)
-    if norm.activation is None or bits is not None:  # z is not computed again
-        residual = bias_read = None
-        if not (wanted.dweight or (norm.training and (wanted.dx or wanted.dresidual))):
-            x = None
-    strides = [0, 0, 0, 0]
-    needs_dx = wanted.dx or (norm.add_first and wanted.dresidual)
-    activations = [dy, dtotal if needs_dx else None, x, residual]
-    for index, tensor in enumerate(activations):
-        if tensor is not None:
-            activations[index], strides[index] = pooled_view(tensor, norm.channels_last, view)
-    vec = widest_access(dy.element_size(), *view[1:], *strides, view.channels * view.plane)
-    # What was saved may come back in another layout, from whoever packed it.
-    given = (*activations, columns(bits), columns(weight), bias_read, columns(mean), columns(rstd))
-    dtypes: list[Any] = [
-        None if tensor is None else tensor.dtype for tensor in (*given, bias)
-    ]  # read or not, dbias's type
+    computes_z = norm.activation is not None and bits is None
+    if not (computes_z or wanted.dweight or (norm.training and (wanted.dx or wanted.dresidual))):
+        x = None
+    given, strides, vec, dtypes = operands(
+        dy, dtotal, (x, residual, bits, weight, bias, mean, rstd), norm, wanted,
+        view[1:], lambda tensor: pooled_view(tensor, norm.channels_last, view),
+    )  # fmt: skip
     kind = BackwardKind(
         view.channels, dy.shape[1], pooled_plane_kind(view), view.channels_last, True, not norm.training,
         vec, norm.add_first, norm.activation, wanted, *dtypes,
     )  # fmt: skip
-    return PreparedBackward(kind, view, given, [stride // vec for stride in strides])
+    return PreparedBackward(kind, view, given, strides)
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from .planes import (
     places,
     places_in_run,
     plane_length,
+    samples_of_launch,
     steps_of,
     store_plane_bits,
 )
@@ -280,7 +281,7 @@ def channel_apply_kernel(
     group, parameter = owners(sample, channel, CHANNELS, GROUPS, POOLED)
     if GivenMean_ptr is not None:
         if KINDS > 0:
-            samples = tl.num_programs(0) // (pieces * ((CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS))
+            samples = samples_of_launch(pieces, CHANNELS, BLOCK_CHANNELS)
             mean, variance = mixed_statistics(
                 GivenMean_ptr, GivenVar_ptr, MeanWeight_ptr, VarWeight_ptr, sample, channel, in_channels, samples,
                 CHANNELS, KINDS, COMPUTE,

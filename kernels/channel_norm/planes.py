@@ -33,6 +33,13 @@ def piece_of_planes(program, pieces, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.
 
 
 @triton.jit
+def samples_of_launch(pieces, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """How many samples the programs of `piece_of_planes` have between them."""
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
+    return tl.num_programs(0) // (pieces * BLOCKS)
+
+
+@triton.jit
 def steps_of(piece, plane, steps, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr):
     """How many of a piece's tiles begin inside the plane. Without STAGES there is but one."""
     if STAGES == 0:
@@ -72,7 +79,7 @@ def places_in_run(
 @triton.jit
 def owners(sample, channel, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, POOLED: tl.constexpr):
     """(statistics, parameter): which of each a channel has. POOLED, the samples share both, and so do the channels of a
-    group, which are then columns of one channel (see `views.matrix_of_channels`)."""
+    group, which are then columns of one channel (see `views.pooled_planes`)."""
     group = channel // (CHANNELS // GROUPS)
     if POOLED:
         return group, group

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ..launcher import Launcher
 from ..problem import Gradients, Kinds, Mixture, SwitchNorm, Tensor, Wanted, compute_dtype
 from ..views import columns, sample_view
-from .backward import allocate_gradients
+from .backward import allocate_gradients, operands
 from .backward_pieces import BackwardKind, BackwardPieces
-from .config import MERGE_REGISTERS, MERGED, plane_kind, widest_access
+from .config import MERGE_REGISTERS, MERGED, plane_kind
 from .switch_forward import merging_programs
 from .switch_kernels import combine_switch_gradients_kernel, mixing_gradients_kernel
 
@@ -47,32 +47,22 @@ def switch_norm_backward(
     samples, channels, *positions = dy.shape
     plane, device = math.prod(positions), dy.device
     dx, dresidual = allocate_gradients(dy, x, norm, wanted)
-    if activation is None or bits is not None:  # z is not computed again
-        residual = bias_read = None
-    else:
-        bias_read = columns(bias)
-    needs_dx = wanted.dx or (add_first and wanted.dresidual)
-    strides = [0, 0, 0, 0]
-    activations = [dy, dtotal if needs_dx else None, x, residual]
-    for index, tensor in enumerate(activations):
-        if tensor is not None:
-            activations[index], strides[index] = sample_view(tensor, channels_last)
-    vec = widest_access(dy.element_size(), channels, plane, channels_last, *strides, channels * plane)
-    given = (*activations, columns(bits), columns(weight), bias_read, columns(mean), columns(rstd))
-    dtypes: list[Any] = [None if tensor is None else tensor.dtype for tensor in (*given, bias)]
+    given, units, vec, dtypes = operands(
+        dy, dtotal, (x, residual, bits, weight, bias, mean, rstd), norm, wanted,
+        (channels, plane, channels_last), lambda tensor: sample_view(tensor, channels_last),
+    )  # fmt: skip
     dtypes += [mixture.kinds, mixture.mean_weight.dtype, mixture.var_weight.dtype, *wanted_of_mixture]
     kind = BackwardKind(
         channels, channels, plane_kind(plane), channels_last, False, False, vec, add_first, activation, wanted, *dtypes,
     )  # fmt: skip
     pieces = _pieces(kind)
-    units = [stride // vec for stride in strides]
     lengths = pieces.lengths(samples, plane, device)
     of_dz_x_hat, of_dz = sums = kind.partials((samples, lengths[1], channels), device, both=True)
     pieces.reduce(samples, given, (dx, dresidual), sums, units, lengths, (alpha, beta))
 
     wide, most = compute_dtype(dy.dtype), kinds.means.numel()
-    mean_g = torch.empty(most, dtype=wide, device=device) if needs_dx else None
-    mean_g_x_hat = torch.empty(most, dtype=wide, device=device) if needs_dx else None
+    mean_g = torch.empty(most, dtype=wide, device=device) if kind.needs_dx else None
+    mean_g_x_hat = torch.empty(most, dtype=wide, device=device) if kind.needs_dx else None
     dweight = torch.empty(channels, dtype=kind.weight, device=device) if wanted.dweight else None
     dbias = torch.empty(channels, dtype=kind.dbias, device=device) if wanted.dbias else None
     products = torch.empty((samples, 6), dtype=wide, device=device) if any(wanted_of_mixture) else None
@@ -84,7 +74,7 @@ def switch_norm_backward(
     of_mixture = MixtureGradients(
         *(torch.empty_like(of) if is_wanted else None for of, is_wanted in zip(mixture, wanted_of_mixture, strict=True))
     )
-    if needs_dx:
+    if kind.needs_dx:
         means = (columns(kinds.means), *weights, products, mean_g, mean_g_x_hat)
         pieces.finish(samples, plane, given, (dx, dresidual), means, units, lengths, (alpha, beta), (*of_mixture,))
     elif products is not None:

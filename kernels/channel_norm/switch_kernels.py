@@ -8,15 +8,10 @@ import triton
 import triton.language as tl
 
 from ..tiles import scalar
+from .backward_kernels import store_sums
 from .forward_kernels import moments_of_groups, move_statistic
 from .mixture import store_weight_gradients
 from .planes import plane_length
-
-
-@triton.jit
-def store_kinds(ptr, first, index, values, exists):
-    if ptr is not None:
-        tl.store(ptr + first + index, values, mask=exists)
 
 
 @triton.jit
@@ -123,8 +118,8 @@ def combine_planes(
         )
         g += more_g
         g_x_hat += more_g_x_hat
-    store_kinds(MeanG_ptr, 0, plane, tl.sum(g, axis=0, keep_dims=True) * inv_count, plane < planes)
-    store_kinds(MeanGXHat_ptr, 0, plane, tl.sum(g_x_hat, axis=0, keep_dims=True) * inv_count, plane < planes)
+    store_sums(MeanG_ptr, tl.sum(g, axis=0, keep_dims=True) * inv_count, plane, plane < planes)
+    store_sums(MeanGXHat_ptr, tl.sum(g_x_hat, axis=0, keep_dims=True) * inv_count, plane, plane < planes)
 
 
 @triton.jit
@@ -203,11 +198,11 @@ def combine_channels(
         tl.store(DWeight_ptr + channel, total.to(DWeight_ptr.dtype.element_ty), mask=in_channels)
     place = samples * (CHANNELS + 1)
     if FROZEN:
-        store_kinds(MeanG_ptr, place, channel, tl.zeros([1, BLOCK_CHANNELS], COMPUTE), in_channels)
-        store_kinds(MeanGXHat_ptr, place, channel, tl.zeros([1, BLOCK_CHANNELS], COMPUTE), in_channels)
+        store_sums(MeanG_ptr, tl.zeros([1, BLOCK_CHANNELS], COMPUTE), place + channel, in_channels)
+        store_sums(MeanGXHat_ptr, tl.zeros([1, BLOCK_CHANNELS], COMPUTE), place + channel, in_channels)
     else:
-        store_kinds(MeanG_ptr, place, channel, tl.sum(g, axis=0, keep_dims=True) * inv_count, in_channels)
-        store_kinds(MeanGXHat_ptr, place, channel, tl.sum(g_x_hat, axis=0, keep_dims=True) * inv_count, in_channels)
+        store_sums(MeanG_ptr, tl.sum(g, axis=0, keep_dims=True) * inv_count, place + channel, in_channels)
+        store_sums(MeanGXHat_ptr, tl.sum(g_x_hat, axis=0, keep_dims=True) * inv_count, place + channel, in_channels)
 
 
 @triton.jit(do_not_specialize=["samples", "plane_units", "pieces"])
