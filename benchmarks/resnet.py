@@ -9,21 +9,21 @@ from __future__ import annotations
 import torch.nn.functional as TF
 from torch import Tensor, nn
 
-import fused_ops
+from fused_ops import blocks
 
 STAGES = (2, 2, 2, 2)
 
 
 def convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
-    """Without a bias, which the norm behind it would take away again; the same in both twins."""
+    """Without a bias, which the norm behind it would take away again."""
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
 
 
 def block_sizes(width: int) -> list[tuple[int, int, int]]:
     """(channels in, channels out, stride) of each block: a stage doubles the channels and halves the image."""
     sizes, inputs = [], width
-    for stage, blocks in enumerate(STAGES):
-        for block in range(blocks):
+    for stage, count in enumerate(STAGES):
+        for block in range(count):
             sizes.append((inputs, width << stage, 2 if stage and not block else 1))
             inputs = width << stage
     return sizes
@@ -66,34 +66,11 @@ class PlainResNet(nn.Module):
         return self.head(self.blocks(x).mean((2, 3)))
 
 
-class FusedBasicBlock(nn.Module):
-    """The same block: each norm's call takes the relu behind it, and the second's the shortcut too."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = convolution(inputs, outputs, 3, stride)
-        self.norm1 = fused_ops.BatchNorm2d(outputs, activation="relu")
-        self.conv2 = convolution(outputs, outputs, 3)
-        self.norm2 = fused_ops.BatchNorm2d(outputs, activation="relu")
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(convolution(inputs, outputs, 1, stride), fused_ops.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(self.conv1(x))
-        return self.norm2(self.conv2(y), residual=self.shortcut(x))
-
-
-class FusedResNet(nn.Module):
-    """The same model, of fused_ops."""
+class FusedResNet(blocks.ResNet):
+    """The same model, of fused_ops: each norm's call takes the relu behind it, a block's second the shortcut too."""
 
     def __init__(self, width: int = 16, classes: int = 10) -> None:
-        super().__init__()
-        self.stem = convolution(1, width, 3)
-        self.stem_norm = fused_ops.BatchNorm2d(width, activation="relu")
-        self.blocks = nn.Sequential(*(FusedBasicBlock(*sizes) for sizes in block_sizes(width)))
-        self.head = nn.Linear(width << len(STAGES) - 1, classes)
+        super().__init__(STAGES, width=width, num_classes=classes, in_channels=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.stem_norm(self.stem(images.unsqueeze(1)))
-        return self.head(self.blocks(x).mean((2, 3)))
+        return super().forward(images.unsqueeze(1))

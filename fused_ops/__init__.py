@@ -3,6 +3,7 @@
 ``from fused_ops import LayerNorm, functional as F``; see `functional` for the formulas and `set_backend` for what runs.
 """
 
+from . import blocks as blocks
 from . import functional as functional
 from . import reference as reference
 from .activation import Activation as Activation
@@ -30,6 +31,7 @@ from .modules import InstanceNorm1d as InstanceNorm1d
 from .modules import InstanceNorm2d as InstanceNorm2d
 from .modules import InstanceNorm3d as InstanceNorm3d
 from .modules import LayerNorm as LayerNorm
+from .modules import ResidualAdd as ResidualAdd
 from .modules import RMSNorm as RMSNorm
 from .modules import SwitchNorm1d as SwitchNorm1d
 from .modules import SwitchNorm2d as SwitchNorm2d

@@ -11,8 +11,18 @@ import torch
 
 from . import backend, fallback
 from .activation import Activation
+from .drops import drop_factor
 from .kernels.families import family_of
-from .kernels.problem import BatchNorm, Gradients, Norm, RowNorm, SwitchNorm, Wanted, slope_takes_two_values
+from .kernels.problem import (
+    BatchNorm,
+    Gradients,
+    Norm,
+    RowNorm,
+    SwitchNorm,
+    Wanted,
+    compute_dtype,
+    slope_takes_two_values,
+)
 from .kernels.views import pooled_planes
 
 Tensor = torch.Tensor
@@ -87,7 +97,8 @@ class NormFunction(torch.autograd.Function):
         *running: Tensor | None,
     ) -> Any:
         needs = ctx.needs_input_grad
-        keeps_x, statistics, bits, keeps_residual = _what_to_save(norm, Needs(*needs[:4]), residual is not None)
+        unseeded = norm if norm.seed is None else norm._replace(seed=None)  # to be found again
+        keeps_x, statistics, bits, keeps_residual = _what_to_save(unseeded, Needs(*needs[:4]), residual is not None)
         y, total, mean, rstd, mask = family_of(norm).forward(
             x, residual, weight, bias, norm, *running, save_statistics=statistics, save_bits=bits
         )
@@ -126,7 +137,7 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dresidual, dweight, dbias), each where needed, by `backward` or by the composition (see `composes`)."""
     if dy is None:
-        return of_total_alone(dtotal, x_dtype, needs)
+        return of_total_alone(dtotal, norm, x_dtype, needs)
     if composes(saved, dy, dtotal):
         found = _composed(saved, dy, dtotal, norm, torch.is_grad_enabled())
     else:
@@ -135,15 +146,23 @@ def gradients(
 
 
 def of_total_alone(
-    dtotal: Tensor | None, x_dtype: torch.dtype, needs: Needs
+    dtotal: Tensor | None, norm: Norm | SwitchNorm, x_dtype: torch.dtype, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, None, None]:
-    """`gradients` where only the total was used, which is x + residual."""
+    """`gradients` where only the total was used, which is dropout(x) + residual."""
     return (
-        dtotal.to(x_dtype) if dtotal is not None and needs.x else None,
+        dropped(dtotal, norm).to(x_dtype) if dtotal is not None and needs.x else None,
         dtotal if needs.residual else None,
         None,
         None,
     )
+
+
+def dropped(gradient: Tensor, norm: Norm | SwitchNorm) -> Tensor:
+    """The gradient of x from that of the total."""
+    if norm.seed is None:
+        return gradient
+    dtype = compute_dtype(gradient.dtype)
+    return gradient.to(dtype) * drop_factor(norm.seed, gradient.shape, norm.dropout_p, 0.0, dtype)
 
 
 def as_needed(
@@ -193,7 +212,10 @@ def _launched(
 
 
 def wanted_of_kernels(saved: Saved, dy: Tensor, norm: Norm | SwitchNorm, needs: Needs) -> Wanted:
-    """Without an activation dresidual is dy; where the residual was added first it is dx, if of one type."""
+    """Without an activation dresidual is dy; where the residual was added first it is dx, if of one type and nothing
+    was dropped."""
+    if norm.add_first and norm.seed is not None:
+        return Wanted(needs.x, needs.residual, needs.weight, needs.bias)
     if norm.add_first:
         one_type = saved.x is None or saved.x.dtype == dy.dtype
         return Wanted(
@@ -227,11 +249,25 @@ def _composed(saved: Saved, dy: Tensor, dtotal: Tensor | None, norm: Norm, creat
             zip(map(id, inputs), torch.autograd.grad(z, inputs, dz.to(z.dtype), create_graph=create_graph), strict=True)
         )
         dx, dresidual, dweight, dbias = (found.get(id(tensor)) for tensor in (x, residual, weight, bias))
+    return Gradients(*composed_ends(dx, dresidual, dz, dtotal, saved, norm), dweight, dbias)
+
+
+def composed_ends(
+    dx: Tensor | None,
+    dresidual: Tensor | None,
+    dz: Tensor,
+    dtotal: Tensor | None,
+    saved: Saved,
+    norm: Norm | SwitchNorm,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dresidual) of a composition, given the gradients of what was normalized and of a residual added after."""
     if dx is not None and dtotal is not None:
         dx = dx + dtotal.to(dx.dtype)
     if saved.bits is not None:
         dresidual = dz
-    return Gradients(dx, dresidual, dweight, dbias)
+    if dx is not None and norm.seed is not None:
+        dx, dresidual = dropped(dx, norm), dx
+    return dx, dresidual
 
 
 def _differentiable_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, saved: Saved, norm: Norm) -> Tensor:

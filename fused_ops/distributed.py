@@ -17,7 +17,7 @@ from . import backend, batch_fallback, functional, validation
 from .activation import Activation, ActivationLike, resolve
 from .collectives import Moments, computed_in, gather_statistics, reduce_means, values_of_channel
 from .fallback import _by_channel, _laid_out_as, by_statistics
-from .functional.dispatch import _composed, _kernel
+from .functional.dispatch import _composed, _fused, _kernel
 
 if backend.HAS_TRITON:
     from . import autograd, sync_autograd
@@ -86,10 +86,10 @@ def add_sync_batch_norm(
     function = "add_sync_batch_norm"
     count = _validated(function, input, running_mean, running_var)
     validation.operands(function, input, (count,), weight, bias, residual, added_first=True)
-    validation.dropout(function, dropout_p)
+    p = validation.dropout(function, dropout_p, training)
     momentum, eps = validation.number(function, "momentum", momentum), validation.epsilon(function, eps, True)
     found = resolve(activation)
-    return _synchronized(input, residual, running_mean, running_var, weight, bias, momentum, eps, True, found, group)
+    return _synchronized(input, residual, running_mean, running_var, weight, bias, momentum, eps, True, found, group, p)
 
 
 def _validated(function: str, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> int:
@@ -116,11 +116,12 @@ def _synchronized(
     add_first: bool,
     activation: Activation | None,
     group: Any,
+    dropout_p: float = 0.0,
 ) -> Any:
     """y, or (y, total) where the residual is added first, in x's layout. Running statistics move last."""
     run = _kernel(x, residual, weight, bias, running_mean, running_var) if x.numel() else None
     if run is not None and run is autograd.run:
-        fused = () if activation is None else (activation.name, *activation.scalars)
+        fused = _fused(activation, dropout_p, x)
         norm = BatchNorm(_layout_of(tuple(x.shape), x.stride()), True, momentum, eps, add_first, *fused)
         return sync_autograd.run(x, residual, weight, bias, norm, group, (running_mean, running_var))
 
@@ -128,7 +129,7 @@ def _synchronized(
         def normalize(x: Tensor) -> Tensor:
             return _SyncBatchNorm.apply(x, weight, bias, momentum, eps, group, *running)
 
-        return _composed(x, residual, add_first, activation, normalize)
+        return _composed(x, residual, add_first, activation, normalize, dropout_p)
 
     return batch_fallback.moving_last(running_mean, running_var, True, composed)
 

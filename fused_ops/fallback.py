@@ -133,6 +133,11 @@ def _activate_in_place(z: Tensor, activation: Activation) -> Tensor:
     return function(z, **activation.parameters)
 
 
+def dropout(x: Tensor, p: float) -> Tensor:
+    """x as torch's dropout leaves it in training; x itself where nothing is dropped."""
+    return F.dropout(x, p) if p > 0.0 else x
+
+
 def finish(normalized: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
     """activation(normalized + residual); `normalized` is a tensor of this call's own that nothing has saved."""
     # A compiler makes every operation out of place and fuses it anyway, torch.jit.trace wants the same ones with and

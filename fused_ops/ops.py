@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 
+from . import residual_ops
 from .autograd import Needs, Saved, gradients, is_frozen, what_to_save
 from .kernels.families import BATCH_NORM, GROUP_NORM, ROW_NORM, Family, family_of
 from .kernels.problem import BatchNorm, Gradients, GroupNorm, Norm, RowNorm, Wanted
+from .op_library import LIBRARY, define, or_empty, or_none
 
 Tensor = torch.Tensor
 Tensors = tuple[Tensor | None, ...]
 
-_FUSED = "bool add_first, str? activation, float alpha, float beta"
+_FUSED = "bool add_first, str? activation, float alpha, float beta, float dropout_p, Tensor? seed"
 NormType = type[RowNorm] | type[GroupNorm] | type[BatchNorm]
 # A norm's own arguments, as fields of what the launchers take.
 _NORMS: dict[str, tuple[Family, NormType, str]] = {
@@ -44,16 +46,6 @@ _BACKWARD = (
     "(Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
 )
 
-_library = torch.library.Library("fused_ops", "DEF")
-
-
-def _or_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
-
-
-def _or_none(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-    return tuple(tensor if tensor.numel() else None for tensor in tensors)
-
 
 def _parts(norm_type: NormType, arguments: tuple[Any, ...]) -> tuple[Tensors, Norm, bool, bool]:
     """(running statistics, norm, save_statistics, save_bits) of a forward op's arguments behind the bias."""
@@ -75,16 +67,16 @@ def _define(name: str, family: Family, norm_type: NormType, fields: str) -> None
         moved = _moved(norm, running, torch.clone)
         given = [old if new is None else new for old, new in zip(running, moved, strict=True)]
         out = family.forward(x, residual, weight, bias, norm, *given, save_statistics=statistics, save_bits=bits)
-        return _or_empty(x, *out, *moved)
+        return or_empty(x, *out, *moved)
 
     def forward_fake(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *arguments: Any):  # type: ignore[no-untyped-def]
         running, norm, statistics, bits = _parts(norm_type, arguments)
         moved = _moved(norm, running, torch.empty_like)
-        return _or_empty(x, *family.allocate(x, residual, norm, statistics, bits), *moved)
+        return or_empty(x, *family.allocate(x, residual, norm, statistics, bits), *moved)
 
     def backward(dy: Tensor, *arguments: Any):  # type: ignore[no-untyped-def]
         norm, wanted = norm_type(*arguments[8:-4]), Wanted(*arguments[-4:])
-        return _or_empty(dy, *family.backward(dy, *arguments[:8], norm, wanted))
+        return or_empty(dy, *family.backward(dy, *arguments[:8], norm, wanted))
 
     def backward_fake(dy: Tensor, *arguments: Any):  # type: ignore[no-untyped-def]
         _, x, _, _, weight, bias = arguments[:6]
@@ -93,7 +85,7 @@ def _define(name: str, family: Family, norm_type: NormType, fields: str) -> None
             parameter.new_empty((parameter.numel(),)) if want else None
             for parameter, want in ((weight, wanted.dweight), (bias, wanted.dbias))
         )
-        return _or_empty(dy, *family.allocate_gradients(dy, x, norm, wanted), dweight, dbias)
+        return or_empty(dy, *family.allocate_gradients(dy, x, norm, wanted), dweight, dbias)
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         _setup_context(ctx, norm_type, inputs, output)
@@ -103,11 +95,9 @@ def _define(name: str, family: Family, norm_type: NormType, fields: str) -> None
         (f"{name}_forward", _FORWARD.format(norm=fields, running=running, moved=moved), forward, forward_fake),
         (f"{name}_backward", _BACKWARD.format(norm=fields), backward, backward_fake),
     ):
-        _library.define(op + schema)
-        _library.impl(op, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fused_ops::{op}", fake, lib=_library)
+        define(op, schema, run, fake)
     torch.library.register_autograd(
-        f"fused_ops::{name}_forward", _forward_autograd, setup_context=setup_context, lib=_library
+        f"fused_ops::{name}_forward", _forward_autograd, setup_context=setup_context, lib=LIBRARY
     )
 
 
@@ -119,7 +109,7 @@ def _setup_context(ctx: Any, norm_type: NormType, inputs: tuple, output: tuple) 
     _, norm, save_statistics, save_bits = _parts(norm_type, tuple(arguments))
     _, total, mean, rstd, bits, *_ = output
     ctx.mark_non_differentiable(*output[2:])
-    mean, rstd, bits = _or_none(mean, rstd, bits)
+    mean, rstd, bits = or_none(mean, rstd, bits)
     saving = what_to_save(norm, Needs(*ctx.needs_input_grad[:4]), residual is not None)
     normalized = (total if norm.add_first else x) if saving.x else None
     residual = residual if saving.residual else None
@@ -183,11 +173,14 @@ def sample_inputs(name: str, device: torch.device | str | None = None) -> Iterat
     They cover every optional argument present and absent, every norm, layout and place of the residual. On `device`, or
     a GPU where there is one, or the CPU (for interpreted kernels). Raises ValueError for an unknown name.
     """
-    known = [f"{norm}_{direction}" for norm in _NORMS for direction in ("forward", "backward")]
+    known = [f"{norm}_{direction}" for norm in (*_NORMS, "residual_add") for direction in ("forward", "backward")]
     if name not in known:
         raise ValueError(f"unknown op {name!r}; known are {', '.join(known)}")
     family, _, direction = name.rpartition("_")
-    return _samples(family, direction == "forward", device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if family == "residual_add":
+        return residual_ops.samples(direction == "forward", device)
+    return _samples(family, direction == "forward", device)
 
 
 def _norms(family: str, add_first: bool, activation: str | None) -> list[tuple[Norm, tuple[int, ...], int]]:

@@ -8,7 +8,17 @@ import torch
 
 from . import backend, fallback, switch_fallback
 from .activation import Activation
-from .autograd import Needs, Saved, as_needed, composes, of_total_alone, through_mask, wanted_of_kernels, what_to_save
+from .autograd import (
+    Needs,
+    Saved,
+    as_needed,
+    composed_ends,
+    composes,
+    of_total_alone,
+    through_mask,
+    wanted_of_kernels,
+    what_to_save,
+)
 from .kernels.channel_norm.switch_backward import MixtureGradients, switch_norm_backward
 from .kernels.channel_norm.switch_forward import switch_norm_forward
 from .kernels.problem import Gradients, Kinds, Mixture, SwitchNorm
@@ -60,7 +70,7 @@ class SwitchNormFunction(torch.autograd.Function):
         saved, mixture = Saved(*tensors), Mixture(mean_weight, var_weight)
         rest = (None,) * (len(ctx.needs_input_grad) - 6)
         if dy is None:
-            return *of_total_alone(dtotal, ctx.x_dtype, needs), None, None, *rest
+            return *of_total_alone(dtotal, norm, ctx.x_dtype, needs), None, None, *rest
         if means is None or backend.traced(dy) or composes(saved, dy, dtotal):
             create_graph = torch.is_grad_enabled()
             found, of_mixture = _composed(saved, mixture, Kinds(means, variances), dy, dtotal, norm, create_graph)
@@ -106,10 +116,7 @@ def _composed(
     gradients = torch.autograd.grad(z, inputs, dz.to(z.dtype), create_graph=create_graph, allow_unused=True)
     found = dict(zip(map(id, inputs), gradients, strict=True))
     dx, dresidual, dweight, dbias, *of_mixture = (found.get(id(tensor)) for tensor in views)
-    if dx is not None and dtotal is not None:
-        dx = dx + dtotal.to(dx.dtype)
-    if saved.bits is not None:
-        dresidual = dz
+    dx, dresidual = composed_ends(dx, dresidual, dz, dtotal, saved, norm)
     return Gradients(dx, dresidual, dweight, dbias), MixtureGradients(*of_mixture)
 
 

@@ -244,11 +244,58 @@ def operands(
     like_input(function, residual, x, may_be_float32=added_first)
 
 
-def dropout(function: str, dropout_p: float) -> None:
-    """A drop rate lies in [0, 1]; above 0 it is not built yet."""
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ArgumentError(f"{function}: dropout_p must lie between 0 and 1, but is {dropout_p}")
-    if dropout_p != 0.0:
-        raise NotImplementedError(
-            f"{function}: dropout_p={dropout_p} is not built yet; pass 0 and apply torch.nn.functional.dropout to x"
+def rate(function: str, argument: str, value: Any) -> float:
+    """A drop rate as a float: a number in [0, 1]."""
+    p = number(function, argument, value)
+    if not 0.0 <= p <= 1.0:
+        raise ArgumentError(f"{function}: {argument} must lie between 0 and 1, but is {p}")
+    return p
+
+
+def shape_and_value(function: str, argument: str, given: Any) -> tuple[tuple[int, ...], float]:
+    """(shape, initial value) of a parameter; the shape may be one integer."""
+    try:
+        shape, value = given
+    except (TypeError, ValueError):
+        raise ArgumentError(f"{function}: {argument} must be (shape, initial value), but is {given!r}") from None
+    sizes = shape if isinstance(shape, tuple | list | torch.Size) else (shape,)
+    try:
+        sizes = tuple([operator.index(size) for size in sizes])
+    except TypeError:
+        raise TypeError(
+            f"{function}: the shape of {argument} must be an integer or a sequence of integers, but is {shape!r}"
+        ) from None
+    return sizes, number(function, f"the initial value of {argument}", value)
+
+
+def broadcasts(function: str, argument: str, tensor: Tensor | None, x: Tensor) -> None:
+    """A factor, if given, broadcasts to x's shape and lies on its device."""
+    if tensor is None:
+        return
+    floating(function, argument, tensor)
+    pairs = zip(reversed(tensor.shape), reversed(x.shape), strict=False)
+    if tensor.dim() > x.dim() or any(size not in (1, of_x) for size, of_x in pairs):
+        raise ArgumentError(
+            f"{function}: {argument} must broadcast to the input's shape {tuple(x.shape)}, but has shape "
+            f"{tuple(tensor.shape)}; one number for each channel has shape (C,) where channels are the last dim, "
+            "(C, 1, 1) in an image"
         )
+    if tensor.device != x.device:
+        raise ArgumentError(
+            f"{function}: {argument} must lie on the input's device {x.device}, but lies on {tensor.device}; move one"
+        )
+
+
+def samples(function: str, drop_path_p: float, x: Tensor) -> None:
+    """Drop-path drops samples, of which x has some."""
+    if drop_path_p > 0.0 and x.dim() == 0:
+        raise ArgumentError(
+            f"{function}: drop_path_p={drop_path_p} drops samples, the first dim of the input, but it has no dims; "
+            "pass 0 or unsqueeze it"
+        )
+
+
+def dropout(function: str, dropout_p: Any, training: bool) -> float:
+    """The drop rate of a call, a number in [0, 1]: 0 unless training."""
+    p = rate(function, "dropout_p", dropout_p)
+    return p if training else 0.0

@@ -13,8 +13,8 @@ Tensor = torch.Tensor
 
 class RowNorm(NamedTuple):
     """One row norm over rows of `span` elements: y = activation(norm(x) * weight + bias + residual), or, with
-    add_first, total = x + residual and y = activation(norm(total) * weight + bias). alpha and beta parametrize the
-    activation."""
+    add_first, total = dropout(x) + residual and y = activation(norm(total) * weight + bias). alpha and beta parametrize
+    the activation. Without a seed, an int64 on x's device, nothing is dropped (see `dropout`)."""
 
     span: int
     eps: float
@@ -23,6 +23,8 @@ class RowNorm(NamedTuple):
     activation: str | None = None
     alpha: float = 0.0
     beta: float = 0.0
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
 
 
 class GroupNorm(NamedTuple):
@@ -39,6 +41,8 @@ class GroupNorm(NamedTuple):
     activation: str | None = None
     alpha: float = 0.0
     beta: float = 0.0
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
 
 
 class BatchNorm(NamedTuple):
@@ -54,6 +58,8 @@ class BatchNorm(NamedTuple):
     activation: str | None = None
     alpha: float = 0.0
     beta: float = 0.0
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
 
 
 class SwitchNorm(NamedTuple):
@@ -68,9 +74,22 @@ class SwitchNorm(NamedTuple):
     activation: str | None = None
     alpha: float = 0.0
     beta: float = 0.0
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
 
 
 Norm = RowNorm | GroupNorm | BatchNorm
+
+
+class ResidualAdd(NamedTuple):
+    """activation(residual + drop_path(scale * dropout(x))), the scale by channel of x. alpha and beta parametrize the
+    activation; what is dropped follows from a seed (see `dropout`)."""
+
+    dropout_p: float = 0.0
+    drop_path_p: float = 0.0
+    activation: str | None = None
+    alpha: float = 0.0
+    beta: float = 0.0
 
 
 class Forward(NamedTuple):

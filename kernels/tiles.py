@@ -55,13 +55,17 @@ def load_input(
     residual_base,
     col,
     mask,
+    factor,
     COMPUTE: tl.constexpr,
     slot=None,
     RUN: tl.constexpr = 0,
 ):
-    """What is normalized: x, or, where there is a total, x + residual as it is rounded there."""
+    """What is normalized: x, or, where there is a total, x + residual as it is rounded there, x times the factor of
+    dropout, if any."""
     x = load_tile(X_ptr, x_base, col, mask, COMPUTE, slot, RUN)
     if Total_ptr is not None:
+        if factor is not None:
+            x = x * factor
         total = x + load_tile(Residual_ptr, residual_base, col, mask, COMPUTE, slot, RUN)
         x = total.to(Total_ptr.dtype.element_ty).to(COMPUTE)
     return x
@@ -103,15 +107,18 @@ def load_gradients(
 
 @triton.jit
 def store_gradients(
-    DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, base, dtotal_base, col, mask,
+    DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, base, dtotal_base, col, mask, factor,
     ADD_FIRST: tl.constexpr, COMPUTE: tl.constexpr, slot=None, RUN: tl.constexpr = 0,
 ):  # fmt: skip
-    """dx and dresidual of one tile. Where the residual was added first, both are the gradient of the total."""
+    """dx and dresidual of one tile. Where the residual was added first, both are the gradient of the total, dx times
+    the factor of dropout, if any."""
     if ADD_FIRST:
         dtotal = load_tile(DTotal_ptr, dtotal_base, col, mask, COMPUTE, slot, RUN)
         if dtotal is not None:
             dx = dx + dtotal
         dresidual = dx
+        if factor is not None and dx is not None:
+            dx = dx * factor
     else:
         dresidual = dz
     store_tile(DX_ptr, dx, base, col, mask, slot, RUN)

@@ -170,3 +170,82 @@ def pooled_view(tensor: torch.Tensor, channels_last: bool, planes: PooledPlanes)
     if planes.samples == 1 and tensor.shape[0] != 1 and stride != math.prod(tensor.shape[1:]):
         tensor = empty_samples(tensor, channels_last).copy_(tensor)
     return tensor, 0 if planes.samples == 1 else stride
+
+
+# --- elements, in whatever order they lie in memory ----------------------------------------------------------------
+
+
+_ANY_LENGTH = 4096  # of the runs of a lone channel: a multiple of any block
+
+
+class Arrangement(NamedTuple):
+    """How a tensor lies in memory without gaps, and what an element's place in memory tells of it.
+
+    The scale's channel is (place // inner) % channels, the sample is place // sample_size. channels_last: memory is
+    [samples, positions, last_channels], the logical index goes by [samples, last_channels, positions]; else it is the
+    place, where anybody asks.
+    """
+
+    strides: tuple[int, ...]
+    elements: int
+    inner: int
+    channels: int
+    sample_size: int
+    channels_last: bool
+    last_channels: int
+    positions: int
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
+    """Whether dims in this order, the innermost last, lie in memory without gaps."""
+    run = 1
+    for dim in reversed(order):
+        if shape[dim] != 1 and strides[dim] != run:
+            return False
+        run *= shape[dim]
+    return True
+
+
+def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def _memory_arrangement(
+    shape: tuple[int, ...], strides: tuple[int, ...], scale: tuple[int, ...] | None, drops: bool
+) -> Arrangement:
+    """The arrangement of a tensor that has elements, and no gaps between them; one to copy it to where kernels cannot
+    tell from its own what they need to know, of a scale (its shape) or of what is dropped."""
+    elements, dims = math.prod(shape), len(shape)
+    size = (1,) * (dims - len(scale)) + scale if scale is not None else (1,) * dims
+    axes = [dim for dim in range(dims) if size[dim] != 1]
+    first, last = (axes[0], axes[-1]) if axes else (dims, dims - 1)
+    channels = math.prod(shape[first : last + 1])
+    sample_size = elements // shape[0] if dims else elements
+    inner = math.prod(shape[last + 1 :]) if axes else _ANY_LENGTH
+    plain = Arrangement(strides, elements, inner, channels, sample_size, False, 1, 1)
+    if (scale is None and not drops) or _is_dense(shape, strides, range(dims)):
+        return plain
+    order = (0, *range(2, dims), 1)
+    by_last = axes == [1]
+    if dims > 2 and _is_dense(shape, strides, order) and (by_last or 1 not in range(first, last + 1)):
+        if axes and first > 0:
+            inner = 1 if by_last else inner * shape[1]
+        last_channels = shape[1]
+        return plain._replace(
+            inner=inner, channels_last=True, last_channels=last_channels, positions=sample_size // last_channels
+        )
+    return plain._replace(strides=_contiguous_strides(shape))
+
+
+memory_arrangement = functools.lru_cache(maxsize=4096)(_memory_arrangement)
+
+
+def arranged(tensor: torch.Tensor, places: Arrangement, *, copy: bool = True) -> torch.Tensor:
+    """`tensor` itself where it lies so, otherwise a new tensor that does, with its values if they are to be copied."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    pairs = zip(tensor.shape, tensor.stride(), places.strides, strict=True)
+    if all([size == 1 or stride == wanted for size, stride, wanted in pairs]):
+        return tensor
+    to = torch.empty_strided(tensor.shape, places.strides, dtype=tensor.dtype, device=tensor.device)
+    return to.copy_(tensor) if copy else to

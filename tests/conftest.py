@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +19,21 @@ if not HAS_GPU:
 import fused_ops  # noqa: E402
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is marked as full
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases of a test that is marked one_in(n) marks all but every n-th as full. Which ones is as good as drawn,
+    so that no value of a parameter is left out for what its neighbours are, and the same in every run."""
+    cases: dict[tuple[str, str], list[pytest.Item]] = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("one_in") and not item.get_closest_marker("full"):
+            cases[str(item.path), item.name.partition("[")[0]].append(item)
+    for of_test in cases.values():
+        of_test.sort(key=lambda item: zlib.crc32(item.name.encode()))
+        (every,) = of_test[0].get_closest_marker("one_in").args  # type: ignore[union-attr]
+        for item in of_test[-(-len(of_test) // every) :]:
+            item.add_marker(pytest.mark.full)
 
 
 @pytest.fixture

@@ -245,12 +245,56 @@ def as_torch(options: dict[str, Any]) -> dict[str, Any]:
     return {name: torch.tensor(value) if isinstance(value, np.ndarray) else value for name, value in options.items()}
 
 
+def switch_spans(x: Any, training: bool) -> list[tuple[int, ...]]:
+    """The dims of each of switchable norm's statistics that are those of x: instance, layer, batch."""
+    positions = tuple(range(2, x.ndim))
+    spans = [positions] * bool(positions) + [(1, *positions)]
+    return spans + [(0, *positions)] * training
+
+
+def torch_switch_norm(eps: float = 1e-5, **options: Any) -> Callable[..., torch.Tensor]:
+    """The formula of the paper, differentiated by torch."""
+
+    def norm(x: torch.Tensor, mean_weight: torch.Tensor, var_weight: torch.Tensor, **affine: Any) -> torch.Tensor:
+        def by_channel(values: torch.Tensor) -> torch.Tensor:
+            return values.reshape(-1, *[1] * (x.ndim - 2))
+
+        spans = switch_spans(x, options["training"])
+        moments = [torch.var_mean(x, dim=dims, correction=0, keepdim=True) for dims in spans]
+        if not options["training"]:
+            moments.append((by_channel(options["running_var"]), by_channel(options["running_mean"])))
+        mean = sum(share * mean for share, (_, mean) in zip(mean_weight.softmax(0), moments, strict=True))
+        var = sum(share * var for share, (var, _) in zip(var_weight.softmax(0), moments, strict=True))
+        y = (x - mean) / (var + eps).sqrt()
+        y = y * by_channel(affine["weight"]) if "weight" in affine else y
+        return y + by_channel(affine["bias"]) if "bias" in affine else y
+
+    return norm
+
+
+def torch_dropout(seed: int, x: torch.Tensor, p: float) -> torch.Tensor:
+    """torch's dropout of x with the mask that `seed` draws."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return F.dropout(x, p)
+
+
+def drawn_mask(seed: int, shape: tuple[int, ...], p: float) -> np.ndarray:
+    """The mask that `seed` draws."""
+    return torch_dropout(seed, torch.ones(shape, dtype=torch.float64), p).numpy() != 0.0
+
+
 def torch_outputs(
-    kind: str, norm: Callable[..., torch.Tensor], leaves: dict[str, torch.Tensor], activation: Any = None
+    kind: str,
+    norm: Callable[..., torch.Tensor],
+    leaves: dict[str, torch.Tensor],
+    activation: Any = None,
+    dropout: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """The outputs of torch's composition around `norm`, which takes the total and all leaves but x and residual."""
     learned = dict(leaves)
     x, residual = learned.pop("x"), learned.pop("residual", None)
+    x = x if dropout is None else dropout(x)
     added = kind.startswith("add_")
     total = x + residual if added and residual is not None else x
     y = norm(total, **learned)
@@ -267,6 +311,7 @@ def assert_norm_matches_torch(
     span: int,
     activation: Any,
     options: dict[str, Any],
+    dropout: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
     """Outputs and gradients against torch's. The tolerance follows the errors through the formulas.
 
@@ -276,17 +321,19 @@ def assert_norm_matches_torch(
     Each of the two results takes at most span + terms + 20 roundings one after another, terms being those of
     dweight. An element of x_hat is as uncertain as x and its means are in units of the spread, whence an error of z.
     Slopes and their own slopes are below 2. A term of dx or dweight is a product of dz, weight, x_hat twice, and
-    rstd or terms; one of the gradient of a share of a mean has that mean, in units of the spread.
+    rstd or terms; one of the gradient of a share of a mean has that mean, in units of the spread. Dropout hands dx on
+    times 1 / (1 - dropout_p).
     """
     leaves = {name: torch.tensor(array, requires_grad=True) for name, array in arrays.items()}
-    expected = torch_outputs(kind, norm, leaves, activation)
+    expected = torch_outputs(kind, norm, leaves, activation, dropout)
     rng = np.random.default_rng(3)
     d_outputs = [rng.normal(size=arrays["x"].shape) for _ in expected]
     expected_gradients = torch.autograd.grad(expected, list(leaves.values()), list(map(torch.tensor, d_outputs)))
     outputs = outputs_of(kind, arrays, activation=activation, **options)
     gradients = call(kind, arrays, *d_outputs, backward=True, activation=activation, **options)
 
-    total = total_of(kind, arrays)
+    total = expected[-1].detach().numpy() if kind.startswith("add_") else arrays["x"]
+    kept = 1.0 / (1.0 - options.get("dropout_p", 0.0))
     learns_shares = "mean_weight" in arrays
     terms = total.size if learns_shares else total.size // total.shape[1]
     with np.errstate(invalid="ignore"):
@@ -298,7 +345,7 @@ def assert_norm_matches_torch(
     for e, y in zip(expected, outputs, strict=True):
         assert_within(2 * z_error, e, y)
     assert set(gradients) == {f"d{name}" for name in arrays}
-    gradient_error = 8 * z_error * largest(*d_outputs) * weight * x_hat**2 * max(largest(1 / spread), terms)
+    gradient_error = 8 * z_error * largest(*d_outputs) * weight * x_hat**2 * max(largest(1 / spread), terms) * kept
     for name, e in zip(leaves, expected_gradients, strict=True):
         error = gradient_error * (uncertainty if name == "mean_weight" else 1.0)
         assert_within(error, e, gradients[f"d{name}"])

@@ -179,6 +179,7 @@ def test_nan_and_infinity_stay_in_their_channel(function, training, each_backend
 # --- layouts -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(4)
 @each_mode
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
@@ -207,6 +208,7 @@ def test_the_layout_in_is_the_layout_out(function, layout, shape, training, each
     assert same_bits(x, before)
 
 
+@pytest.mark.one_in(4)
 @each_mode
 @pytest.mark.parametrize("dy_layout", LAYOUTS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])

@@ -74,6 +74,7 @@ def assert_same_step(module: nn.Module, torchs: nn.Module, name: str, seed: int,
 # --- against torch -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("eps", [1e-5, 0.5])
 @pytest.mark.parametrize("track_running_stats", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, None, 0.0, 1.0])

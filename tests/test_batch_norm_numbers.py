@@ -162,6 +162,7 @@ def test_shapes(training: bool, layout: Any, shape: tuple[int, ...]) -> None:
     check(with_layout(with_exact_sums(case), layout if len(shape) > 2 else torch.clone))
 
 
+@pytest.mark.one_in(3)
 @in_ways("whole", "columns in small pieces", "whole matrix")
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "gelu"])
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def gradients(function: str, d_outputs: Any, x: Any, residual: Any, **options: A
     return backward(d_outputs[0], x, residual=residual, **options)
 
 
-@pytest.mark.parametrize("function", [*FUNCTIONS, "weight_standardize"])
+@pytest.mark.parametrize("function", [*FUNCTIONS, "residual_add", "weight_standardize"])
 def test_backward_takes_the_gradients_and_then_what_forward_takes(function: str) -> None:
     forward = inspect.signature(getattr(reference, function)).parameters
     backward = dict(inspect.signature(getattr(reference, f"{function}_backward")).parameters)
@@ -266,23 +266,6 @@ def test_wrong_shape_of_the_gradient_of_total_names_both(function: str) -> None:
     with pytest.raises(ValueError) as error:
         gradients(function, [x, np.ones(4)], x, x)
     assert f"{function}: dtotal must have shape {SHAPE}, but has shape (4,)" in str(error.value)
-
-
-@every_add_function
-def test_dropout_is_refused_while_training_only(function: str) -> None:
-    x, residual = normal(0, *SHAPE), normal(1, *SHAPE)
-    with pytest.raises(NotImplementedError, match=r"dropout_p=0\.5"):
-        outputs(function, x, residual, dropout_p=0.5)
-    with pytest.raises(NotImplementedError, match=r"dropout_p=0\.5"):
-        gradients(function, (x, x), x, residual, dropout_p=0.5)
-    with pytest.raises(ValueError, match=r"between 0 and 1, but is 1\.5"):
-        outputs(function, x, residual, dropout_p=1.5)
-    options = {"training": False}
-    if function in TRAINING_FUNCTIONS:
-        options |= {"running_mean": np.zeros(4), "running_var": np.ones(4)}
-    evaluated = outputs(function, x, residual, dropout_p=0.5, **options)
-    for actual, expected in zip(evaluated, outputs(function, x, residual, **options), strict=True):
-        np.testing.assert_array_equal(actual, expected)
 
 
 @every_function

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,8 @@ from tests.reference_cases import (
     outputs_of,
     parametrized_cases,
     parametrized_kinds,
+    switch_spans,
+    torch_switch_norm,
     total_of,
 )
 
@@ -91,39 +92,12 @@ def assert_backward_matches_differences(
 # ---- against torch ----
 
 
-def spans_of(x: Any, training: bool) -> list[tuple[int, ...]]:
-    """The dims of each of the statistics that are those of x: instance, layer, batch."""
-    positions = tuple(range(2, x.ndim))
-    spans = [positions] * bool(positions) + [(1, *positions)]
-    return spans + [(0, *positions)] * training
-
-
-def torch_norm(eps: float = 1e-5, **options: Any) -> Callable[..., torch.Tensor]:
-    """The formula of the paper, differentiated by torch."""
-
-    def norm(x: torch.Tensor, mean_weight: torch.Tensor, var_weight: torch.Tensor, **affine: Any) -> torch.Tensor:
-        def by_channel(values: torch.Tensor) -> torch.Tensor:
-            return values.reshape(-1, *[1] * (x.ndim - 2))
-
-        spans = spans_of(x, options["training"])
-        moments = [torch.var_mean(x, dim=dims, correction=0, keepdim=True) for dims in spans]
-        if not options["training"]:
-            moments.append((by_channel(options["running_var"]), by_channel(options["running_mean"])))
-        mean = sum(share * mean for share, (_, mean) in zip(mean_weight.softmax(0), moments, strict=True))
-        var = sum(share * var for share, (var, _) in zip(var_weight.softmax(0), moments, strict=True))
-        y = (x - mean) / (var + eps).sqrt()
-        y = y * by_channel(affine["weight"]) if "weight" in affine else y
-        return y + by_channel(affine["bias"]) if "bias" in affine else y
-
-    return norm
-
-
 def assert_matches_torch(
     kind: str, arrays: Arrays, options: dict[str, Any], activation: Any = None, eps: float = 1e-5
 ) -> None:
     options, total = {**options, "eps": eps}, total_of(kind, arrays)
     with np.errstate(invalid="ignore"):
-        spans = spans_of(total, options["training"])
+        spans = switch_spans(total, options["training"])
         means = [total.mean(axes, keepdims=True) for axes in spans]
         variances = [total.var(axes, keepdims=True) for axes in spans]
     if not options["training"]:
@@ -133,7 +107,7 @@ def assert_matches_torch(
     powers = np.exp(arrays["var_weight"])
     shares = powers / powers.sum()
     spread = np.sqrt(sum(share * var for share, var in zip(shares, variances, strict=True)) + eps)
-    norm, span = torch_norm(**as_torch(options)), max(total[0].size, total[:, 0].size)
+    norm, span = torch_switch_norm(**as_torch(options)), max(total[0].size, total[:, 0].size)
     assert_norm_matches_torch(kind, arrays, norm, means, spread, span, activation, options)
 
 

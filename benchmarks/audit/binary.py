@@ -51,8 +51,12 @@ class CompiledLaunch:
     @property
     def wide_share(self) -> float:
         """The share of the accessed bytes that is moved 16 bytes a thread at a time."""
-        moved = {width: width * count for width, count in self.widths.items()}
-        return moved.get(WIDEST_ACCESS, 0) / max(1, sum(moved.values()))
+        return self.share_at(WIDEST_ACCESS)
+
+    def share_at(self, width: int) -> float:
+        """The share of the accessed bytes that is moved so many bytes a thread at a time, or more."""
+        moved = {of: of * count for of, count in self.widths.items()}
+        return sum(count for of, count in moved.items() if of >= width) / max(1, sum(moved.values()))
 
     def bytes_in_flight(self, multiprocessors: int) -> int:
         """Bytes of loads on their way on a multiprocessor, with as many programs as it gets of this launch."""

@@ -16,8 +16,9 @@ LEAST_WIDE_SHARE = 0.65
 MOST_NARROW = 2.5  # accesses, for each wide one
 # Accesses are counted in the code, where those of once a program weigh as those of a loop.
 LEAST_WIDE_SHARE_MIXING, MOST_NARROW_MIXING = 0.4, 7.0
-# From here on a call has to fill the device.
+# From here on a call has to fill the device: of an H200's multiprocessors, of more of them as much more.
 LARGE_CALL = 4 * 2**20
+OF_MULTIPROCESSORS = 132
 LEAST_BYTES_IN_FLIGHT = 32 * 2**10
 MOST_IDLE = 0.3  # of a trip of the loop; above it smaller programs, of which several overlap, are worth trying
 MOST_COMPILATIONS = 2
@@ -50,8 +51,16 @@ class Finding:
         return f"{self.where}: {self.kernel}: {self.what}: {self.found}, allowed {self.allowed}"
 
 
-def of_launch(launch: CompiledLaunch, where: str, elements: int, device: Device, mixes: bool = False) -> list[Finding]:
-    """Of one launch of a call on x with so many elements. mixes: programs begin by reading statistics of all kinds."""
+def of_launch(
+    launch: CompiledLaunch,
+    where: str,
+    elements: int,
+    device: Device,
+    mixes: bool = False,
+    widest: int = WIDEST_ACCESS,
+) -> list[Finding]:
+    """Of one launch of a call on x with so many elements. mixes: programs begin by reading statistics of all kinds.
+    widest: bytes of an access at most, where runs of neighbours begin between 16-byte boundaries."""
     multiprocessors = device.facts.multiprocessors
 
     def finding(what: str, found: object, allowed: object) -> Finding:
@@ -65,14 +74,15 @@ def of_launch(launch: CompiledLaunch, where: str, elements: int, device: Device,
     least_wide, most_narrow = (
         (LEAST_WIDE_SHARE_MIXING, MOST_NARROW_MIXING) if mixes else (LEAST_WIDE_SHARE, MOST_NARROW)
     )
-    if launch.wide_share < least_wide:
-        share, least = f"{launch.wide_share:.0%} of the bytes {WIDEST_ACCESS} at a time", f"{least_wide:.0%}"
+    if (wide_share := launch.share_at(widest)) < least_wide:
+        share, least = f"{wide_share:.0%} of the bytes {widest} at a time", f"{least_wide:.0%}"
         found.append(finding("narrow accesses", share, least))
-    wide = launch.widths.get(WIDEST_ACCESS, 0)
+    wide = sum(count for width, count in launch.widths.items() if width >= widest)
     narrow = sum(launch.widths.values()) - wide
     if narrow > most_narrow * wide:
-        found.append(finding("narrow accesses", f"{narrow} beside {wide} of 16 bytes", f"{most_narrow:.0f} for each"))
-    if elements >= LARGE_CALL:
+        beside = f"{narrow} beside {wide} of {widest} bytes"
+        found.append(finding("narrow accesses", beside, f"{most_narrow:.0f} for each"))
+    if elements >= LARGE_CALL * max(1.0, multiprocessors / OF_MULTIPROCESSORS):
         if launch.programs < multiprocessors:
             found.append(finding("under-filled", f"{launch.programs} programs", f"{multiprocessors} and more"))
         in_flight = launch.bytes_in_flight(multiprocessors)
@@ -107,7 +117,12 @@ def of_layouts(few: set[tuple[str, str]], many: set[tuple[str, str]], where: str
 
 
 def of_call(
-    launches: Iterable[CompiledLaunch], where: str, elements: int, device: Device, mixes: bool = False
+    launches: Iterable[CompiledLaunch],
+    where: str,
+    elements: int,
+    device: Device,
+    mixes: bool = False,
+    widest: int = WIDEST_ACCESS,
 ) -> list[Finding]:
     """Of all launches of a call."""
-    return [found for launch in launches for found in of_launch(launch, where, elements, device, mixes)]
+    return [found for launch in launches for found in of_launch(launch, where, elements, device, mixes, widest)]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from ..traffic import DIRECTIONS, Direction
-from ..workloads import WORKLOADS, elements
+from ..workloads import WORKLOADS, Shape, Workload, elements
 from . import findings, host, offline, slices
-from .binary import CompiledLaunch
+from .binary import WIDEST_ACCESS, CompiledLaunch
 from .findings import Finding
 from .layouts import reduction_layouts
 from .slices import Counted
@@ -47,7 +48,12 @@ def compile_workload(name: str, dtype_name: str, target_name: str) -> Compiled:
         finding
         for direction, of_direction in launches.items()
         for finding in findings.of_call(
-            of_direction, f"{where} {direction}", elements(shape), device, workload.of.by_channel == "mixed"
+            of_direction,
+            f"{where} {direction}",
+            elements(shape),
+            device,
+            workload.of.by_channel == "mixed",
+            widest_access(workload, shape, dtype.itemsize),
         )
     ]
     found += findings.of_compilations(compilations, where)
@@ -58,6 +64,17 @@ def compile_workload(name: str, dtype_name: str, target_name: str) -> Compiled:
         )
         found += findings.of_layouts(few, many, where)
     return Compiled(launches, compilations, found)
+
+
+LONGEST_JOINED = 1024  # positions: shorter planes are moved with their neighbours, longer ones each by itself
+
+
+def widest_access(workload: Workload, shape: Shape, itemsize: int) -> int:
+    """Bytes that every run of neighbours which is moved by itself lets a thread move at a time, 16 at most."""
+    plane = elements(shape[2:])
+    if not workload.of.by_channel or workload.channels_last or plane < LONGEST_JOINED:
+        return WIDEST_ACCESS
+    return math.gcd(WIDEST_ACCESS, plane * itemsize)
 
 
 def count_workload(name: str, dtype_name: str, target_name: str) -> dict[Direction, Counted]:

@@ -6,6 +6,7 @@ from .channel_norms import add_group_norm as add_group_norm
 from .channel_norms import add_instance_norm as add_instance_norm
 from .channel_norms import group_norm as group_norm
 from .channel_norms import instance_norm as instance_norm
+from .residual_adds import residual_add as residual_add
 from .row_norms import add_layer_norm as add_layer_norm
 from .row_norms import add_rms_norm as add_rms_norm
 from .row_norms import layer_norm as layer_norm

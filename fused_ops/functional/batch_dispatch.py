@@ -9,7 +9,7 @@ import torch
 
 from .. import backend, batch_fallback
 from ..activation import Activation
-from .dispatch import _composed, _kernel
+from .dispatch import _composed, _fused, _kernel
 
 if backend.HAS_TRITON:
     from .. import autograd
@@ -33,12 +33,13 @@ def _batch_norm(
     eps: float,
     add_first: bool,
     activation: Activation | None,
+    dropout_p: float = 0.0,
 ) -> Any:
     """y, or (y, total) where the residual is added first, in x's layout. In training running statistics move last."""
     run = _kernel(x, residual, weight, bias, running_mean, running_var) if x.numel() else None
     if run is not None:
         layout = _layout_of if run is autograd.run else lies_pooled_channels_last  # a tracer looks through a cache
-        fused = () if activation is None else (activation.name, *activation.scalars)
+        fused = _fused(activation, dropout_p, x)
         norm = BatchNorm(layout(tuple(x.shape), x.stride()), training, momentum, eps, add_first, *fused)
         return run(x, residual, weight, bias, norm, running_mean, running_var)
 
@@ -46,6 +47,6 @@ def _batch_norm(
         def normalize(x: Tensor) -> Tensor:
             return batch_fallback.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
 
-        return _composed(x, residual, add_first, activation, normalize)
+        return _composed(x, residual, add_first, activation, normalize, dropout_p)
 
     return batch_fallback.moving_last(running_mean, running_var, training, composed)

@@ -90,7 +90,7 @@ def add_batch_norm(
     Args:
         residual: x's shape and device, and its type, or float32 with half or bfloat16 x; total has the residual's type,
             y has x's. The rest as in `batch_norm`.
-        dropout_p: not built yet; NotImplementedError unless 0. `training` will be the dropout's as well.
+        dropout_p: as in `add_layer_norm`; `training` is the dropout's as well.
 
     Returns:
         (y, total), both in x's layout.
@@ -102,8 +102,10 @@ def add_batch_norm(
     function = "add_batch_norm"
     count = validation.batch(function, input, running_mean, running_var, training)
     validation.operands(function, input, (count,), weight, bias, residual, added_first=True)
-    validation.dropout(function, dropout_p)
+    p = validation.dropout(function, dropout_p, training)
     momentum = validation.number(function, "momentum", momentum)
     eps = validation.epsilon(function, eps, training)
     found = resolve(activation)
-    return _batch_norm(input, residual, running_mean, running_var, weight, bias, training, momentum, eps, True, found)
+    return _batch_norm(
+        input, residual, running_mean, running_var, weight, bias, training, momentum, eps, True, found, p
+    )

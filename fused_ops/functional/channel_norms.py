@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import validation
+from .. import fallback, validation
 from ..activation import ActivationLike, resolve
 from .dispatch import _autocasts, _channel_norm, _instance_norm
 
@@ -78,7 +78,7 @@ def add_group_norm(
     Args:
         residual: x's shape and device, and its type, or float32 with half or bfloat16 x; total has the residual's type,
             y has x's. The rest as in `group_norm`.
-        dropout_p: not built yet; NotImplementedError unless 0.
+        dropout_p: as in `add_layer_norm`.
 
     Returns:
         (y, total), both in x's layout.
@@ -89,13 +89,13 @@ def add_group_norm(
     function = "add_group_norm"
     num_groups = validation.groups(function, input, num_groups)
     validation.operands(function, input, (input.shape[1],), weight, bias, residual, added_first=True)
-    validation.dropout(function, dropout_p)
+    p = validation.dropout(function, dropout_p, training)
     found = resolve(activation)
     if _autocasts(input):
         # torch adds in the tensors' own type and normalizes in float32, so y and total are of two types.
-        total = input + residual
+        total = fallback.dropout(input, p) + residual
         return _channel_norm(total.float(), None, weight, bias, num_groups, float(eps), False, found), total
-    return _channel_norm(input, residual, weight, bias, num_groups, float(eps), True, found)
+    return _channel_norm(input, residual, weight, bias, num_groups, float(eps), True, found, p)
 
 
 def instance_norm(
@@ -185,7 +185,7 @@ def add_instance_norm(
     function = "add_instance_norm"
     count = validation.planes(function, input, running_mean, running_var, use_input_stats)
     validation.operands(function, input, (count,), weight, bias, residual, added_first=True)
-    validation.dropout(function, dropout_p)
+    p = validation.dropout(function, dropout_p, training)
     momentum = validation.number(function, "momentum", momentum)
     return _instance_norm(
         input,
@@ -199,4 +199,5 @@ def add_instance_norm(
         float(eps),
         True,
         resolve(activation),
+        p,
     )

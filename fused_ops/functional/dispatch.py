@@ -13,7 +13,7 @@ from .. import backend, fallback, validation
 from ..activation import Activation
 
 if backend.HAS_TRITON:
-    from .. import autograd, ops
+    from .. import autograd, drops, ops
     from ..kernels.problem import GroupNorm, RowNorm
     from ..kernels.views import lies_channels_last
 
@@ -64,7 +64,7 @@ def _row_norm(
         x, residual = x.float(), None if residual is None else residual.float()
     run = _kernel(x, residual, weight, bias)
     if run is not None:
-        return run(x, residual, weight, bias, _kernel_norm(span, eps, subtract_mean, False, activation))
+        return run(x, residual, weight, bias, _kernel_norm(span, eps, subtract_mean, False, activation, 0.0, x))
     y = fallback.layer_norm(x, shape, weight, bias, eps, subtract_mean)
     return y if residual is None and activation is None else fallback.finish(y, residual, activation)
 
@@ -79,23 +79,39 @@ def _add_row_norm(
     eps: float,
     subtract_mean: bool,
     activation: Activation | None,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     if _autocasts(x):
         # torch adds in the tensors' own type and normalizes in float32, so y and total are of two types.
-        total = residual + x
+        total = residual + fallback.dropout(x, dropout_p)
         return _row_norm(total.float(), None, weight, bias, shape, span, eps, subtract_mean, activation), total
     run = _kernel(x, residual, weight, bias)
     if run is not None:
-        return run(x, residual, weight, bias, _kernel_norm(span, eps, subtract_mean, True, activation))
-    total = residual + x
+        return run(x, residual, weight, bias, _kernel_norm(span, eps, subtract_mean, True, activation, dropout_p, x))
+    total = residual + fallback.dropout(x, dropout_p)
     y = fallback.layer_norm(total, shape, weight, bias, eps, subtract_mean)
     return fallback.finish(y.to(x.dtype), None, activation), total
 
 
-def _kernel_norm(span: int, eps: float, subtract_mean: bool, add_first: bool, activation: Activation | None) -> RowNorm:
-    if activation is None:
-        return RowNorm(span, eps, subtract_mean, add_first)
-    return RowNorm(span, eps, subtract_mean, add_first, activation.name, *activation.scalars)
+def _kernel_norm(
+    span: int,
+    eps: float,
+    subtract_mean: bool,
+    add_first: bool,
+    activation: Activation | None,
+    dropout_p: float,
+    x: Tensor,
+) -> RowNorm:
+    return RowNorm(span, eps, subtract_mean, add_first, *_fused(activation, dropout_p, x))
+
+
+def _fused(activation: Activation | None, dropout_p: float, x: Tensor) -> tuple[Any, ...]:
+    """The last fields of a norm that kernels compute, as far as they differ from what they are by default: the
+    activation with its parameters, the rate and the seed of dropout."""
+    if dropout_p == 0.0:
+        return () if activation is None else (activation.name, *activation.scalars)
+    name, scalars = (None, (0.0, 0.0)) if activation is None else (activation.name, activation.scalars)
+    return name, *scalars, dropout_p, drops.draw_seed(x.device)
 
 
 # --- planes: statistics of each, of groups of them, or running ones -------------------------------------------------
@@ -110,17 +126,26 @@ def _channel_norm(
     eps: float,
     add_first: bool,
     activation: Activation | None,
+    dropout_p: float = 0.0,
 ) -> Any:
     """y, or (y, total) where the residual is added first, in x's layout; instance norm has a group for each channel."""
     run = _kernel(x, residual, weight, bias)
     if run is not None:
         if groups == 1 and math.prod(x.shape[2:]) == 1 and (x.dim() == 2 or x.stride(-1) == 1):  # rows
-            return run(x, residual, weight, bias, _kernel_norm(x.shape[1], eps, True, add_first, activation))
+            norm = _kernel_norm(x.shape[1], eps, True, add_first, activation, dropout_p, x)
+            return run(x, residual, weight, bias, norm)
         layout = _layout_of if run is autograd.run else lies_channels_last  # a tracer looks through a cache, and warns
-        fused = () if activation is None else (activation.name, *activation.scalars)
         channels_last = layout(tuple(x.shape), x.stride(), groups)
+        fused = _fused(activation, dropout_p, x)
         return run(x, residual, weight, bias, GroupNorm(groups, channels_last, eps, add_first, *fused))
-    return _composed(x, residual, add_first, activation, lambda x: fallback.group_norm(x, groups, weight, bias, eps))
+    return _composed(
+        x,
+        residual,
+        add_first,
+        activation,
+        lambda x: fallback.group_norm(x, groups, weight, bias, eps),
+        dropout_p,
+    )
 
 
 def _instance_norm(
@@ -135,10 +160,11 @@ def _instance_norm(
     eps: float,
     add_first: bool,
     activation: Activation | None,
+    dropout_p: float = 0.0,
 ) -> Any:
     """`_channel_norm` of single channels, or by running statistics, which else follow what was normalized."""
     if running_mean is None or running_var is None:
-        return _channel_norm(x, residual, weight, bias, x.shape[1] or 1, eps, add_first, activation)
+        return _channel_norm(x, residual, weight, bias, x.shape[1] or 1, eps, add_first, activation, dropout_p)
     if not use_input_stats:  # no reduction, and no kernel
         return _composed(
             x,
@@ -146,18 +172,24 @@ def _instance_norm(
             add_first,
             activation,
             lambda x: fallback.stored_norm(x, running_mean, running_var, weight, bias, eps),
+            dropout_p,
         )
-    out = _channel_norm(x, residual, weight, bias, x.shape[1] or 1, eps, add_first, activation)
+    out = _channel_norm(x, residual, weight, bias, x.shape[1] or 1, eps, add_first, activation, dropout_p)
     fallback.track_planes(out[1] if add_first else x, running_mean, running_var, momentum)
     return out
 
 
 def _composed(
-    x: Tensor, residual: Any, add_first: bool, activation: Activation | None, norm: Callable[[Tensor], Tensor]
+    x: Tensor,
+    residual: Any,
+    add_first: bool,
+    activation: Activation | None,
+    norm: Callable[[Tensor], Tensor],
+    dropout_p: float = 0.0,
 ) -> Any:
     """The composition around a norm that keeps its argument's layout."""
     if add_first:
-        total = x + residual  # x in front, so that the total has its layout
+        total = fallback.dropout(x, dropout_p) + residual  # x in front, so that the total has its layout
         return fallback.finish(norm(total).to(x.dtype), None, activation), total
     y = norm(x)
     return y if residual is None and activation is None else fallback.finish(y, residual, activation)

@@ -99,16 +99,17 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Adds to the residual stream and normalizes the sum, the step between two sublayers of a pre-norm Transformer.
 
-    .. math:: \\mathrm{total} = \\mathrm{residual} + x, \\quad
+    .. math:: \\mathrm{total} = \\mathrm{residual} + \\mathrm{dropout}(x), \\quad
               y = \\mathrm{activation}(\\mathrm{LayerNorm}(\\mathrm{total}))
 
     Args:
         residual: x's shape and device, and its type, or float32 with half or bfloat16 x; total has the residual's type,
             y has x's. The rest as in `layer_norm`.
-        dropout_p: not built yet; NotImplementedError unless 0.
+        dropout_p: the probability with which an element of x is dropped, 0 unless `training`; what is kept is
+            multiplied by 1 / (1 - p). See `residual_add`.
 
     Returns:
-        (y, total). Backward takes the gradients of both and writes one tensor for dx and dresidual.
+        (y, total). Backward takes the gradients of both and, without dropout, writes one tensor for dx and dresidual.
 
     Example:
         >>> y, total = add_layer_norm(torch.randn(8, 16), torch.randn(8, 16), (16,))
@@ -116,8 +117,8 @@ def add_layer_norm(
     function = "add_layer_norm"
     shape, span = validation.row_span(function, input, normalized_shape)
     validation.operands(function, input, shape, weight, bias, residual, added_first=True)
-    validation.dropout(function, dropout_p)
-    return _add_row_norm(input, residual, weight, bias, shape, span, float(eps), True, resolve(activation))
+    p = validation.dropout(function, dropout_p, training)
+    return _add_row_norm(input, residual, weight, bias, shape, span, float(eps), True, resolve(activation), p)
 
 
 def add_rms_norm(
@@ -131,7 +132,7 @@ def add_rms_norm(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`add_layer_norm` with `rms_norm`: total = residual + x, y = activation(RMSNorm(total)); returns (y, total).
+    """`add_layer_norm` with `rms_norm`: total = residual + dropout(x), y = activation(RMSNorm(total)).
 
     Example:
         >>> y, total = add_rms_norm(torch.randn(8, 16), torch.randn(8, 16), (16,), torch.ones(16))
@@ -139,5 +140,6 @@ def add_rms_norm(
     function = "add_rms_norm"
     shape, span = validation.row_span(function, input, normalized_shape)
     validation.operands(function, input, shape, weight, None, residual, added_first=True)
-    validation.dropout(function, dropout_p)
-    return _add_row_norm(input, residual, weight, None, shape, span, _rms_eps(eps, input), False, resolve(activation))
+    p = validation.dropout(function, dropout_p, training)
+    own_eps = _rms_eps(eps, input)
+    return _add_row_norm(input, residual, weight, None, shape, span, own_eps, False, resolve(activation), p)

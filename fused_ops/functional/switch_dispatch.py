@@ -9,7 +9,7 @@ import torch
 
 from .. import backend, batch_fallback, switch_fallback
 from ..activation import Activation
-from .dispatch import _composed, _kernel
+from .dispatch import _composed, _fused, _kernel
 
 if backend.HAS_TRITON:
     from .. import autograd, switch_autograd
@@ -35,11 +35,12 @@ def _switch_norm(
     eps: float,
     add_first: bool,
     activation: Activation | None,
+    dropout_p: float = 0.0,
 ) -> Any:
     """y, or (y, total) where the residual is added first, in x's layout. In training running statistics move last."""
     run = _kernel(x, residual, weight, bias, mean_weight, var_weight, running_mean, running_var) if x.numel() else None
     if run is not None and run is autograd.run:  # a tracer gets torch's operations
-        fused = () if activation is None else (activation.name, *activation.scalars)
+        fused = _fused(activation, dropout_p, x)
         channels_last = _layout_of(tuple(x.shape), x.stride(), x.shape[1])
         norm = SwitchNorm(channels_last, training, momentum, eps, add_first, *fused)
         operands = (x, residual, weight, bias, mean_weight, var_weight)
@@ -51,6 +52,6 @@ def _switch_norm(
                 x, mean, var, weight, bias, mean_weight, var_weight, training, momentum, eps
             )
 
-        return _composed(x, residual, add_first, activation, normalize)
+        return _composed(x, residual, add_first, activation, normalize, dropout_p)
 
     return batch_fallback.moving_last(running_mean, running_var, training, composed)

@@ -113,7 +113,7 @@ def add_switch_norm(
     Args:
         residual: x's shape and device, and its type, or float32 with half or bfloat16 x; total has the residual's type,
             y has x's. The rest as in `switch_norm`.
-        dropout_p: not built yet; NotImplementedError unless 0. `training` will be the dropout's as well.
+        dropout_p: as in `add_layer_norm`; `training` is the dropout's as well.
 
     Returns:
         (y, total), both in x's layout.
@@ -126,7 +126,7 @@ def add_switch_norm(
     count = validation.batch(function, input, running_mean, running_var, training)
     validation.operands(function, input, (count,), weight, bias, residual, added_first=True)
     validation.mixture(function, input, mean_weight, var_weight)
-    validation.dropout(function, dropout_p)
+    p = validation.dropout(function, dropout_p, training)
     momentum = validation.number(function, "momentum", momentum)
     eps = validation.epsilon(function, eps, training=False)
     return _switch_norm(
@@ -143,4 +143,5 @@ def add_switch_norm(
         eps,
         True,
         resolve(activation),
+        p,
     )

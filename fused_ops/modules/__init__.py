@@ -16,6 +16,7 @@ from .instance_norm import InstanceNorm2d as InstanceNorm2d
 from .instance_norm import InstanceNorm3d as InstanceNorm3d
 from .layer_norm import AddLayerNorm as AddLayerNorm
 from .layer_norm import LayerNorm as LayerNorm
+from .residual_add import ResidualAdd as ResidualAdd
 from .rms_norm import AddRMSNorm as AddRMSNorm
 from .rms_norm import RMSNorm as RMSNorm
 from .switch_norm import AddSwitchNorm1d as AddSwitchNorm1d

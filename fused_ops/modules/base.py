@@ -30,9 +30,14 @@ class Added(Activated):
     dropout_p: float
 
     def __init__(self, *args: Any, activation: ActivationLike = None, dropout_p: float = 0.0, **kwargs: Any) -> None:
-        validation.dropout(type(self).__name__, dropout_p)
+        p = validation.rate(type(self).__name__, "dropout_p", dropout_p)
         super().__init__(*args, activation=activation, **kwargs)
-        self.dropout_p = dropout_p
+        self.dropout_p = p
+
+    @property
+    def _rate_of_call(self) -> float:
+        """The rate of dropout as it is now; a norm may go by the statistics of its input in evaluation as well."""
+        return self.dropout_p if self.training else 0.0
 
     def extra_repr(self) -> str:
         shown = super().extra_repr()

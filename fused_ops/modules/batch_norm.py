@@ -45,7 +45,7 @@ class _Normalizing(Activated, _Batches):
 
 class _Adding(Added, _Batches):
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return self._normalize(F.add_batch_norm, x, residual, activation=self.activation, dropout_p=self.dropout_p)
+        return self._normalize(F.add_batch_norm, x, residual, activation=self.activation, dropout_p=self._rate_of_call)
 
 
 class BatchNorm1d(_Normalizing, nn.BatchNorm1d):

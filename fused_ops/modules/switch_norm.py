@@ -106,7 +106,7 @@ class _Normalizing(Activated, _Switchable):
 
 class _Adding(Added, _Switchable):
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return self._normalize(F.add_switch_norm, x, residual, activation=self.activation, dropout_p=self.dropout_p)
+        return self._normalize(F.add_switch_norm, x, residual, activation=self.activation, dropout_p=self._rate_of_call)
 
 
 class SwitchNorm1d(_Normalizing):

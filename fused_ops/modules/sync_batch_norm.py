@@ -71,7 +71,7 @@ class AddSyncBatchNorm(Added, _Synchronized):
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         function = functools.partial(add_sync_batch_norm, group=self._group())
-        return self._normalize(function, x, residual, activation=self.activation, dropout_p=self.dropout_p)
+        return self._normalize(function, x, residual, activation=self.activation, dropout_p=self._rate_of_call)
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:

@@ -19,6 +19,8 @@ from .instance_norms import add_instance_norm as add_instance_norm
 from .instance_norms import add_instance_norm_backward as add_instance_norm_backward
 from .instance_norms import instance_norm as instance_norm
 from .instance_norms import instance_norm_backward as instance_norm_backward
+from .residual import residual_add as residual_add
+from .residual import residual_add_backward as residual_add_backward
 from .row_norms import add_layer_norm as add_layer_norm
 from .row_norms import add_layer_norm_backward as add_layer_norm_backward
 from .row_norms import add_rms_norm as add_rms_norm

@@ -19,6 +19,13 @@ def float64(values: ArrayLike) -> Array:
     return np.asarray(values, dtype=np.float64)
 
 
+def checked(function: str, argument: str, values: ArrayLike, shape: tuple[int, ...]) -> Array:
+    array = float64(values)
+    if array.shape != shape:
+        raise ValueError(f"{function}: {argument} must have shape {shape}, but has shape {array.shape}")
+    return array
+
+
 def sum_to(values: Array, shape: tuple[int, ...]) -> Array:
     """Undo a broadcast: the gradient of an array of `shape` that was broadcast to the shape of `values`."""
     padded = (1,) * (values.ndim - len(shape)) + shape

@@ -141,13 +141,14 @@ def add_batch_norm(
     *,
     activation: ActivationLike = None,
     dropout_p: float = 0.0,
+    keep: ArrayLike | None = None,
 ) -> tuple[Array, ...]:
-    """(y, total): total = residual + x, y = batch_norm(total, ..., activation=activation).
+    """(y, total): total = residual + dropout(x), y = batch_norm(total, ..., activation=activation).
 
     Where running statistics are given it is (y, total, running_mean, running_var).
-    Raises NotImplementedError for dropout while training.
+    dropout(x) = x * keep / (1 - dropout_p) while training, with its mask `keep` of x's shape; otherwise x.
     """
-    total = total_of("add_batch_norm", x, residual, dropout_p, training)
+    total, _ = total_of("add_batch_norm", x, residual, dropout_p, training, keep)
     norm = _BatchNorm(
         "add_batch_norm",
         total,
@@ -180,12 +181,13 @@ def add_batch_norm_backward(
     *,
     activation: ActivationLike = None,
     dropout_p: float = 0.0,
+    keep: ArrayLike | None = None,
 ) -> Gradients:
     """The gradients of sum(dy * y) + sum(dtotal * total): dx, dresidual; dweight, dbias of what was given.
 
     None for dy or dtotal says that no gradient arrived there.
     """
-    total = total_of("add_batch_norm", x, residual, dropout_p, training)
+    total, factor = total_of("add_batch_norm", x, residual, dropout_p, training, keep)
     norm = _BatchNorm(
         "add_batch_norm",
         total,
@@ -199,4 +201,4 @@ def add_batch_norm_backward(
         None,
         activation,
     )
-    return norm.add_backward(dy, dtotal)
+    return norm.add_backward(dy, dtotal, factor)

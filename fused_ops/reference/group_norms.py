@@ -108,12 +108,13 @@ def add_group_norm(
     activation: ActivationLike = None,
     dropout_p: float = 0.0,
     training: bool = True,
+    keep: ArrayLike | None = None,
 ) -> tuple[Array, Array]:
-    """(y, total): total = residual + x, y = group_norm(total, ..., activation=activation).
+    """(y, total): total = residual + dropout(x), y = group_norm(total, ..., activation=activation).
 
-    Raises NotImplementedError for dropout while training.
+    dropout(x) = x * keep / (1 - dropout_p) while training, with its mask `keep` of x's shape; otherwise x.
     """
-    total = total_of("add_group_norm", x, residual, dropout_p, training)
+    total, _ = total_of("add_group_norm", x, residual, dropout_p, training, keep)
     norm = _GroupNorm("add_group_norm", total, num_groups, weight, bias, eps, None, activation)
     return norm.forward(), total
 
@@ -132,11 +133,12 @@ def add_group_norm_backward(
     activation: ActivationLike = None,
     dropout_p: float = 0.0,
     training: bool = True,
+    keep: ArrayLike | None = None,
 ) -> Gradients:
     """The gradients of sum(dy * y) + sum(dtotal * total): dx, dresidual; dweight, dbias of what was given.
 
     None for dy or dtotal says that no gradient arrived there.
     """
-    total = total_of("add_group_norm", x, residual, dropout_p, training)
+    total, factor = total_of("add_group_norm", x, residual, dropout_p, training, keep)
     norm = _GroupNorm("add_group_norm", total, num_groups, weight, bias, eps, None, activation)
-    return norm.add_backward(dy, dtotal)
+    return norm.add_backward(dy, dtotal, factor)

@@ -6,17 +6,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .activations import ActivationLike
-from .arrays import Array, float64
+from .arrays import Array, checked, float64
+from .drops import dropout_factor
 from .epilogue import epilogue, epilogue_backward
 
 Gradients = dict[str, Array]
-
-
-def checked(function: str, argument: str, values: ArrayLike, shape: tuple[int, ...]) -> Array:
-    array = float64(values)
-    if array.shape != shape:
-        raise ValueError(f"{function}: {argument} must have shape {shape}, but has shape {array.shape}")
-    return array
 
 
 class NormCall:
@@ -70,22 +64,22 @@ class NormCall:
             gradients[f"d{name}"] = gradients[f"d{name}"].reshape(self.parameter_shape)
         return {"dx": self.dx(dx_hat), **gradients, **self.learned_backward(dx_hat)}
 
-    def add_backward(self, dy: ArrayLike | None, dtotal: ArrayLike | None) -> Gradients:
-        """The gradients of an add_ form, whose norm this is the call of.
+    def add_backward(self, dy: ArrayLike | None, dtotal: ArrayLike | None, factor: Array) -> Gradients:
+        """The gradients of an add_ form, whose norm this is the call of; `factor` as `total_of` returned it.
 
-        total = residual + x feeds both outputs, so dx = dresidual = dtotal + the norm's own dx.
+        total = residual + x * factor feeds both outputs, so dresidual = dtotal + the norm's own dx.
         """
         # Not the same as a dy of zeros: without y, a NaN in total does not reach dx (nor does it in torch).
         if dy is None:
             gradients = {f"d{name}": np.zeros(self.parameter_shape) for name in self.parameters}
             gradients |= {f"d{name}": np.zeros_like(values) for name, values in self.learned.items()}
-            dx = np.zeros_like(self.x_hat)
+            dresidual = np.zeros_like(self.x_hat)
         else:
             gradients = self.backward(dy)
-            dx = gradients.pop("dx")
+            dresidual = gradients.pop("dx")
         if dtotal is not None:
-            dx = dx + checked(self.function, "dtotal", dtotal, dx.shape)
-        return {"dx": dx, "dresidual": dx.copy(), **gradients}
+            dresidual = dresidual + checked(self.function, "dtotal", dtotal, dresidual.shape)
+        return {"dx": dresidual * factor, "dresidual": dresidual, **gradients}
 
 
 class ChannelNormCall(NormCall):
@@ -110,12 +104,10 @@ class ChannelNormCall(NormCall):
         super().__init__(function, x, x.shape[1:2], x.ndim - 2, weight, bias, residual, activation)
 
 
-def total_of(function: str, x: ArrayLike, residual: ArrayLike, dropout_p: float, training: bool) -> Array:
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{function}: dropout_p must lie between 0 and 1, but is {dropout_p}")
-    if dropout_p and training:
-        raise NotImplementedError(
-            f"{function}: dropout_p={dropout_p} while training is not implemented yet; pass dropout_p=0.0"
-        )
+def total_of(
+    function: str, x: ArrayLike, residual: ArrayLike, dropout_p: float, training: bool, keep: ArrayLike | None
+) -> tuple[Array, Array]:
+    """(total, factor): total = residual + x * factor, the factor that of dropout."""
     x = float64(x)
-    return checked(function, "residual", residual, x.shape) + x
+    factor = dropout_factor(function, keep, x.shape, dropout_p, training)
+    return checked(function, "residual", residual, x.shape) + x * factor, factor

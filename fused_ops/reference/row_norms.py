@@ -162,12 +162,13 @@ def add_layer_norm(
     activation: ActivationLike = None,
     dropout_p: float = 0.0,
     training: bool = True,
+    keep: ArrayLike | None = None,
 ) -> tuple[Array, Array]:
-    """(y, total): total = residual + x, y = layer_norm(total, ..., activation=activation).
+    """(y, total): total = residual + dropout(x), y = layer_norm(total, ..., activation=activation).
 
-    Raises NotImplementedError for dropout while training.
+    dropout(x) = x * keep / (1 - dropout_p) while training, with its mask `keep` of x's shape; otherwise x.
     """
-    total = total_of("add_layer_norm", x, residual, dropout_p, training)
+    total, _ = total_of("add_layer_norm", x, residual, dropout_p, training, keep)
     norm = _LayerNorm("add_layer_norm", total, normalized_shape, weight, bias, eps, None, activation)
     return norm.forward(), total
 
@@ -186,14 +187,15 @@ def add_layer_norm_backward(
     activation: ActivationLike = None,
     dropout_p: float = 0.0,
     training: bool = True,
+    keep: ArrayLike | None = None,
 ) -> Gradients:
     """The gradients of sum(dy * y) + sum(dtotal * total): dx, dresidual; dweight, dbias of what was given.
 
     None for dy or dtotal says that no gradient arrived there.
     """
-    total = total_of("add_layer_norm", x, residual, dropout_p, training)
+    total, factor = total_of("add_layer_norm", x, residual, dropout_p, training, keep)
     norm = _LayerNorm("add_layer_norm", total, normalized_shape, weight, bias, eps, None, activation)
-    return norm.add_backward(dy, dtotal)
+    return norm.add_backward(dy, dtotal, factor)
 
 
 @propagate_non_finite
@@ -207,14 +209,15 @@ def add_rms_norm(
     activation: ActivationLike = None,
     dropout_p: float = 0.0,
     training: bool = True,
+    keep: ArrayLike | None = None,
 ) -> tuple[Array, Array]:
-    """(y, total): total = residual + x, y = rms_norm(total, ..., activation=activation).
+    """(y, total): total = residual + dropout(x), y = rms_norm(total, ..., activation=activation).
 
     eps=None is `rms_norm_eps` of the dtype that residual + x has.
-    Raises NotImplementedError for dropout while training.
+    dropout(x) = x * keep / (1 - dropout_p) while training, with its mask `keep` of x's shape; otherwise x.
     """
     eps = rms_norm_eps(np.asarray(x).dtype, np.asarray(residual).dtype) if eps is None else eps
-    total = total_of("add_rms_norm", x, residual, dropout_p, training)
+    total, _ = total_of("add_rms_norm", x, residual, dropout_p, training, keep)
     norm = _RMSNorm("add_rms_norm", total, normalized_shape, weight, None, eps, None, activation)
     return norm.forward(), total
 
@@ -232,12 +235,13 @@ def add_rms_norm_backward(
     activation: ActivationLike = None,
     dropout_p: float = 0.0,
     training: bool = True,
+    keep: ArrayLike | None = None,
 ) -> Gradients:
     """The gradients of sum(dy * y) + sum(dtotal * total): dx, dresidual; dweight if weight was given.
 
     None for dy or dtotal says that no gradient arrived there.
     """
     eps = rms_norm_eps(np.asarray(x).dtype, np.asarray(residual).dtype) if eps is None else eps
-    total = total_of("add_rms_norm", x, residual, dropout_p, training)
+    total, factor = total_of("add_rms_norm", x, residual, dropout_p, training, keep)
     norm = _RMSNorm("add_rms_norm", total, normalized_shape, weight, None, eps, None, activation)
-    return norm.add_backward(dy, dtotal)
+    return norm.add_backward(dy, dtotal, factor)

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .activations import ActivationLike
-from .arrays import Array, mean_over
-from .norm_call import ChannelNormCall, checked
+from .arrays import Array, checked, mean_over
+from .norm_call import ChannelNormCall
 from .normalize import center, normalize, normalize_backward
 
 

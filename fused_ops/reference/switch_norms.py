@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .activations import ActivationLike
-from .arrays import Array, float64, mean_over, propagate_non_finite
-from .norm_call import Gradients, checked, total_of
+from .arrays import Array, checked, float64, mean_over, propagate_non_finite
+from .norm_call import Gradients, total_of
 from .normalize import center
 from .running_call import RunningNormCall
 
@@ -221,13 +221,14 @@ def add_switch_norm(
     *,
     activation: ActivationLike = None,
     dropout_p: float = 0.0,
+    keep: ArrayLike | None = None,
 ) -> tuple[Array, ...]:
-    """(y, total): total = residual + x, y = switch_norm(total, ..., activation=activation).
+    """(y, total): total = residual + dropout(x), y = switch_norm(total, ..., activation=activation).
 
     Where running statistics are given it is (y, total, running_mean, running_var).
-    Raises NotImplementedError for dropout while training.
+    dropout(x) = x * keep / (1 - dropout_p) while training, with its mask `keep` of x's shape; otherwise x.
     """
-    total = total_of("add_switch_norm", x, residual, dropout_p, training)
+    total, _ = total_of("add_switch_norm", x, residual, dropout_p, training, keep)
     norm = _SwitchNorm(
         "add_switch_norm",
         total,
@@ -264,13 +265,14 @@ def add_switch_norm_backward(
     *,
     activation: ActivationLike = None,
     dropout_p: float = 0.0,
+    keep: ArrayLike | None = None,
 ) -> Gradients:
     """The gradients of sum(dy * y) + sum(dtotal * total): dx, dresidual, dmean_weight, dvar_weight;
     dweight, dbias of what was given.
 
     None for dy or dtotal says that no gradient arrived there.
     """
-    total = total_of("add_switch_norm", x, residual, dropout_p, training)
+    total, factor = total_of("add_switch_norm", x, residual, dropout_p, training, keep)
     norm = _SwitchNorm(
         "add_switch_norm",
         total,
@@ -286,4 +288,4 @@ def add_switch_norm_backward(
         None,
         activation,
     )
-    return norm.add_backward(dy, dtotal)
+    return norm.add_backward(dy, dtotal, factor)

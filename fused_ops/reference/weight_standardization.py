@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from numpy.typing import ArrayLike
 
-from .arrays import Array, float64, propagate_non_finite
-from .norm_call import Gradients, checked
+from .arrays import Array, checked, float64, propagate_non_finite
+from .norm_call import Gradients
 from .normalize import normalize, normalize_backward
 
 

@@ -8,15 +8,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..column_sum import column_sum
+from ..dropout import drop_numbers
 from ..launch import cdiv
 from ..launcher import Launcher, Tensors
 from ..problem import BatchNorm, Gradients, GroupNorm, SwitchNorm, Tensor, Wanted, parameter_zeros
 from ..views import columns, empty_samples, sample_view
 from .backward_kernels import channel_norm_backward_kernel
-from .backward_pieces import BackwardKind, BackwardPieces, Pair, Strides
+from .backward_pieces import BackwardKind, BackwardPieces, Floats, Pair, Strides
 from .config import group_backward_tile, plane_kind, plane_units, widest_access
 
-Schedule = Callable[[int, int, Tensors, Pair, Strides, tuple[float, float]], Pair]
+Schedule = Callable[[int, int, Tensors, Pair, Strides, Floats], Pair]
 
 
 def group_norm_backward(
@@ -35,9 +36,10 @@ def group_norm_backward(
     """The wanted gradients, in two launches, or three where groups are too large to hold or their elements lie apart.
 
     x is what was normalized (with norm.add_first the total), or None where nothing wanted depends on it. With
-    norm.add_first, dx and dresidual are the same values: ask for both only where their types differ.
+    norm.add_first, dx and dresidual are the same values, but for dropout: without it ask for both only where their
+    types differ.
     """
-    groups, channels_last, _, add_first, activation, alpha, beta = norm
+    groups, channels_last, _, add_first, activation, alpha, beta, dropout_p, seed = norm
     samples, channels, *positions = dy.shape
     plane = math.prod(positions)
     dx, dresidual = allocate_gradients(dy, x, norm, wanted)
@@ -50,7 +52,8 @@ def group_norm_backward(
     )  # fmt: skip
     kind = (channels, groups, plane_kind(plane), channels_last, False, False, vec, add_first, activation, wanted)
     schedule = _schedule(*kind, *dtypes)
-    return Gradients(dx, dresidual, *schedule(samples, plane, given, (dx, dresidual), units, (alpha, beta)))
+    floats = (*drop_numbers(seed, dropout_p, plane), alpha, beta)
+    return Gradients(dx, dresidual, *schedule(samples, plane, given, (dx, dresidual), units, floats))
 
 
 class Operands(NamedTuple):
@@ -88,7 +91,7 @@ def operands(
     # What is written has no gaps, and may be read again.
     vec = widest_access(dy.element_size(), *sizes, *strides, channels * plane)
     # What was saved may come back in another layout, from whoever packed it.
-    given = (*activations, columns(bits), columns(weight), bias_read, columns(mean), columns(rstd))
+    given = (*activations, columns(bits), columns(weight), bias_read, columns(mean), columns(rstd), norm.seed)
     dtypes = [None if tensor is None else tensor.dtype for tensor in (*given, bias)]  # bias: read or not, dbias's type
     return Operands(given, [stride // vec for stride in strides], vec, dtypes)
 
@@ -118,9 +121,7 @@ def _schedule(*fields: Any) -> Schedule:
         channel_norm_backward_kernel, tile.num_warps, *constants, *block, most_registers=tile.most_registers
     )
 
-    def whole_groups(
-        samples: int, plane: int, given: Tensors, out: Pair, strides: Strides, floats: tuple[float, float]
-    ) -> Pair:
+    def whole_groups(samples: int, plane: int, given: Tensors, out: Pair, strides: Strides, floats: Floats) -> Pair:
         device = given[0].device  # type: ignore[union-attr]
         partials = kind.partials((samples, kind.channels), device, both=False)
         groups = samples * kind.groups

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..column_sum import sum_columns
+from ..dropout import plane_factor
 from ..epilogue import load_bits
 from ..moments import input_gradient, sum_in_groups
 from ..tiles import load_gradients, scalar, store_gradients
@@ -36,13 +37,17 @@ def store_sums(ptr, values, place, mask):
 
 
 @triton.jit(
-    do_not_specialize=["groups_in_all", "dy_stride", "dtotal_stride", "x_stride", "residual_stride", "plane_units"]
-)
+    do_not_specialize=[
+        "groups_in_all", "dy_stride", "dtotal_stride", "x_stride", "residual_stride", "plane_units", "threshold",
+        "positions",
+    ]
+)  # fmt: skip
 def channel_norm_backward_kernel(
-    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
+    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, Seed_ptr,
     DX_ptr, DResidual_ptr, PartialDWeight_ptr, PartialDBias_ptr,
     groups_in_all: tl.int64, dy_stride: tl.int64, dtotal_stride: tl.int64, x_stride: tl.int64,
-    residual_stride: tl.int64, plane_units: tl.int64, alpha: tl.float64, beta: tl.float64,
+    residual_stride: tl.int64, plane_units: tl.int64,
+    threshold: tl.int64, positions: tl.int64, factor: tl.float64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, ADD_FIRST: tl.constexpr,
     NEEDS_DX: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr, BLOCK_PLANES: tl.constexpr, BLOCK_PLANE: tl.constexpr, RUN: tl.constexpr,
@@ -101,19 +106,27 @@ def channel_norm_backward_kernel(
             mean_g = tl.expand_dims(sum_in_groups(sum_dz, BLOCK_PLANES) * inv_count, AXIS)
             mean_g_x_hat = tl.expand_dims(sum_in_groups(sum_dz_x_hat, BLOCK_PLANES) * inv_count, AXIS)
             dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
+    drops = plane_factor(
+        Seed_ptr, tl.expand_dims(sample, AXIS), tl.expand_dims(channel, AXIS),
+        tl.expand_dims(tl.arange(0, BLOCK_PLANE), 1 - AXIS), plane, positions, threshold, factor, CHANNELS, COMPUTE,
+    )  # fmt: skip
     store_gradients(
-        DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, base, dtotal_base, col, mask, ADD_FIRST, COMPUTE, slot, RUN
+        DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, base, dtotal_base, col, mask, drops, ADD_FIRST, COMPUTE, slot, RUN
     )  # fmt: skip
 
 
 @triton.jit(
-    do_not_specialize=["dy_stride", "dtotal_stride", "x_stride", "residual_stride", "plane_units", "pieces", "steps"]
-)
+    do_not_specialize=[
+        "dy_stride", "dtotal_stride", "x_stride", "residual_stride", "plane_units", "pieces", "steps", "threshold",
+        "positions",
+    ]
+)  # fmt: skip
 def channel_gradient_sums_kernel(
-    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
+    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, Seed_ptr,
     DX_ptr, DResidual_ptr, DZSums_ptr, DZXHatSums_ptr,
     dy_stride: tl.int64, dtotal_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64,
-    plane_units: tl.int64, pieces: tl.int64, steps: tl.int64, alpha: tl.float64, beta: tl.float64,
+    plane_units: tl.int64, pieces: tl.int64, steps: tl.int64,
+    threshold: tl.int64, positions: tl.int64, factor: tl.float64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     POOLED: tl.constexpr, ADD_FIRST: tl.constexpr, FROZEN: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
@@ -156,9 +169,12 @@ def channel_gradient_sums_kernel(
             sums_dz += dz
         if DZXHatSums_ptr is not None:
             sums_dz_x_hat += dz * x_hat
+        drops = plane_factor(
+            Seed_ptr, sample, channel[:, None], position, plane, positions, threshold, factor, CHANNELS, COMPUTE
+        )
         store_gradients(
             DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, sample * CHANNELS * plane + base,
-            sample * dtotal_stride * VEC + base, col, mask, ADD_FIRST, COMPUTE,
+            sample * dtotal_stride * VEC + base, col, mask, drops, ADD_FIRST, COMPUTE,
         )  # fmt: skip
     partial = (sample * pieces + piece) * CHANNELS + channel
     store_sums(DZSums_ptr, tl.sum(sums_dz, axis=1), partial, in_channels)
@@ -226,14 +242,18 @@ def combine_gradients_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["dy_stride", "dtotal_stride", "x_stride", "residual_stride", "plane_units", "pieces", "steps"]
-)
+    do_not_specialize=[
+        "dy_stride", "dtotal_stride", "x_stride", "residual_stride", "plane_units", "pieces", "steps", "threshold",
+        "positions",
+    ]
+)  # fmt: skip
 def channel_gradient_apply_kernel(
-    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
+    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, Seed_ptr,
     KindMeans_ptr, MeanWeight_ptr, VarWeight_ptr, Products_ptr, MeanG_ptr, MeanGXHat_ptr,
     DX_ptr, DResidual_ptr, DMeanWeight_ptr, DVarWeight_ptr,
     dy_stride: tl.int64, dtotal_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64,
-    plane_units: tl.int64, pieces: tl.int64, steps: tl.int64, alpha: tl.float64, beta: tl.float64,
+    plane_units: tl.int64, pieces: tl.int64, steps: tl.int64,
+    threshold: tl.int64, positions: tl.int64, factor: tl.float64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     POOLED: tl.constexpr, ADD_FIRST: tl.constexpr, KINDS: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
@@ -275,8 +295,11 @@ def channel_gradient_apply_kernel(
         )  # fmt: skip
         g = dz * weight if weight is not None else dz
         dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
+        drops = plane_factor(
+            Seed_ptr, sample, channel[:, None], position, plane, positions, threshold, factor, CHANNELS, COMPUTE
+        )
         store_gradients(
             DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, sample * CHANNELS * plane + base,
-            sample * dtotal_stride * VEC + base, col, mask, ADD_FIRST, COMPUTE,
+            sample * dtotal_stride * VEC + base, col, mask, drops, ADD_FIRST, COMPUTE,
         )  # fmt: skip
     store_weight_gradients(Products_ptr, MeanWeight_ptr, VarWeight_ptr, DMeanWeight_ptr, DVarWeight_ptr, samples, KINDS)

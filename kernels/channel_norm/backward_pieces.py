@@ -28,6 +28,7 @@ from .config import (
 COMBINED_COLUMNS = (256, 16)  # partial sums, rows and channels, that a program sums at a time
 Strides = list[int]
 Pair = tuple[Tensor | None, Tensor | None]
+Floats = tuple[float, ...]  # the `drop_numbers` of dropout, alpha, beta
 
 
 class BackwardKind(NamedTuple):
@@ -54,6 +55,7 @@ class BackwardKind(NamedTuple):
     bias: torch.dtype | None
     mean: torch.dtype | None
     rstd: torch.dtype | None
+    seed: torch.dtype | None
     dbias: torch.dtype | None
     # Of a mixture of statistics: how many, and the types of their weights, whose gradients are wanted or not.
     kinds: int = 0
@@ -120,16 +122,14 @@ class BackwardPieces:
         most = 128 if kind.kinds and kind.channels_last and kind.dy.itemsize < 8 else tile.most_registers
         self.apply = launcher(channel_gradient_apply_kernel, kind.kinds, *slope, most_registers=most)
 
-    def __call__(
-        self, samples: int, plane: int, given: Tensors, out: Pair, strides: Strides, floats: tuple[float, float]
-    ) -> Pair:
+    def __call__(self, samples: int, plane: int, given: Tensors, out: Pair, strides: Strides, floats: Floats) -> Pair:
         means, parameters, lengths = self.sum_up(samples, plane, given, out, strides, floats)
         if means[0] is not None:
             self.finish(samples, plane, given, out, (None, None, None, None, *means), strides, lengths, floats)
         return parameters
 
     def sum_up(
-        self, samples: int, plane: int, given: Tensors, out: Pair, strides: Strides, floats: tuple[float, float]
+        self, samples: int, plane: int, given: Tensors, out: Pair, strides: Strides, floats: Floats
     ) -> tuple[Pair, Pair, tuple[int, int, int]]:
         """(the means that `finish` takes, if it has anything to do, (dweight, dbias) where wanted, the lengths)."""
         kind = self.kind
@@ -154,7 +154,7 @@ class BackwardPieces:
         sums: Pair,
         strides: Strides,
         lengths: tuple[int, int, int],
-        floats: tuple[float, float],
+        floats: Floats,
     ) -> None:
         """Fills the sums of dz * x_hat and of dz over the pieces, where there are any; and what needs no sums."""
         dy, dtotal, *rest = given
@@ -176,19 +176,19 @@ class BackwardPieces:
         means: Tensors,
         strides: Strides,
         lengths: tuple[int, int, int],
-        floats: tuple[float, float],
+        floats: Floats,
         weights: Pair = (None, None),
     ) -> None:
         """dx, and dresidual where it was not left by `reduce`, from the means of g and g * x_hat over each group, the
         last two of `means`. Before them is what a mixture needs, whose `weights` are gradients to be stored."""
-        dy, dtotal, x, residual, bits, weight, bias, mean, rstd = given
+        dy, dtotal, x, residual, bits, weight, bias, mean, rstd, seed = given
         dx, dresidual = out
         if self.leaves_dz:
             dy, residual, bits, bias, dresidual = dresidual, None, None, None, None
             strides = [self.kind.channels * plane // self.kind.vec, *strides[1:]]
         programs, device = samples * self.blocks * lengths[1], dy.device  # type: ignore[union-attr]
         self.apply(
-            programs, device, (dy, dtotal, x, residual, bits, weight, bias, mean, rstd, *means),
+            programs, device, (dy, dtotal, x, residual, bits, weight, bias, mean, rstd, seed, *means),
             (dx, dresidual, *weights), *strides, *lengths, *floats,
         )  # fmt: skip
 

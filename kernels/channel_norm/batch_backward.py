@@ -15,6 +15,7 @@ from ..problem import BatchNorm, Gradients, Tensor, Wanted, parameter_zeros
 from ..views import PooledPlanes, pooled_planes, pooled_view
 from .backward import allocate_gradients, operands
 from .backward_pieces import BackwardKind, BackwardPieces, Strides
+from .batch_forward import batch_drop_numbers
 from .batch_kernels import batch_norm_backward_kernel
 from .config import ChannelTile, batch_backward_tile, pooled_plane_kind
 
@@ -39,18 +40,18 @@ def batch_norm_backward(
 
     saved = (x, residual, bits, weight, bias, mean, rstd)
     kind, view, given, strides = prepare_backward(dy, dtotal, saved, norm, wanted)
+    floats = (*batch_drop_numbers(norm, dy), norm.alpha, norm.beta)
     tile = None
     if norm.training and view.channels_last:
         is_read = kind.residual is not None
         tile = batch_backward_tile(view.plane, view.channels // kind.groups, dy.element_size(), is_read)
     if tile is None:
-        floats = (norm.alpha, norm.beta)
         found = backward_pieces_of(kind)(view.samples, view.plane, given, (dx, dresidual), strides, floats)
         return Gradients(dx, dresidual, *found)
     dweight = torch.empty(kind.groups, dtype=kind.weight, device=dy.device) if wanted.dweight else None
     dbias = torch.empty(kind.groups, dtype=kind.dbias, device=dy.device) if wanted.dbias else None
     launch, programs = _whole_channels(kind, tile), cdiv(kind.groups, tile.block_channels)
-    launch(programs, dy.device, given, (dx, dresidual, dweight, dbias), view.plane, norm.alpha, norm.beta)
+    launch(programs, dy.device, given, (dx, dresidual, dweight, dbias), view.plane, *floats)
     return Gradients(dx, dresidual, dweight, dbias)
 
 

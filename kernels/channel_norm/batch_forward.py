@@ -5,17 +5,19 @@ over pieces of the planes.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
 
+from ..dropout import drop_numbers
 from ..launch import cdiv
 from ..launcher import Launcher, Tensors
 from ..problem import BatchNorm, Forward, Tensor, compute_dtype
 from ..views import PooledPlanes, columns, empty_samples, pooled_planes, pooled_view
 from .batch_kernels import batch_norm_forward_kernel
 from .config import ChannelTile, batch_forward_tile, pooled_plane_kind, widest_access
-from .forward_pieces import ForwardKind, ForwardPieces, Running
+from .forward_pieces import Floats, ForwardKind, ForwardPieces, Running
 
 
 def batch_norm_forward(
@@ -41,6 +43,7 @@ def batch_norm_forward(
         return out
     running = (columns(running_mean), columns(running_var))
     kind, view, given, strides = prepare(x, residual, weight, bias, norm, running, save_statistics, save_bits)
+    floats = numbers_of(norm, x)
     tile = None
     if norm.training and view.channels_last:
         waiting = 2 if residual is not None and not norm.add_first else 1
@@ -50,11 +53,11 @@ def batch_norm_forward(
         y, total, mean, rstd, bits = out
         launch(
             cdiv(kind.groups, tile.block_channels), y.device, (*given, *running), (y, total, bits, mean, rstd),
-            view.plane, norm.eps, norm.momentum, norm.alpha, norm.beta,
+            view.plane, norm.momentum, *floats,
         )  # fmt: skip
         store_moved((running_mean, running_var), running)
         return out
-    call = (view.samples, view.plane, given, out, strides, (norm.eps, norm.alpha, norm.beta))
+    call = (view.samples, view.plane, given, out, strides, floats)
     if not norm.training:
         pieces_of(kind).by_running_statistics(*call, running)
         return out
@@ -63,8 +66,22 @@ def batch_norm_forward(
     return out
 
 
+def numbers_of(norm: BatchNorm, x: Tensor) -> Floats:
+    """The run-time numbers of the kernels that read x."""
+    return (*batch_drop_numbers(norm, x), norm.eps, norm.alpha, norm.beta)
+
+
+def batch_drop_numbers(norm: BatchNorm, x: Tensor) -> tuple[int, int, float]:
+    """`drop_numbers` of a tensor as its `pooled_planes`, of which one goes through several samples."""
+    positions = math.prod(x.shape[2:])
+    if not norm.channels_last and pooled_planes(x.shape, False).channels_last:
+        positions = 1  # a sample is a row there, and its positions are columns
+    return drop_numbers(norm.seed, norm.dropout_p, positions)
+
+
 class Prepared(NamedTuple):
-    """A call as kernels take it: x, residual, weight and bias that they can read, strides in units of kind.vec."""
+    """A call as kernels take it: x, residual, weight and bias that they can read, the seed; strides in units of
+    kind.vec."""
 
     kind: ForwardKind
     view: PooledPlanes
@@ -87,7 +104,7 @@ def prepare(
     groups = x.shape[1]
     x, x_stride = pooled_view(x, norm.channels_last, view)
     residual, residual_stride = (None, 0) if residual is None else pooled_view(residual, norm.channels_last, view)
-    given = (x, residual, columns(weight), columns(bias))
+    given = (x, residual, columns(weight), columns(bias), norm.seed)
     dtypes: list[Any] = [None if tensor is None else tensor.dtype for tensor in (*given, *running)]
     vec, dense_vec = (
         widest_access(x.element_size(), *view[1:], *strides)

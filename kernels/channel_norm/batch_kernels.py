@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..dropout import plane_factor
 from ..epilogue import activate, load_bits, pre_activation, store_bits
 from ..moments import input_gradient, reciprocal_deviation, sum_in_groups, tile_moments
 from ..tiles import load_added_residual, load_gradients, load_input, scalar, store_gradients, store_tile
@@ -42,11 +43,12 @@ def bytes_of_program(COLUMNS: tl.constexpr, OWNED: tl.constexpr):
     return first, (COLUMNS + 7) // 8, first + (OWNED + 7) // 8
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "threshold", "positions"])
 def batch_norm_forward_kernel(
-    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, RunningMean_ptr, RunningVar_ptr,
+    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Seed_ptr, RunningMean_ptr, RunningVar_ptr,
     Y_ptr, Total_ptr, Bits_ptr, Mean_ptr, Rstd_ptr,
-    rows: tl.int64, eps: tl.float64, momentum: tl.float64, alpha: tl.float64, beta: tl.float64,
+    rows: tl.int64, momentum: tl.float64, threshold: tl.int64, positions: tl.int64, factor: tl.float64, 
+    eps: tl.float64, alpha: tl.float64, beta: tl.float64,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +61,10 @@ def batch_norm_forward_kernel(
     base, col = row * COLUMNS, column[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
 
-    x = load_input(X_ptr, Residual_ptr, Total_ptr, base, base, col, mask, COMPUTE)
+    drops = plane_factor(
+        Seed_ptr, 0, column[None, :], row[:, None], rows, positions, threshold, factor, COLUMNS, COMPUTE
+    )
+    x = load_input(X_ptr, Residual_ptr, Total_ptr, base, base, col, mask, drops, COMPUTE)
     store_tile(Total_ptr, x, base, col, mask)
     # Everything that will be needed is asked for before the reduction waits for x.
     weight = load_of_channels(Weight_ptr, channel, in_columns, COMPUTE, 0)
@@ -82,10 +87,11 @@ def batch_norm_forward_kernel(
         store_bits(Bits_ptr, PASSES(z), row, first_byte, in_rows, row_bytes, end_byte)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "threshold", "positions"])
 def batch_norm_backward_kernel(
-    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
-    DX_ptr, DResidual_ptr, DWeight_ptr, DBias_ptr, rows: tl.int64, alpha: tl.float64, beta: tl.float64,
+    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, Seed_ptr,
+    DX_ptr, DResidual_ptr, DWeight_ptr, DBias_ptr, rows: tl.int64,
+    threshold: tl.int64, positions: tl.int64, factor: tl.float64, alpha: tl.float64, beta: tl.float64,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ADD_FIRST: tl.constexpr, NEEDS_DX: tl.constexpr,
     SLOPE: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -122,4 +128,7 @@ def batch_norm_backward_kernel(
             if weight is not None:
                 g, mean_g, mean_g_x_hat = g * weight, mean_g * weight, mean_g_x_hat * weight
             dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
-    store_gradients(DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, base, base, col, mask, ADD_FIRST, COMPUTE)
+    drops = plane_factor(
+        Seed_ptr, 0, column[None, :], row[:, None], rows, positions, threshold, factor, COLUMNS, COMPUTE
+    )
+    store_gradients(DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, base, base, col, mask, drops, ADD_FIRST, COMPUTE)

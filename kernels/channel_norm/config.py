@@ -215,7 +215,7 @@ def piece_tile(
         block_plane = min(_padded(plane), tile)
         block_channels = min(tile // block_plane, triton.next_power_of_2(channels))
     threads = block_channels * block_plane // elements_per_thread
-    stages = 0 if plane <= block_plane else 3 if channels_last else 1
+    stages = 0 if plane <= block_plane else 4 if channels_last else 1
     num_warps = max(1, threads // THREADS_PER_WARP)
     most_registers = (168 if crowded else 144) if channels_last else _most_registers(itemsize, num_warps)
     ragged = channels * itemsize % 16 != 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..dropout import drop_numbers
 from ..launch import cdiv
 from ..launcher import Launcher, Tensors
 from ..problem import Forward, GroupNorm, Tensor, compute_dtype
@@ -35,7 +36,7 @@ def group_norm_forward(
     x is [samples, channels, *positions]; x or a residual is copied where its samples have gaps or another layout than
     the norm's. weight and bias have an element a channel. With save_bits, a bit says that the activation's slope is 1.
     """
-    groups, channels_last, eps, add_first, activation, alpha, beta = norm
+    groups, channels_last, eps, add_first, activation, alpha, beta, dropout_p, seed = norm
     samples, channels, *positions = x.shape
     plane = math.prod(positions)
     out = allocate(x, residual, norm, save_statistics, save_bits)
@@ -43,14 +44,15 @@ def group_norm_forward(
         return out
     x, x_stride = sample_view(x, channels_last)
     residual, residual_stride = (None, 0) if residual is None else sample_view(residual, channels_last)
-    given = (x, residual, columns(weight), columns(bias))
+    given = (x, residual, columns(weight), columns(bias), seed)
     dtypes = [None if tensor is None else tensor.dtype for tensor in given]
     itemsize = x.element_size()
     vec = widest_access(itemsize, channels, plane, channels_last, x_stride, residual_stride)
     dense_vec = widest_access(itemsize, channels, plane, channels_last, channels * plane)
     kind = (channels, groups, plane_kind(plane), channels_last, False, vec, dense_vec)
     schedule = _schedule(*kind, add_first, activation, save_bits, save_statistics, *dtypes)
-    schedule(samples, plane, given, out, (x_stride // vec, residual_stride // vec), (eps, alpha, beta))
+    floats = (*drop_numbers(seed, dropout_p, plane), eps, alpha, beta)
+    schedule(samples, plane, given, out, (x_stride // vec, residual_stride // vec), floats)
     return out
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..dropout import plane_factor
 from ..epilogue import activate, pre_activation, store_bits
 from ..moments import merge_places, reciprocal_deviation, tile_moments
 from ..tiles import load_added_residual, load_input, scalar, store_tile
@@ -28,10 +29,11 @@ from .planes import (
 )
 
 
-@triton.jit(do_not_specialize=["groups_in_all", "x_stride", "residual_stride", "plane_units"])
+@triton.jit(do_not_specialize=["groups_in_all", "x_stride", "residual_stride", "plane_units", "threshold", "positions"])
 def channel_norm_forward_kernel(
-    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Total_ptr, Bits_ptr, Mean_ptr, Rstd_ptr,
+    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Seed_ptr, Y_ptr, Total_ptr, Bits_ptr, Mean_ptr, Rstd_ptr,
     groups_in_all: tl.int64, x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64,
+    threshold: tl.int64, positions: tl.int64, factor: tl.float64, 
     eps: tl.float64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, ACTIVATION: tl.constexpr,
     PASSES: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_PLANES: tl.constexpr, BLOCK_PLANE: tl.constexpr,
@@ -63,7 +65,11 @@ def channel_norm_forward_kernel(
         run = (tl.program_id(0) % RUNS).to(tl.int64) * RUN
         y_base = run_sample * (CHANNELS * PLANE) + run
         x_base, residual_base = run_sample * x_stride * VEC + run, run_sample * residual_stride * VEC + run
-    x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, mask, COMPUTE, slot, RUN)
+    drops = plane_factor(
+        Seed_ptr, tl.expand_dims(sample, AXIS), tl.expand_dims(channel, AXIS),
+        tl.expand_dims(tl.arange(0, BLOCK_PLANE), 1 - AXIS), plane, positions, threshold, factor, CHANNELS, COMPUTE,
+    )  # fmt: skip
+    x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, mask, drops, COMPUTE, slot, RUN)
     store_tile(Total_ptr, x, y_base, col, mask, slot, RUN)
     # Everything that will be needed is asked for before the reduction waits for x.
     weight = load_of_channels(Weight_ptr, channel, in_planes, COMPUTE, AXIS)
@@ -86,10 +92,31 @@ def channel_norm_forward_kernel(
         store_bits(Bits_ptr, flags, sample * CHANNELS + channel, 0, in_planes, (plane + 7) // 8)
 
 
-@triton.jit(do_not_specialize=["x_stride", "residual_stride", "plane_units", "pieces", "steps"])
+@triton.jit
+def load_input_of_planes(
+    X_ptr, Residual_ptr, Seed_ptr, Total_ptr, x_base, residual_base, sample, channel, in_channels, position, plane,
+    threshold, positions, factor, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """What is normalized of a tile [channels, positions]; a total is stored."""
+    mask = in_channels[:, None] & (position < plane)
+    base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)
+    drops = plane_factor(
+        Seed_ptr, sample, channel[:, None], position, plane, positions, threshold, factor, CHANNELS, COMPUTE
+    )
+    x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base + base, residual_base + base, col, mask, drops, COMPUTE)
+    store_tile(Total_ptr, x, sample * CHANNELS * plane + base, col, mask)
+    return x
+
+
+@triton.jit(
+    do_not_specialize=[
+        "x_stride", "residual_stride", "plane_units", "pieces", "steps", "threshold", "positions",
+    ]
+)  # fmt: skip
 def channel_moments_kernel(
-    X_ptr, Residual_ptr, Total_ptr, Origins_ptr, Means_ptr, M2s_ptr,
+    X_ptr, Residual_ptr, Seed_ptr, Total_ptr, Origins_ptr, Means_ptr, M2s_ptr,
     x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int64, steps: tl.int64,
+    threshold: tl.int64, positions: tl.int64, factor: tl.float64,
     CHANNELS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -107,21 +134,32 @@ def channel_moments_kernel(
     in_channels = channel < CHANNELS
     x_base, residual_base = sample * x_stride * VEC, sample * residual_stride * VEC
 
-    count = tl.zeros([1, BLOCK_PLANE], COMPUTE)
-    origin = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
+    first = piece * steps * BLOCK_PLANE
+    place = tl.arange(0, BLOCK_PLANE)[None, :]
     mean = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
     m2 = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
-    for step in tl.range(steps_of(piece, plane, steps, BLOCK_PLANE, STAGES), num_stages=STAGES):
-        position = (piece * steps + step) * BLOCK_PLANE + tl.arange(0, BLOCK_PLANE)[None, :]
-        mask = in_channels[:, None] & (position < plane)
-        base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)
-        x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base + base, residual_base + base, col, mask, COMPUTE)
-        store_tile(Total_ptr, x, sample * CHANNELS * plane + base, col, mask)
-        origin = tl.where(step == 0, x, origin)
-        count += tl.where(position < plane, 1.0, 0.0).to(COMPUTE)
-        above = tl.where(mask, (x - origin) - mean, 0.0)
-        mean += above * (1.0 / tl.maximum(count, 1.0))
-        m2 += above * tl.where(mask, (x - origin) - mean, 0.0)
+    if STAGES == 0:  # a place has one value
+        count = tl.where(first + place < plane, 1.0, 0.0).to(COMPUTE)
+        origin = load_input_of_planes(
+            X_ptr, Residual_ptr, Seed_ptr, Total_ptr, x_base, residual_base, sample, channel, in_channels,
+            first + place, plane, threshold, positions, factor, CHANNELS, CHANNELS_LAST, COMPUTE,
+        )  # fmt: skip
+    else:
+        tiles = steps_of(piece, plane, steps, BLOCK_PLANE, STAGES)
+        origin = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
+        for step in tl.range(tiles, num_stages=STAGES):
+            position = first + step * BLOCK_PLANE + place
+            x = load_input_of_planes(
+                X_ptr, Residual_ptr, Seed_ptr, Total_ptr, x_base, residual_base, sample, channel, in_channels,
+                position, plane, threshold, positions, factor, CHANNELS, CHANNELS_LAST, COMPUTE,
+            )  # fmt: skip
+            origin = tl.where(step == 0, x, origin)
+            # A place that has a value has had one in each tile before: what ends is the plane.
+            above = tl.where(in_channels[:, None] & (position < plane), (x - origin) - mean, 0.0)
+            mean += above * (1.0 / scalar(step + 1, COMPUTE))
+            m2 += above * ((x - origin) - mean)
+        left = tl.minimum(plane - first, tiles * BLOCK_PLANE).to(tl.int32)
+        count = (tl.maximum(left - place + (BLOCK_PLANE - 1), 0) // BLOCK_PLANE).to(COMPUTE)
     origin, mean, m2 = merge_places(count, origin, mean, m2)
     partial = (sample * pieces + piece) * CHANNELS + channel
     tl.store(Origins_ptr + partial, origin, mask=in_channels)
@@ -259,11 +297,16 @@ def combine_moments_kernel(
         move_statistic(RunningVar_ptr, m2 / (count - 1.0), group, in_groups, weight, COMPUTE)
 
 
-@triton.jit(do_not_specialize=["x_stride", "residual_stride", "plane_units", "pieces", "steps"])
+@triton.jit(
+    do_not_specialize=[
+        "x_stride", "residual_stride", "plane_units", "pieces", "steps", "threshold", "positions",
+    ]
+)  # fmt: skip
 def channel_apply_kernel(
     X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, GivenMean_ptr, GivenVar_ptr, MeanWeight_ptr, VarWeight_ptr,
-    Y_ptr, Total_ptr, Bits_ptr, Mean_ptr, Rstd_ptr,
+    Seed_ptr, Y_ptr, Total_ptr, Bits_ptr, Mean_ptr, Rstd_ptr,
     x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int64, steps: tl.int64,
+    threshold: tl.int64, positions: tl.int64, factor: tl.float64, 
     eps: tl.float64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     POOLED: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr, KINDS: tl.constexpr,
@@ -300,17 +343,17 @@ def channel_apply_kernel(
         rstd = load_of_channels(Rstd_ptr, group, in_channels, COMPUTE)
     weight = load_of_channels(Weight_ptr, parameter, in_channels, COMPUTE)
     bias = load_of_channels(Bias_ptr, parameter, in_channels, COMPUTE)
+    residual_base = sample * residual_stride * VEC
     for step in tl.range(steps_of(piece, plane, steps, BLOCK_PLANE, STAGES), num_stages=STAGES):
         first = (piece * steps + step) * BLOCK_PLANE
         position = first + tl.arange(0, BLOCK_PLANE)[None, :]
         mask = in_channels[:, None] & (position < plane)
         base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)
-        residual_base = sample * residual_stride * VEC + base
-        x = load_input(
-            X_ptr, Residual_ptr, Total_ptr, sample * x_stride * VEC + base, residual_base, col, mask, COMPUTE
-        )
-        store_tile(Total_ptr, x, sample * CHANNELS * plane + base, col, mask)
-        residual = load_added_residual(Residual_ptr, Total_ptr, residual_base, col, mask, COMPUTE)
+        x = load_input_of_planes(
+            X_ptr, Residual_ptr, Seed_ptr, Total_ptr, sample * x_stride * VEC, residual_base, sample, channel,
+            in_channels, position, plane, threshold, positions, factor, CHANNELS, CHANNELS_LAST, COMPUTE,
+        )  # fmt: skip
+        residual = load_added_residual(Residual_ptr, Total_ptr, residual_base + base, col, mask, COMPUTE)
         z = pre_activation((x - mean) * rstd, weight, bias, residual)
         y = activate(z, ACTIVATION, scalar(alpha, COMPUTE), scalar(beta, COMPUTE))
         store_tile(Y_ptr, y, sample * CHANNELS * plane + base, col, mask)

@@ -27,7 +27,7 @@ from .config import (
 )
 from .forward_kernels import channel_apply_kernel, channel_moments_kernel, combine_moments_kernel
 
-Floats = tuple[float, float, float]
+Floats = tuple[float, ...]  # the `drop_numbers` of dropout, eps, alpha, beta
 Running = tuple[Tensor | None, Tensor | None]
 
 
@@ -53,6 +53,7 @@ class ForwardKind(NamedTuple):
     residual: torch.dtype | None
     weight: torch.dtype | None
     bias: torch.dtype | None
+    seed: torch.dtype | None = None
     running_mean: torch.dtype | None = None
     running_var: torch.dtype | None = None
     # Of a mixture of statistics: how many, and the types of their weights.
@@ -86,10 +87,14 @@ class ForwardPieces:
             return Launcher(kernel, tile.num_warps, *constants, most_registers=most_registers)
 
         of_plane = (kind.channels, kind.groups, length, kind.vec, kind.channels_last)
+        # The values of each place take registers, and so programs, that loads ahead make up for; but for one tile.
+        stages = max(tile.stages, min(3, 3 * tile.stages))
         most = tile.most_registers
-        if kind.channels_last and kind.x.itemsize < 8:  # with 16 registers less a fourth program fits
+        if kind.x.itemsize < 8 and kind.channels_last:  # with 16 registers less a fourth program fits
             most = 128 if kind.channels * kind.x.itemsize % 16 == 0 else 208
-        of_moments = (kind.channels, length, kind.vec, kind.channels_last, *block)
+        elif kind.x.itemsize < 8 and stages:
+            most = 128
+        of_moments = (kind.channels, length, kind.vec, kind.channels_last, *block[:2], stages)
         self.moments = launcher(channel_moments_kernel, *of_moments, most_registers=most)
         block_partials, self.block_groups = combine_tile(kind.channels // kind.groups)
         # A launcher for each: what it stores, and what not, is part of what it compiled.
@@ -121,26 +126,27 @@ class ForwardPieces:
         """By the statistics of x; the running ones, if any, move towards them."""
         kind = self.kind
         y, total, mean, rstd, bits = out
-        moments, *lengths = self.reduce(samples, plane, given, total, strides)
+        moments, *lengths = self.reduce(samples, plane, given, total, strides, floats)
         if mean is None:
             groups = kind.groups if kind.pooled else samples * kind.groups
             mean = torch.empty(groups, dtype=compute_dtype(y.dtype), device=y.device)
             rstd = torch.empty_like(mean)
-        self.merge(samples, moments, lengths, (None, mean, None, rstd), running, floats[0], momentum)
+        self.merge(samples, moments, lengths, (None, mean, None, rstd), running, floats[-3], momentum)
         self.finish(samples, plane, given, Forward(y, total, mean, rstd, bits), strides, floats)
 
     def reduce(
-        self, samples: int, plane: int, given: Tensors, total: Tensor | None, strides: tuple[int, int]
+        self, samples: int, plane: int, given: Tensors, total: Tensor | None, strides: tuple[int, int], floats: Floats
     ) -> tuple[Tensors, int, int, int]:
         """((origins, means, m2s) of the pieces, the plane's length in units, pieces of a plane, tiles of a piece)."""
-        x, residual, *_ = given
+        x, residual, _, _, seed = given
         device = x.device  # type: ignore[union-attr]
         programs, units, pieces, steps = self._programs(samples, plane, self.kind.vec, device)
         shape = (samples, pieces, self.kind.channels)
         means = torch.empty(shape, dtype=compute_dtype(self.kind.x), device=device)
         moments = (torch.empty_like(means), means, torch.empty_like(means))
         added = residual if self.kind.add_first else None
-        self.moments(programs, device, (x, added), (total, *moments), *strides, units, pieces, steps)
+        lengths = (units, pieces, steps)
+        self.moments(programs, device, (x, added, seed), (total, *moments), *strides, *lengths, *floats[:3])
         return moments, units, pieces, steps
 
     def merge(
@@ -175,12 +181,12 @@ class ForwardPieces:
     ) -> None:
         """By mean and rstd of `out`, or by statistics that are given, with the weights of their mixture, if any."""
         y, total, mean, rstd, bits = out
-        x, residual, weight, bias = given
+        x, residual, weight, bias, seed = given
         if self.kind.add_first:  # the total that is read has no gaps
-            x, residual, strides = total, None, (self.kind.channels * plane // self.apply_vec, 0)
+            x, residual, seed, strides = total, None, None, (self.kind.channels * plane // self.apply_vec, 0)
         programs, *lengths = self._programs(samples, plane, self.apply_vec, y.device)
         self.apply_found(
-            programs, y.device, (x, residual, weight, bias, *statistics), (y, None, bits, mean, rstd),
+            programs, y.device, (x, residual, weight, bias, *statistics, seed), (y, None, bits, mean, rstd),
             *strides, *lengths, *floats,
         )  # fmt: skip
 
@@ -198,7 +204,8 @@ class ForwardPieces:
         device = out.y.device
         programs, *lengths = self._programs(samples, plane, self.kind.vec, device)
         y, total, mean, rstd, bits = out
-        given = (*given, *running, None, None)
+        *operands, seed = given
+        given = (*operands, *running, None, None, seed)
         self.apply_given(programs, device, given, (y, total, bits, mean, rstd), *strides, *lengths, *floats)
 
     def _programs(self, samples: int, plane: int, vec: int, device: torch.device) -> tuple[int, int, int, int]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..dropout import drop_numbers
 from ..launcher import Launcher
 from ..problem import Gradients, Kinds, Mixture, SwitchNorm, Tensor, Wanted, compute_dtype
 from ..views import columns, sample_view
@@ -43,7 +44,7 @@ def switch_norm_backward(
 ) -> tuple[Gradients, MixtureGradients]:
     """The wanted gradients, in three launches, of a call with elements. Not norm.training, the statistics of channels
     are no functions of x."""
-    channels_last, training, _, _, add_first, activation, alpha, beta = norm
+    channels_last, training, _, _, add_first, activation, alpha, beta, dropout_p, seed = norm
     samples, channels, *positions = dy.shape
     plane, device = math.prod(positions), dy.device
     dx, dresidual = allocate_gradients(dy, x, norm, wanted)
@@ -58,7 +59,8 @@ def switch_norm_backward(
     pieces = _pieces(kind)
     lengths = pieces.lengths(samples, plane, device)
     of_dz_x_hat, of_dz = sums = kind.partials((samples, lengths[1], channels), device, both=True)
-    pieces.reduce(samples, given, (dx, dresidual), sums, units, lengths, (alpha, beta))
+    floats = (*drop_numbers(seed, dropout_p, plane), alpha, beta)
+    pieces.reduce(samples, given, (dx, dresidual), sums, units, lengths, floats)
 
     wide, most = compute_dtype(dy.dtype), kinds.means.numel()
     mean_g = torch.empty(most, dtype=wide, device=device) if kind.needs_dx else None
@@ -76,7 +78,7 @@ def switch_norm_backward(
     )
     if kind.needs_dx:
         means = (columns(kinds.means), *weights, products, mean_g, mean_g_x_hat)
-        pieces.finish(samples, plane, given, (dx, dresidual), means, units, lengths, (alpha, beta), (*of_mixture,))
+        pieces.finish(samples, plane, given, (dx, dresidual), means, units, lengths, floats, (*of_mixture,))
     elif products is not None:
         _mixing(kind)(1, device, weights, (products, *of_mixture), samples)
     return Gradients(dx, dresidual, dweight, dbias), of_mixture

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..dropout import drop_numbers
 from ..launch import cdiv
 from ..launcher import Launcher
 from ..problem import Forward, GroupNorm, Kinds, Mixture, SwitchNorm, Tensor, compute_dtype
@@ -34,7 +35,7 @@ def switch_norm_forward(
 ) -> tuple[Forward, Kinds | None]:
     """y and what else is asked for, in three launches; mean and rstd, [samples * channels], are those of the mixture,
     beside what was mixed. Arguments as of `batch_norm_forward`; None without elements."""
-    channels_last, training, momentum, eps, add_first, activation, alpha, beta = norm
+    channels_last, training, momentum, eps, add_first, activation, alpha, beta, dropout_p, seed = norm
     samples, channels, *positions = x.shape
     plane = math.prod(positions)
     out = allocate(x, residual, norm, save_statistics, save_bits)
@@ -42,7 +43,8 @@ def switch_norm_forward(
         return out, None
     x, x_stride = sample_view(x, channels_last)
     residual, residual_stride = (None, 0) if residual is None else sample_view(residual, channels_last)
-    given = (x, residual, columns(weight), columns(bias))
+    given = (x, residual, columns(weight), columns(bias), seed)
+    floats = (*drop_numbers(seed, dropout_p, plane), eps, alpha, beta)
     running = (columns(running_mean), columns(running_var))
     weights = (columns(mixture.mean_weight), columns(mixture.var_weight))
     dtypes: list[Any] = [None if tensor is None else tensor.dtype for tensor in (*given, *running)]
@@ -57,13 +59,13 @@ def switch_norm_forward(
     )  # fmt: skip
     strides = (x_stride // vec, residual_stride // vec)
     pieces, merge = _pieces(kind), _merge(kind, training)
-    moments, *lengths = pieces.reduce(samples, plane, given, out.total, strides)
+    moments, *lengths = pieces.reduce(samples, plane, given, out.total, strides, floats)
     means = torch.empty(samples * channels + samples + channels, dtype=compute_dtype(x.dtype), device=x.device)
     kinds = Kinds(means, torch.empty_like(means))
     merge(merging_programs(samples, channels), x.device, running, (*moments, *kinds), samples, *lengths, momentum)
     if training:
         store_moved((running_mean, running_var), running)
-    pieces.finish(samples, plane, given, out, strides, (eps, alpha, beta), (*kinds, *weights))
+    pieces.finish(samples, plane, given, out, strides, floats, (*kinds, *weights))
     return out, kinds
 
 

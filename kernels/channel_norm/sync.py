@@ -8,7 +8,7 @@ from ..problem import BatchNorm, Forward, Gradients, Tensor, Wanted, compute_dty
 from .backward import allocate_gradients
 from .backward_pieces import Pair
 from .batch_backward import backward_pieces_of, prepare_backward
-from .batch_forward import allocate, pieces_of, prepare
+from .batch_forward import allocate, batch_drop_numbers, numbers_of, pieces_of, prepare
 
 
 class SyncForward:
@@ -26,6 +26,7 @@ class SyncForward:
         self.norm = norm
         self.out = allocate(x, residual, norm, save_statistics=False, save_bits=save_bits)
         self.call = prepare(x, residual, weight, bias, norm, (None, None), True, save_bits)
+        self.floats = numbers_of(norm, x)
 
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:
         """A rough mean of x, the difference of the mean from it, and the sum of squared deviations, [channels] each."""
@@ -33,7 +34,7 @@ class SyncForward:
         pieces = pieces_of(kind)
         origin = torch.empty(kind.groups, dtype=compute_dtype(kind.x), device=self.out.y.device)
         mean, m2 = torch.empty_like(origin), torch.empty_like(origin)
-        moments, *lengths = pieces.reduce(view.samples, view.plane, given, self.out.total, strides)
+        moments, *lengths = pieces.reduce(view.samples, view.plane, given, self.out.total, strides, self.floats)
         pieces.merge(view.samples, moments, lengths, (origin, mean, m2, None))
         return origin, mean, m2
 
@@ -41,8 +42,7 @@ class SyncForward:
         """y and what else was asked for, after `moments`."""
         kind, view, given, strides = self.call
         out = self.out._replace(mean=mean, rstd=rstd)
-        floats = (self.norm.eps, self.norm.alpha, self.norm.beta)
-        pieces_of(kind).finish(view.samples, view.plane, given, out, strides, floats)
+        pieces_of(kind).finish(view.samples, view.plane, given, out, strides, self.floats)
         return out
 
 
@@ -69,12 +69,13 @@ class SyncBackward:
         self.dx, self.dresidual = allocate_gradients(dy, x, norm, with_dx)
         saved = (x, residual, bits, weight, bias, mean, rstd)
         self.call = prepare_backward(dy, dtotal, saved, norm, with_dx)
+        self.floats = (*batch_drop_numbers(norm, dy), norm.alpha, norm.beta)
 
     def means(self) -> tuple[Tensor, Tensor]:
         """The means of g = dz * weight and of g * x_hat over dy, [channels] each."""
         kind, view, given, strides = self.call
         means, self.parameters, self.lengths = backward_pieces_of(kind).sum_up(
-            view.samples, view.plane, given, self._written(), strides, (self.norm.alpha, self.norm.beta)
+            view.samples, view.plane, given, self._written(), strides, self.floats
         )
         mean_g, mean_g_x_hat = means
         assert mean_g is not None and mean_g_x_hat is not None
@@ -86,8 +87,7 @@ class SyncBackward:
         pieces = backward_pieces_of(kind)
         if self.wanted.dx or (self.wanted.dresidual and not pieces.leaves_dz):
             means = (None, None, None, None, mean_g, mean_g_x_hat)
-            floats = (self.norm.alpha, self.norm.beta)
-            pieces.finish(view.samples, view.plane, given, self._written(), means, strides, self.lengths, floats)
+            pieces.finish(view.samples, view.plane, given, self._written(), means, strides, self.lengths, self.floats)
         return Gradients(self.dx if self.wanted.dx else None, self.dresidual, *self.parameters)
 
     def _written(self) -> Pair:

@@ -11,6 +11,7 @@ import triton
 
 from ..activations import ACTIVATIONS
 from ..column_sum import column_sum
+from ..dropout import rate_of
 from ..launch import (
     DeviceFacts,
     backward_chunk_config,
@@ -34,8 +35,9 @@ from .backward_kernels import (
 )
 
 Strides = list[int]
+Floats = tuple[float, ...]  # the threshold and the factor of dropout, alpha, beta
 Partials = tuple[Tensor | None, Tensor | None]
-Schedule = Callable[[int, Tensors, Tensors, Strides, tuple[float, float], DeviceFacts], Partials]
+Schedule = Callable[[int, Tensors, Tensors, Strides, Floats, DeviceFacts], Partials]
 
 
 def row_norm_backward(
@@ -54,9 +56,10 @@ def row_norm_backward(
     """The wanted gradients, in one launch (two for long rows that are shared) and one more that sums dweight and dbias.
 
     x is what was normalized (with norm.add_first the total), or None where nothing wanted depends on it. With
-    norm.add_first, dx and dresidual are the same values: ask for both only where their types differ.
+    norm.add_first, dx and dresidual are the same values, but for dropout: without it ask for both only where their
+    types differ.
     """
-    span, _, subtract_mean, add_first, activation, alpha, beta = norm
+    span, _, subtract_mean, add_first, activation, alpha, beta, dropout_p, seed = norm
     if not (wanted.dx or (add_first and wanted.dresidual)):
         dtotal = None
     if activation is None or bits is not None:  # z is not computed again
@@ -75,11 +78,12 @@ def row_norm_backward(
             activations[index], strides[index] = row_view(tensor, span)
     vec = vector_length(dy.element_size(), *strides)
     # What was saved may come back in another layout, from whoever packed it.
-    given = (*activations, columns(bits), columns(weight), bias_read, columns(mean), columns(rstd))
+    given = (*activations, columns(bits), columns(weight), bias_read, columns(mean), columns(rstd), seed)
     dtypes = [None if tensor is None else tensor.dtype for tensor in given]
     facts = device_facts(dy.device)
     schedule = _schedule(facts.shared_bytes, span, vec, subtract_mean, add_first, activation, wanted, *dtypes)
-    partials = schedule(rows, given, (dx, dresidual), [stride // vec for stride in strides], (alpha, beta), facts)
+    floats = (*rate_of(seed, dropout_p), alpha, beta)
+    partials = schedule(rows, given, (dx, dresidual), [stride // vec for stride in strides], floats, facts)
     if not (wanted.dweight or wanted.dbias):
         return Gradients(dx, dresidual, None, None)
     sums = column_sum(*partials, weight if weight is None else weight.dtype, bias if bias is None else bias.dtype)
@@ -116,6 +120,7 @@ class _Kind(NamedTuple):
     bias: torch.dtype | None
     mean: torch.dtype | None
     rstd: torch.dtype | None
+    seed: torch.dtype | None
 
     @property
     def loaded_bytes(self) -> int:
@@ -160,7 +165,7 @@ def _schedule(shared_bytes: int, *fields: Any) -> Schedule:
     launch = Launcher(row_norm_backward_kernel, config.num_warps, *constants, most_registers=config.most_registers)
 
     def whole_rows(
-        rows: int, given: Tensors, out: Tensors, strides: Strides, floats: tuple[float, float], facts: DeviceFacts
+        rows: int, given: Tensors, out: Tensors, strides: Strides, floats: Floats, facts: DeviceFacts
     ) -> Partials:
         device = given[0].device  # type: ignore[union-attr]
         programs = backward_programs(cdiv(rows, config.block_rows), config, facts)
@@ -193,7 +198,7 @@ class _LongRows:
         self.apply = Launcher(row_gradient_apply_kernel, block.num_warps, *column, most_registers=block.most_registers)
 
     def __call__(
-        self, rows: int, given: Tensors, out: Tensors, strides: Strides, floats: tuple[float, float], facts: DeviceFacts
+        self, rows: int, given: Tensors, out: Tensors, strides: Strides, floats: Floats, facts: DeviceFacts
     ) -> Partials:
         kind, device = self.kind, given[0].device  # type: ignore[union-attr]
         g_sums = g_x_hat_sums = None
@@ -203,10 +208,9 @@ class _LongRows:
                 return None, None
             g_x_hat_sums = torch.empty((rows, self.chunks), dtype=compute_dtype(kind.dy), device=device)
             g_sums = torch.empty_like(g_x_hat_sums) if kind.subtract_mean else None
-            dy, _, *others = given
-            self.sums(
-                rows * self.chunks, device, (dy, *others), (g_sums, g_x_hat_sums), strides[0], *strides[2:], *floats
-            )
+            dy, _, *others, _ = given
+            lengths = (strides[0], *strides[2:])
+            self.sums(rows * self.chunks, device, (dy, *others), (g_sums, g_x_hat_sums), *lengths, *floats[2:])
         stripes = rows
         if kind.needs_partials:
             stripes = column_stripes(rows, self.blocks, self.block, facts)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..dropout import row_factor
 from ..epilogue import load_bits
 from ..moments import input_gradient
 from ..tiles import load_gradients, scalar, store_gradients
@@ -54,12 +55,12 @@ def store_column_sums(Partial_ptr, sums, partial_row, col, in_span, SPAN: tl.con
         tl.store(Partial_ptr + offsets, tl.sum(sums, axis=0, keep_dims=True), mask=in_span)
 
 
-@triton.jit(do_not_specialize=["rows", "dy_stride", "dtotal_stride", "x_stride", "residual_stride"])
+@triton.jit(do_not_specialize=["rows", "dy_stride", "dtotal_stride", "x_stride", "residual_stride", "threshold"])
 def row_norm_backward_kernel(
-    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
+    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, Seed_ptr,
     DX_ptr, DResidual_ptr, PartialDWeight_ptr, PartialDBias_ptr,
     rows: tl.int64, dy_stride: tl.int64, dtotal_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64,
-    alpha: tl.float64, beta: tl.float64,
+    threshold: tl.int64, factor: tl.float64, alpha: tl.float64, beta: tl.float64,
     SPAN: tl.constexpr, VEC: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, ADD_FIRST: tl.constexpr, NEEDS_DX: tl.constexpr,
     SLOPE: tl.constexpr, PASSES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SPAN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -90,8 +91,9 @@ def row_norm_backward_kernel(
             mean_g_x_hat = tl.sum(g * x_hat, axis=1)[:, None] * (1.0 / SPAN)
             mean_g = tl.sum(g, axis=1)[:, None] * (1.0 / SPAN) if SUBTRACT_MEAN else None
             dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
+        drops = row_factor(Seed_ptr, row, 0, threshold, factor, SPAN, BLOCK_SPAN, COMPUTE)
         store_gradients(
-            DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, row * SPAN, row * dtotal_stride * VEC, col, mask,
+            DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, row * SPAN, row * dtotal_stride * VEC, col, mask, drops,
             ADD_FIRST, COMPUTE,
         )  # fmt: skip
 
@@ -140,11 +142,12 @@ def sum_row_gradients(
     return sum_g, sum_g_x_hat
 
 
-@triton.jit(do_not_specialize=["dy_stride", "dtotal_stride", "x_stride", "residual_stride"])
+@triton.jit(do_not_specialize=["dy_stride", "dtotal_stride", "x_stride", "residual_stride", "threshold"])
 def row_walk_backward_kernel(
-    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, DX_ptr, DResidual_ptr,
+    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, Seed_ptr,
+    DX_ptr, DResidual_ptr,
     dy_stride: tl.int64, dtotal_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64,
-    alpha: tl.float64, beta: tl.float64,
+    threshold: tl.int64, factor: tl.float64, alpha: tl.float64, beta: tl.float64,
     SPAN: tl.constexpr, VEC: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, ADD_FIRST: tl.constexpr,
     SLOPE: tl.constexpr, PASSES: tl.constexpr, BLOCK_SPAN: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -166,8 +169,9 @@ def row_walk_backward_kernel(
             dy_stride, x_stride, residual_stride, alpha, beta, SPAN, VEC, SLOPE, PASSES, BLOCK_SPAN, COMPUTE,
         )  # fmt: skip
         dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
+        drops = row_factor(Seed_ptr, row, first, threshold, factor, SPAN, BLOCK_SPAN, COMPUTE)
         store_gradients(
-            DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, row * SPAN, row * dtotal_stride * VEC, col, in_span,
+            DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, row * SPAN, row * dtotal_stride * VEC, col, in_span, drops,
             ADD_FIRST, COMPUTE,
         )  # fmt: skip
 
@@ -201,12 +205,12 @@ def load_row_mean(Sums_ptr, row, SPAN: tl.constexpr, CHUNKS: tl.constexpr, CHUNK
         return tl.sum(sums, axis=1)[:, None] * (1.0 / SPAN)
 
 
-@triton.jit(do_not_specialize=["rows", "dy_stride", "dtotal_stride", "x_stride", "residual_stride"])
+@triton.jit(do_not_specialize=["rows", "dy_stride", "dtotal_stride", "x_stride", "residual_stride", "threshold"])
 def row_gradient_apply_kernel(
-    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr,
+    DY_ptr, DTotal_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, Seed_ptr,
     GSums_ptr, GXHatSums_ptr, DX_ptr, DResidual_ptr, PartialDWeight_ptr, PartialDBias_ptr,
     rows: tl.int64, dy_stride: tl.int64, dtotal_stride: tl.int64, x_stride: tl.int64, residual_stride: tl.int64,
-    alpha: tl.float64, beta: tl.float64,
+    threshold: tl.int64, factor: tl.float64, alpha: tl.float64, beta: tl.float64,
     SPAN: tl.constexpr, VEC: tl.constexpr, ADD_FIRST: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_SPAN: tl.constexpr, CHUNKS: tl.constexpr, CHUNK_SLOTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -239,8 +243,9 @@ def row_gradient_apply_kernel(
             mean_g = load_row_mean(GSums_ptr, row, SPAN, CHUNKS, CHUNK_SLOTS)
             mean_g_x_hat = load_row_mean(GXHatSums_ptr, row, SPAN, CHUNKS, CHUNK_SLOTS)
             dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
+        drops = row_factor(Seed_ptr, row, first, threshold, factor, SPAN, BLOCK_SPAN, COMPUTE)
         store_gradients(
-            DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, row * SPAN, row * dtotal_stride * VEC, col, in_span,
+            DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, row * SPAN, row * dtotal_stride * VEC, col, in_span, drops,
             ADD_FIRST, COMPUTE,
         )  # fmt: skip
 

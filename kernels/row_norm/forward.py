@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..activations import ACTIVATIONS
+from ..dropout import rate_of
 from ..launch import cdiv, chunk_config, device_facts, row_forward_config, walk_stages, walks_rows
 from ..launcher import Launcher, Tensors
 from ..problem import Forward, RowNorm, Tensor, compute_dtype
@@ -16,7 +17,7 @@ from ..views import columns, row_view, vector_length
 from .forward_kernels import row_apply_kernel, row_moments_kernel, row_norm_forward_kernel, row_walk_forward_kernel
 
 Strides = tuple[int, int]
-Floats = tuple[float, float, float]
+Floats = tuple[float, ...]  # the threshold and the factor of dropout, eps, alpha, beta
 Schedule = Callable[[int, Tensors, Forward, Strides, Floats], None]
 
 
@@ -35,18 +36,18 @@ def row_norm_forward(
     x or a residual whose trailing dims do not hold a row contiguously is copied. weight and bias have `norm.span`
     elements. With save_bits, bit i of a row says that the activation's slope is 1 at its element i.
     """
-    span, eps, subtract_mean, add_first, activation, alpha, beta = norm
+    span, eps, subtract_mean, add_first, activation, alpha, beta, dropout_p, seed = norm
     rows = x.numel() // span if span else 0
     out = allocate(x, residual, norm, save_statistics, save_bits)
     if rows == 0:
         return out
     x, x_stride = row_view(x, span)
     residual, residual_stride = (None, 0) if residual is None else row_view(residual, span)
-    given = (x, residual, columns(weight), columns(bias))
+    given = (x, residual, columns(weight), columns(bias), seed)
     vec = vector_length(x.element_size(), x_stride, residual_stride)
     dtypes = [None if tensor is None else tensor.dtype for tensor in given]
     schedule = _schedule(span, vec, subtract_mean, add_first, activation, save_bits, save_statistics, *dtypes)
-    schedule(rows, given, out, (x_stride // vec, residual_stride // vec), (eps, alpha, beta))
+    schedule(rows, given, out, (x_stride // vec, residual_stride // vec), (*rate_of(seed, dropout_p), eps, alpha, beta))
     return out
 
 
@@ -71,7 +72,7 @@ def allocate(x: Tensor, residual: Tensor | None, norm: RowNorm, save_statistics:
 
 
 class _Kind(NamedTuple):
-    """What the calls that one schedule serves have in common; the last four are types, None without the tensor."""
+    """What the calls that one schedule serves have in common; the last five are types, None without the tensor."""
 
     span: int
     vec: int
@@ -84,6 +85,7 @@ class _Kind(NamedTuple):
     residual: torch.dtype | None
     weight: torch.dtype | None
     bias: torch.dtype | None
+    seed: torch.dtype | None
 
     @property
     def constants(self) -> tuple[Any, ...]:
@@ -100,7 +102,7 @@ class _Kind(NamedTuple):
 @functools.cache
 def _schedule(*fields: Any) -> Schedule:
     kind = _Kind(*fields)
-    operands = sum(dtype is not None for dtype in kind[-4:]) - kind.add_first
+    operands = sum(dtype is not None for dtype in (kind.x, kind.residual, kind.weight, kind.bias)) - kind.add_first
     widest = max(kind.parameter_itemsizes, default=0)
     wide_residual = kind.residual is not None and kind.residual.itemsize > kind.x.itemsize
     config = row_forward_config(
@@ -168,14 +170,15 @@ class _LongRows:
         return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in given)
 
     def _share(self, rows: int, given: Tensors, out: Forward, strides: Strides, floats: Floats) -> None:
-        x, residual, weight, bias = given
+        x, residual, weight, bias, seed = given
         y, total, mean, rstd, bits = out
+        drop, finish = floats[:2], floats[2:]
         chunks = self.config.chunks
         m2s = torch.empty((rows, chunks), dtype=compute_dtype(y.dtype), device=y.device)
         means = torch.empty_like(m2s) if self.kind.subtract_mean else None
         added = residual if self.kind.add_first else None
-        self.moments(rows * chunks, y.device, (x, added), (total, means, m2s), *strides)
+        self.moments(rows * chunks, y.device, (x, added, seed), (total, means, m2s), *strides, *drop)
         if self.kind.add_first:
             x, residual, strides = total, None, (self.kind.span // self.apply_vec, 0)
         allocated = (y, bits, mean, rstd, means, m2s)
-        self.apply(rows * chunks, y.device, (x, residual, weight, bias), allocated, *strides, *floats)
+        self.apply(rows * chunks, y.device, (x, residual, weight, bias), allocated, *strides, *finish)

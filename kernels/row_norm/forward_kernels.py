@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..dropout import row_factor
 from ..epilogue import activate, pre_activation, store_bits
 from ..moments import merge_chunks, merge_moments, reciprocal_deviation, tile_moments
 from ..tiles import load_added_residual, load_input, scalar, store_tile
@@ -30,10 +31,11 @@ def store_statistics(Mean_ptr, Rstd_ptr, row, mean, rstd, in_rows):
         tl.store(Rstd_ptr + row, rstd, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["rows", "x_stride", "residual_stride"])
+@triton.jit(do_not_specialize=["rows", "x_stride", "residual_stride", "threshold"])
 def row_norm_forward_kernel(
-    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Total_ptr, Bits_ptr, Mean_ptr, Rstd_ptr,
-    rows: tl.int64, x_stride: tl.int64, residual_stride: tl.int64, eps: tl.float64, alpha: tl.float64, beta: tl.float64,
+    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Seed_ptr, Y_ptr, Total_ptr, Bits_ptr, Mean_ptr, Rstd_ptr,
+    rows: tl.int64, x_stride: tl.int64, residual_stride: tl.int64, threshold: tl.int64, factor: tl.float64,
+    eps: tl.float64, alpha: tl.float64, beta: tl.float64,
     SPAN: tl.constexpr, VEC: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_SPAN: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +48,8 @@ def row_norm_forward_kernel(
     mask = in_rows[:, None] & in_span
 
     x_base, residual_base, y_base = row * x_stride * VEC, row * residual_stride * VEC, row * SPAN
-    x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, mask, COMPUTE)
+    drops = row_factor(Seed_ptr, row, 0, threshold, factor, SPAN, BLOCK_SPAN, COMPUTE)
+    x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, mask, drops, COMPUTE)
     store_tile(Total_ptr, x, y_base, col, mask)
     # Everything that will be needed is asked for before the reduction waits for x.
     weight = load_columns(Weight_ptr, col, in_span, COMPUTE)
@@ -76,7 +79,7 @@ def tiles_of_chunk(chunk, SPAN: tl.constexpr, BLOCK_SPAN: tl.constexpr, STEPS: t
 
 @triton.jit
 def chunk_moments(
-    X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, total_base, chunk,
+    X_ptr, Residual_ptr, Total_ptr, Seed_ptr, row, x_base, residual_base, chunk, threshold, factor,
     SPAN: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -88,8 +91,9 @@ def chunk_moments(
         first = (scalar(chunk, tl.int64) * STEPS + step) * BLOCK_SPAN
         col = first + tl.arange(0, BLOCK_SPAN)[None, :]
         in_span = col < SPAN
-        x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, in_span, COMPUTE)
-        store_tile(Total_ptr, x, total_base, col, in_span)
+        drops = row_factor(Seed_ptr, row, first, threshold, factor, SPAN, BLOCK_SPAN, COMPUTE)
+        x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, in_span, drops, COMPUTE)
+        store_tile(Total_ptr, x, row * SPAN, col, in_span)
         tile_count = tl.minimum(tl.maximum(SPAN - first, 0), BLOCK_SPAN).to(COMPUTE)
         tile_mean, tile_m2, _ = tile_moments(x, in_span, 1.0 / tl.maximum(tile_count, 1.0), SUBTRACT_MEAN)
         if SUBTRACT_MEAN:
@@ -101,8 +105,8 @@ def chunk_moments(
 
 @triton.jit
 def apply_chunk(
-    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Total_ptr, Bits_ptr, row, x_base, residual_base, chunk,
-    mean, rstd, alpha, beta,
+    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Seed_ptr, Y_ptr, Total_ptr, Bits_ptr, row, x_base, residual_base,
+    chunk, mean, rstd, threshold, factor, alpha, beta,
     SPAN: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr, BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +115,8 @@ def apply_chunk(
         first = (scalar(chunk, tl.int64) * STEPS + step) * BLOCK_SPAN
         col = first + tl.arange(0, BLOCK_SPAN)[None, :]
         in_span = col < SPAN
-        x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, in_span, COMPUTE)
+        drops = row_factor(Seed_ptr, row, first, threshold, factor, SPAN, BLOCK_SPAN, COMPUTE)
+        x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, in_span, drops, COMPUTE)
         residual = load_added_residual(Residual_ptr, Total_ptr, residual_base, col, in_span, COMPUTE)
         weight = load_columns(Weight_ptr, col, in_span, COMPUTE)
         bias = load_columns(Bias_ptr, col, in_span, COMPUTE)
@@ -124,10 +129,11 @@ def apply_chunk(
             store_bits(Bits_ptr, PASSES(z), row, first // 8, row >= 0, (SPAN + 7) // 8)
 
 
-@triton.jit(do_not_specialize=["x_stride", "residual_stride"])
+@triton.jit(do_not_specialize=["x_stride", "residual_stride", "threshold"])
 def row_walk_forward_kernel(
-    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Total_ptr, Bits_ptr, Mean_ptr, Rstd_ptr,
-    x_stride: tl.int64, residual_stride: tl.int64, eps: tl.float64, alpha: tl.float64, beta: tl.float64,
+    X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Seed_ptr, Y_ptr, Total_ptr, Bits_ptr, Mean_ptr, Rstd_ptr,
+    x_stride: tl.int64, residual_stride: tl.int64, threshold: tl.int64, factor: tl.float64,
+    eps: tl.float64, alpha: tl.float64, beta: tl.float64,
     SPAN: tl.constexpr, VEC: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, LOG2_CHUNKS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -144,7 +150,7 @@ def row_walk_forward_kernel(
     m2s = tl.zeros([2**LOG2_CHUNKS], COMPUTE)
     for chunk in tl.range(CHUNKS, num_stages=STAGES):
         mean, m2 = chunk_moments(
-            X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, row * SPAN, chunk,
+            X_ptr, Residual_ptr, Total_ptr, Seed_ptr, row, x_base, residual_base, chunk, threshold, factor,
             SPAN, SUBTRACT_MEAN, BLOCK_SPAN, STEPS, COMPUTE,
         )  # fmt: skip
         means = tl.where(index == chunk, mean, means)
@@ -154,14 +160,16 @@ def row_walk_forward_kernel(
 
     for chunk in range(CHUNKS):
         apply_chunk(
-            X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, Total_ptr, Bits_ptr, row, x_base, residual_base,
-            CHUNKS - 1 - chunk, mean, rstd, alpha, beta, SPAN, ACTIVATION, PASSES, BLOCK_SPAN, STEPS, COMPUTE,
+            X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Seed_ptr, Y_ptr, Total_ptr, Bits_ptr, row, x_base, residual_base,
+            CHUNKS - 1 - chunk, mean, rstd, threshold, factor, alpha, beta,
+            SPAN, ACTIVATION, PASSES, BLOCK_SPAN, STEPS, COMPUTE,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["x_stride", "residual_stride"])
+@triton.jit(do_not_specialize=["x_stride", "residual_stride", "threshold"])
 def row_moments_kernel(
-    X_ptr, Residual_ptr, Total_ptr, Means_ptr, M2s_ptr, x_stride: tl.int64, residual_stride: tl.int64,
+    X_ptr, Residual_ptr, Seed_ptr, Total_ptr, Means_ptr, M2s_ptr, x_stride: tl.int64, residual_stride: tl.int64,
+    threshold: tl.int64, factor: tl.float64,
     SPAN: tl.constexpr, VEC: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
@@ -170,8 +178,8 @@ def row_moments_kernel(
     program = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     row = program // CHUNKS
     mean, m2 = chunk_moments(
-        X_ptr, Residual_ptr, Total_ptr, row * x_stride * VEC, row * residual_stride * VEC, row * SPAN,
-        tl.program_id(0) % CHUNKS, SPAN, SUBTRACT_MEAN, BLOCK_SPAN, STEPS, COMPUTE,
+        X_ptr, Residual_ptr, Total_ptr, Seed_ptr, row, row * x_stride * VEC, row * residual_stride * VEC,
+        tl.program_id(0) % CHUNKS, threshold, factor, SPAN, SUBTRACT_MEAN, BLOCK_SPAN, STEPS, COMPUTE,
     )  # fmt: skip
     store_statistics(Means_ptr, M2s_ptr, program, mean, m2, row >= 0)
 
@@ -194,7 +202,7 @@ def row_apply_kernel(
     mean, rstd = merge_chunks(means, m2s, scalar(eps, COMPUTE), SPAN, BLOCK_SPAN * STEPS, LOG2_CHUNKS, SUBTRACT_MEAN)
     store_statistics(Mean_ptr, Rstd_ptr, row, mean, rstd, (program % CHUNKS + tl.arange(0, 1)) == 0)
     apply_chunk(
-        X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Y_ptr, None, Bits_ptr, row, row * x_stride * VEC,
-        row * residual_stride * VEC, program % CHUNKS, mean, rstd, alpha, beta,
+        X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, None, Y_ptr, None, Bits_ptr, row, row * x_stride * VEC,
+        row * residual_stride * VEC, program % CHUNKS, mean, rstd, 0, 1.0, alpha, beta,
         SPAN, ACTIVATION, PASSES, BLOCK_SPAN, STEPS, COMPUTE,
     )  # fmt: skip

@@ -1,0 +1,103 @@
+"""The residual add: the identity path, with what a block does to its branch and to the sum."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backend, residual_fallback, validation
+from ..activation import Activation, ActivationLike, resolve
+from .dispatch import _kernel
+
+if backend.HAS_TRITON:
+    from .. import autograd, drops, residual_autograd, residual_ops
+    from ..kernels.problem import ResidualAdd
+
+Tensor = torch.Tensor
+
+
+def residual_add(
+    x: Tensor,
+    residual: Tensor,
+    *,
+    activation: ActivationLike = None,
+    scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    drop_path_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """Adds a block's branch to the residual stream, the branch dropped out and scaled: one pass over memory.
+
+    .. math:: y = \\mathrm{activation}(\\mathrm{residual} + \\mathrm{drop\\_path}(\\mathrm{scale} \\cdot
+              \\mathrm{dropout}(x)))
+
+    Dropout drops elements, drop-path samples (what shares an index of the first dim), and both multiply what they keep
+    by 1 / (1 - p). What they drop follows from torch's generator of x's device, which `torch.manual_seed` governs, and
+    is drawn again in backward: no mask is kept.
+
+    Args:
+        x: the branch, any shape, float16, bfloat16, float32 or float64, any strides.
+        residual: the stream, x's shape and device, and its type, or float32 with half or bfloat16 x.
+        activation: as in `layer_norm`; after the sum.
+        scale: what the branch is multiplied by, a tensor of any of the types that broadcasts to x: (C,) where channels
+            are the last dim, (C, 1, 1) in an image.
+        dropout_p, drop_path_p: probabilities in [0, 1]; 0 unless `training`.
+
+    Returns:
+        y, with x's shape and layout in memory and the residual's type. All arithmetic is float32 (float64 for float64);
+        y is rounded once.
+
+    Raises:
+        ArgumentError (a ValueError and a RuntimeError): a shape, device, type or rate that does not fit.
+        ValueError: an unknown activation.
+
+    He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", arXiv:1603.05027; Huang et al., "Deep Networks
+    with Stochastic Depth", arXiv:1603.09382; Touvron et al., "Going Deeper with Image Transformers", arXiv:2103.17239.
+
+    Example:
+        >>> x, stream = torch.randn(8, 16), torch.randn(8, 16)
+        >>> residual_add(x, stream, scale=torch.full((16,), 0.1), drop_path_p=0.2).shape
+        torch.Size([8, 16])
+    """
+    function = "residual_add"
+    validation.floating(function, "x", x)
+    if residual is None:
+        raise validation.ArgumentError(f"{function}: residual must be a tensor, but is None")
+    validation.like_input(function, residual, x, may_be_float32=True)
+    validation.broadcasts(function, "scale", scale, x)
+    dropout_p = validation.rate(function, "dropout_p", dropout_p)
+    drop_path_p = validation.rate(function, "drop_path_p", drop_path_p)
+    validation.samples(function, drop_path_p, x)
+    rates = (dropout_p, drop_path_p) if training else (0.0, 0.0)
+    return _residual_add(x, residual, scale, *rates, resolve(activation))
+
+
+def _residual_add(
+    x: Tensor,
+    residual: Tensor,
+    scale: Tensor | None,
+    dropout_p: float,
+    drop_path_p: float,
+    activation: Activation | None,
+) -> Tensor:
+    run = _kernel(x, residual, scale)
+    if run is None:
+        return residual_fallback.residual_add(x, residual, scale, dropout_p, drop_path_p, activation)
+    fused = () if activation is None else (activation.name, *activation.scalars)
+    problem = ResidualAdd(dropout_p, drop_path_p, *fused)
+    seed = drops.draw_seed(x.device) if dropout_p > 0.0 or drop_path_p > 0.0 else None
+    run = residual_autograd.run if run is autograd.run else residual_ops.run
+    return run(x, residual, _with_neighbouring_axes(scale, x), seed, problem)
+
+
+def _with_neighbouring_axes(scale: Tensor | None, x: Tensor) -> Tensor | None:
+    """The scale, expanded where between two of its axes one of x's is missing, as the kernels want it."""
+    if scale is None:
+        return None
+    axes = [dim for dim, size in enumerate(scale.shape) if size != 1]
+    if len(axes) < 2:
+        return scale
+    of_x = x.shape[x.dim() - scale.dim() :]
+    between = slice(axes[0], axes[-1] + 1)
+    if scale.shape[between] == of_x[between]:
+        return scale
+    return scale.expand(*scale.shape[: axes[0]], *of_x[between], *scale.shape[axes[-1] + 1 :])

@@ -1,0 +1,181 @@
+"""torch.autograd for the residual stream: what is saved, which gradients are asked for, and second derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from . import backend, fallback
+from .activation import Activation
+from .drops import drop_factor
+from .kernels.problem import ResidualAdd, compute_dtype, slope_takes_two_values
+from .kernels.residual import (
+    SumGradients,
+    WantedOfSum,
+    residual_add_backward,
+    residual_add_forward,
+    unpack_bits,
+)
+
+Tensor = torch.Tensor
+
+
+class Needs(NamedTuple):
+    """Which of the tensor arguments require a gradient."""
+
+    x: bool
+    residual: bool
+    scale: bool
+
+
+class Saving(NamedTuple):
+    """What forward keeps for backward beside the scale and the seed."""
+
+    x: bool
+    residual: bool
+    bits: bool
+
+
+def what_to_save(problem: ResidualAdd, needs: Needs) -> Saving:
+    """Keeps only what a gradient that is asked for depends on: nothing at all for a bare sum."""
+    needs_slope = problem.activation is not None and any(needs)
+    bits = needs_slope and slope_takes_two_values(problem.activation)
+    computes_z = needs_slope and not bits
+    return Saving(computes_z or needs.scale, computes_z, bits)
+
+
+class Saved(NamedTuple):
+    """What backward finds again."""
+
+    x: Tensor | None
+    residual: Tensor | None
+    scale: Tensor | None
+    bits: Tensor | None
+    seed: Tensor | None
+
+
+class SumFacts(NamedTuple):
+    """What backward has to know of the result and of x besides."""
+
+    strides: Sequence[int]
+    x_dtype: torch.dtype
+
+
+class ResidualAddFunction(torch.autograd.Function):
+    """The residual stream under autograd, straight to the launchers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, scale: Tensor | None, seed: Tensor | None, problem: ResidualAdd
+    ) -> Tensor:
+        needs = Needs(*ctx.needs_input_grad[:3])
+        saving = what_to_save(problem, needs)
+        y, bits = residual_add_forward(x, residual, scale, seed, problem, save_bits=saving.bits)
+        ctx.save_for_backward(
+            x if saving.x else None, residual if saving.residual else None, scale if any(needs) else None, bits, seed
+        )
+        ctx.problem, ctx.facts = problem, SumFacts(y.stride(), x.dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        run: Any = residual_add_backward
+        if backend.traced(dy):  # as a backward may be whose forward was not
+            from . import residual_ops
+
+            run = residual_ops.backward
+        needs = Needs(*ctx.needs_input_grad[:3])
+        return *gradients(Saved(*ctx.saved_tensors), dy, ctx.problem, ctx.facts, needs, run), None, None
+
+
+def gradients(
+    saved: Saved, dy: Tensor, problem: ResidualAdd, facts: SumFacts, needs: Needs, backward: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dresidual, dscale), each where needed, by `backward` or, for who differentiates again, by composition."""
+    if torch.is_grad_enabled() or fallback.transformed() or _batched(dy):
+        found = _composed(saved, dy, problem, facts, torch.is_grad_enabled())
+    else:
+        found = _launched(saved, dy, problem, facts, needs, backward)
+    return tuple(gradient if need else None for gradient, need in zip(found, needs, strict=True))  # type: ignore[return-value]
+
+
+def _batched(dy: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dy)
+
+
+def _launched(
+    saved: Saved, dy: Tensor, problem: ResidualAdd, facts: SumFacts, needs: Needs, backward: Any
+) -> SumGradients:
+    """By kernel, but for what is dy itself."""
+    one_factor = saved.scale is None and saved.seed is None
+    dz_is_dy = problem.activation is None
+    one_gradient = one_factor and facts.x_dtype == dy.dtype
+    wanted = WantedOfSum(
+        dx=needs.x and not (one_factor and dz_is_dy),
+        # Where dx is the same, one tensor will do.
+        dresidual=needs.residual and not dz_is_dy and not (one_gradient and needs.x),
+        dscale=needs.scale,
+    )
+    dx = dresidual = dscale = None
+    if any(wanted):
+        dx, dresidual, dscale = backward(dy, *saved, problem, wanted, *facts)
+    if dz_is_dy:
+        dresidual = dy
+        if one_factor:
+            dx = dy.to(facts.x_dtype)
+    elif dresidual is None:
+        dresidual = dx
+    return SumGradients(dx, dresidual, dscale)
+
+
+@torch.enable_grad()
+def _composed(saved: Saved, dy: Tensor, problem: ResidualAdd, facts: SumFacts, create_graph: bool) -> SumGradients:
+    """By torch's own operations, so that with create_graph they can be differentiated again."""
+    dtype = compute_dtype(facts.x_dtype)
+    multiply = _Multiplier(saved, dy, problem, dtype)
+    x = None if saved.x is None else saved.x.to(dtype)
+    dz = dy.to(dtype)
+    if saved.bits is not None:
+        passes = unpack_bits(saved.bits, dy, facts.strides, saved.scale, saved.seed)
+        dz = torch.where(passes, dz, dz * problem.alpha if problem.alpha else 0.0)
+    elif problem.activation is not None:
+        assert x is not None and saved.residual is not None
+        z = saved.residual.to(dtype) + multiply.by_all(x)
+        z = z if z.requires_grad else z.detach().requires_grad_()
+        y = fallback.activate(z, Activation.from_scalars(problem.activation, problem.alpha, problem.beta))
+        (dz,) = torch.autograd.grad(y, z, dz, create_graph=create_graph)
+    dscale = None
+    if saved.scale is not None and x is not None:
+        dscale = (dz * multiply.by_factor(x)).sum_to_size(saved.scale.shape).to(saved.scale.dtype)
+    return SumGradients(multiply.by_all(dz).to(facts.x_dtype), dz.to(dy.dtype), dscale)
+
+
+class _Multiplier:
+    """What a call multiplies x by: what its seed drops, and its scale."""
+
+    def __init__(self, saved: Saved, dy: Tensor, problem: ResidualAdd, dtype: torch.dtype) -> None:
+        self.factor, self.scale = None, None if saved.scale is None else saved.scale.to(dtype)
+        if saved.seed is not None:
+            self.factor = drop_factor(saved.seed, dy.shape, problem.dropout_p, problem.drop_path_p, dtype)
+
+    def by_factor(self, values: Tensor) -> Tensor:
+        return values if self.factor is None else values * self.factor
+
+    def by_all(self, values: Tensor) -> Tensor:
+        values = self.by_factor(values)
+        return values if self.scale is None else values * self.scale
+
+
+# As `autograd._apply`, without a look for torch.func's transforms.
+_apply = super(torch.autograd.Function, ResidualAddFunction).apply
+
+
+def run(x: Tensor, residual: Tensor, scale: Tensor | None, seed: Tensor | None, problem: ResidualAdd) -> Tensor:
+    """y; through autograd only where something requires it."""
+    if torch.is_grad_enabled():
+        for tensor in (x, residual, scale):
+            if tensor is not None and tensor.requires_grad:
+                return _apply(x, residual, scale, seed, problem)
+    return residual_add_forward(x, residual, scale, seed, problem).y
