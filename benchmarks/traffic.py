@@ -11,6 +11,9 @@ there is one row, and the statistics, 8 bytes a row: a rate is understated by th
 | act(norm(x))           | 2 S              | 3 S: the pre-activation follows from x                |
 | act(norm(x) + residual)| 3 S              | 5 S: + residual, dresidual; two-valued slope 4 S + m  |
 | add_norm(x, residual)  | 4 S: + total     | 4 S: total, dy, dtotal, and one dx = dresidual        |
+| x + residual           | 3 S              | nothing: both gradients are dy                        |
+| act(x + residual)      | 3 S              | 4 S: dy, x, residual, dx; two-valued slope 2 S + m    |
+| scale * x + residual   | 3 S              | 3 S: dy, x, dx                                        |
 
 The mask is written by a forward that a backward follows, so an inference pass has none.
 """
@@ -39,6 +42,10 @@ def forward_passes(workload: Workload) -> int:
 
 def backward_passes(workload: Workload) -> int:
     """How many times S the backward moves, the mask apart."""
+    if not workload.of.norm:
+        if workload.activation is None:
+            return 3 if workload.of.parameters(workload.shape("tiny")) else 0
+        return 2 if workload.activation in TWO_VALUED_SLOPE else 4
     if workload.adds_first:
         return 4
     if not workload.residual or workload.activation is None:

@@ -165,7 +165,9 @@ class _Kind(NamedTuple):
 def _kind(places: Arrangement, problem: ResidualAdd, *tensors: Tensor | None) -> _Kind:
     shared = None
     if places.inner % GROUP == 0:
-        shared = "channel"
+        shared = "one"
+    elif places.inner >= GROUP:
+        shared = "two"
     elif places.inner == 1 and places.channels % GROUP == 0:
         shared = "next"
     itemsize = max(tensor.element_size() for tensor in tensors[:2] if tensor is not None)

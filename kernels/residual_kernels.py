@@ -57,12 +57,12 @@ def remainder(first, more, size):
 def load_scale(Scale_ptr, base, inner, channels, BLOCK: tl.constexpr, SHARED: tl.constexpr, COMPUTE: tl.constexpr):
     """The scale of a block's elements, each that of channel (place // inner) % channels; None stays None.
 
-    SHARED says what eight neighbours have in common: "channel"; or, inner being 1, that their channels are the next
-    ones; or nothing.
+    SHARED says what eight neighbours have in common: "one" channel; "two", one behind the other; or, inner being 1,
+    that theirs are the "next" eight; or nothing.
     """
     if Scale_ptr is not None:
         group, place = neighbours(BLOCK)
-        if SHARED == "channel":
+        if SHARED == "one" or SHARED == "two":
             first, more = quotient(base, group, inner, BLOCK)
             channel = remainder(first, more, channels)
         elif SHARED == "next":
@@ -70,7 +70,12 @@ def load_scale(Scale_ptr, base, inner, channels, BLOCK: tl.constexpr, SHARED: tl
         else:
             first, more = quotient(base, group + place, inner, BLOCK)
             channel = remainder(first, more, channels)
-        return tl.load(Scale_ptr + channel).to(COMPUTE)
+        scale = tl.load(Scale_ptr + channel).to(COMPUTE)
+        if SHARED == "two":
+            left = (first + more + 1) * inner - (base + group)
+            behind = tl.load(Scale_ptr + tl.where(channel + 1 == channels.to(tl.uint32), 0, channel + 1)).to(COMPUTE)
+            scale = tl.where(place < left, scale, behind)
+        return scale
 
 
 @triton.jit

@@ -9,7 +9,8 @@ S is one pass over x, m a bit an element.
 
 Groups are shared, in one launch more each way, where they do not fit the chip or lie channels_last. Channels of a
 batch norm likewise; whole, their backward is one launch, and by running statistics nothing is read twice, in two.
-Switchable norm is always shared; it has statistics of each plane.
+Switchable norm is always shared; it has statistics of each plane. The residual add is a row without statistics: 3 S,
+and backward nothing, 2 S + m or 4 S with an activation, 3 S with a scale.
 
 Beside these: parameters, read by each launch that needs them, and their gradients; partial sums of at most 32 rows a
 multiprocessor, written and read; statistics of 8 bytes a row (16 in float64) and, for shared rows, as much for each
@@ -179,10 +180,11 @@ def allowance(workload: Workload, case: Case, direction: Direction, schedule: Sc
     if direction == "forward+backward":
         shares = bool(schedule.backward_chunks)
         passes += backward_passes(workload) + 2 * shares
-        launches += 1 + shares + bool(case.parameters)
+        launches += (backward_passes(workload) > 0) + shares + bool(case.parameters)
         parameter += (2 + shares) * parameters  # read by each launch; the gradients
         partial = 2 * len(case.parameters) * schedule.partial_rows * span * wide
-        statistics += 2 * wide * rows * (2 + shares) + 4 * wide * schedule.backward_chunks
+        if workload.of.norm:
+            statistics += 2 * wide * rows * (2 + shares) + 4 * wide * schedule.backward_chunks
         mask = 2 * rows * -(-span // 8) if keeps_mask(workload) else 0.0
         if mask and shares:
             mask *= 1.5  # read by both launches

@@ -57,7 +57,7 @@ def compile_workload(name: str, dtype_name: str, target_name: str) -> Compiled:
         )
     ]
     found += findings.of_compilations(compilations, where)
-    if not of_batch:  # in which no sample stands for itself
+    if workload.of.norm and not of_batch:  # in which no sample stands for itself
         few, many = (
             reduction_layouts(offline.record(workload, dtype, "forward", target, workload.of_samples(count)))
             for count in (FEW, samples)

@@ -11,6 +11,7 @@ from .batch_norms import BATCH_NORMS
 from .channel_norms import CHANNEL_NORMS
 from .functions import FUNCTIONS as FUNCTIONS
 from .functions import finish as finish
+from .residual_adds import RESIDUAL_ADDS
 from .row_norms import ROW_NORMS
 from .row_norms import swept as swept
 from .workload import EPS as EPS
@@ -31,4 +32,4 @@ def _named(*workloads: Workload) -> dict[str, Workload]:
     return dict(zip(names, workloads, strict=True))
 
 
-WORKLOADS: Mapping[str, Workload] = _named(*ROW_NORMS, *CHANNEL_NORMS, *BATCH_NORMS)
+WORKLOADS: Mapping[str, Workload] = _named(*ROW_NORMS, *CHANNEL_NORMS, *BATCH_NORMS, *RESIDUAL_ADDS)

@@ -228,6 +228,20 @@ def _torch_weight_standardize(workload: Workload) -> Call:
     return call
 
 
+def _residual_add(workload: Workload) -> Call:
+    def call(x: Tensor, residual: Tensor, scale: Tensor | None = None) -> Tensor:
+        return F.residual_add(x, residual, scale=scale, activation=workload.activation)
+
+    return call
+
+
+def _torch_residual_add(workload: Workload) -> Call:
+    def call(x: Tensor, residual: Tensor, scale: Tensor | None = None) -> Tensor:
+        return finish(x if scale is None else x * scale, residual, workload.activation)
+
+    return call
+
+
 FUNCTIONS: Mapping[str, Function] = {
     "layer_norm": Function(
         lambda shape: {"weight": (shape[-1:], 1.0), "bias": (shape[-1:], 0.0)},
@@ -280,6 +294,17 @@ FUNCTIONS: Mapping[str, Function] = {
     ),
     "switch_norm": Function(
         _mixture, _switch_norm, _torch_switch_norm, over_last_dim=False, by_channel="mixed", state=_running
+    ),
+    "residual_add": Function(lambda shape: {}, _residual_add, _torch_residual_add, norm=False),
+    "residual_add_layer_scale": Function(
+        lambda shape: {"scale": (shape[-1:], 0.1)}, _residual_add, _torch_residual_add, norm=False
+    ),
+    "residual_add_channel_scale": Function(
+        lambda shape: {"scale": ((shape[1], *(1,) * (len(shape) - 2)), 0.1)},
+        _residual_add,
+        _torch_residual_add,
+        over_last_dim=False,
+        norm=False,
     ),
     "weight_standardize": Function(
         lambda shape: {}, _weight_standardize, _torch_weight_standardize, over_last_dim=False

@@ -153,7 +153,7 @@ class Function:
     """A function of fused_ops: the shape and mean of each parameter, our call, and torch's composition.
 
     over_last_dim: its statistics are; otherwise over all but the first, or, by_channel, over groups of channels, single
-    ones, these of the whole batch, or all of these mixed. state: the same of running statistics."""
+    ones, these of the whole batch, or all of these mixed. norm: it has any. state: the same of running statistics."""
 
     parameters: Callable[[Shape], dict[str, tuple[Shape, float]]]
     ours: Callable[[Workload], Call]
@@ -161,6 +161,7 @@ class Function:
     over_last_dim: bool = True
     by_channel: Literal["", "groups", "single", "batch", "mixed"] = ""
     state: Callable[[Shape], dict[str, tuple[Shape, float]]] = lambda shape: {}
+    norm: bool = True
 
 
 def elements(shape: Shape) -> int:
