@@ -66,6 +66,7 @@ CASES = (
     Case("add_instance_norm", IMAGES, (IMAGES[1],), EVERY, adds_first=True),
     Case("add_batch_norm", IMAGES, (IMAGES[1],), OF_BATCH, named=TRAINING, adds_first=True),
     Case("add_switch_norm", IMAGES, (IMAGES[1],), OF_MIXTURE, named=TRAINING, adds_first=True),
+    Case("residual_add", (ROWS, SPAN), (SPAN,), ("x", "residual", "scale"), named={"activation": "gelu"}),
     Case("weight_standardize", (ROWS, 16, 3, 3), (), ("x",), named={"eps": 1e-5}),
 )
 

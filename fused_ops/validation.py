@@ -179,9 +179,9 @@ def mixture(function: str, x: Tensor, mean_weight: Tensor, var_weight: Tensor) -
 
 
 def number(function: str, argument: str, value: Any) -> float:
-    """value as a float; TypeError where it is none."""
+    """value as a float; TypeError where it is none, text that reads as one included."""
     try:
-        return float(value)
+        return float(None if isinstance(value, str | bytes) else value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{function}: {argument} must be a number, but is {value!r}") from None
 

@@ -61,12 +61,13 @@ def residual_add_forward(
     y, bits = out = allocate(x, residual, save_bits)
     if x.numel() == 0:
         return out
-    places = memory_arrangement(tuple(y.shape), y.stride(), _axes_of(scale), drops=seed is not None)
+    given = (x, residual, scale, seed)
+    types = tuple([None if tensor is None else tensor.dtype for tensor in (*given, y, bits)])
+    places, launch, block = _forward_plan(y.shape, y.stride(), _shape_of(scale), _kind(problem), types)
     given = (arranged(x, places), arranged(residual, places), columns(scale), seed)
     written = arranged(y, places, copy=False)
-    launch, block = _forward_launcher(_kind(places, problem, *given, written, bits))
-    numbers = (*_numbers(places, problem), problem.alpha, problem.beta)
-    launch(cdiv(x.numel(), block), y.device, given, (written, bits), x.numel(), *numbers)
+    numbers = (*places.numbers, *_drops(problem), problem.alpha, problem.beta)
+    launch(cdiv(places.elements, block), y.device, given, (written, bits), places.elements, *numbers)
     if written is not y:
         y.copy_(written)
     return out
@@ -98,15 +99,16 @@ def residual_add_backward(
     dx, dresidual = allocate_gradients(dy, strides, x_dtype, wanted)
     if dy.numel() == 0:
         return SumGradients(dx, dresidual, torch.zeros_like(scale) if scale is not None and wanted.dscale else None)
-    places = memory_arrangement(tuple(dy.shape), tuple(strides), _axes_of(scale), drops=seed is not None)
     if problem.activation is None or bits is not None:  # z is not computed again
         residual = None
         x = x if wanted.dscale else None
+    read = (dy, x, residual, bits, scale, seed)
+    types = tuple([None if tensor is None else tensor.dtype for tensor in (*read, dx, dresidual)])
+    places, launch = _backward_plan(dy.shape, tuple(strides), _shape_of(scale), wanted.dscale, _kind(problem), types)
     activations = [None if tensor is None else arranged(tensor, places) for tensor in (dy, x, residual)]
     given = (*activations, None if bits is None else columns(bits), columns(scale), seed)
     written = [None if to is None else arranged(to, places, copy=False) for to in (dx, dresidual)]
-    launch = _backward_launcher(wanted.dscale, _kind(places, problem, *given, *written))
-    partials = launch(dy.numel(), places, given, written, problem)
+    partials = launch(places, given, written, (*places.numbers, *_drops(problem), problem.alpha, problem.beta))
     for to, values in zip((dx, dresidual), written, strict=True):
         if to is not None and values is not to:
             to.copy_(values)  # type: ignore[arg-type]
@@ -129,96 +131,110 @@ def unpack_bits(
     bits: Tensor, like: Tensor, strides: Sequence[int], scale: Tensor | None, seed: Tensor | None
 ) -> Tensor:
     """The bits of a forward as booleans of `like`'s shape, given the strides of its y."""
-    if like.numel() == 0:
-        return like.bool()
-    arrangement = memory_arrangement.__wrapped__  # whoever asks may be traced
-    places = arrangement(tuple(like.shape), tuple(strides), _axes_of(scale), drops=seed is not None)
+    places = memory_arrangement(tuple(like.shape), tuple(strides), _shape_of(scale), drops=seed is not None)
     flags = ((bits.unsqueeze(-1) >> torch.arange(GROUP, dtype=torch.uint8, device=bits.device)) & 1).flatten().bool()
     return flags.as_strided(like.shape, places.strides)
 
 
-def _axes_of(scale: Tensor | None) -> tuple[int, ...] | None:
-    return None if scale is None else tuple(scale.shape)
+def _shape_of(scale: Tensor | None) -> torch.Size | None:
+    return None if scale is None else scale.shape
 
 
-# --- launchers, one for each kind of call --------------------------------------------------------------------------
+@functools.lru_cache(maxsize=256)
+def _drop_numbers(dropout_p: float, drop_path_p: float) -> tuple[int, int, float, float]:
+    elements, samples = rate(dropout_p), rate(drop_path_p)
+    return elements.threshold, samples.threshold, elements.factor, samples.factor
+
+
+def _drops(problem: ResidualAdd) -> tuple[int, int, float, float]:
+    """The arguments of both kernels that tell what is dropped."""
+    return _drop_numbers(problem.dropout_p, problem.drop_path_p)
+
+
+# --- what calls of one kind, shape and layout have in common -------------------------------------------------------
+
+Types = tuple[torch.dtype | None, ...]  # None without the tensor
 
 
 class _Kind(NamedTuple):
-    """What the calls that one launcher serves have in common; the last are types, None without the tensor."""
-
     activation: str | None
-    ragged: bool
-    shared: str | None
     drops_elements: bool
     drops_samples: bool
-    channels_last: bool
-    share_sample: bool
-    itemsize: int
-    types: tuple[torch.dtype | None, ...]
 
-    @property
-    def variant(self) -> tuple[Any, ...]:
-        return self[1:7]
-
-
-def _kind(places: Arrangement, problem: ResidualAdd, *tensors: Tensor | None) -> _Kind:
-    shared = None
-    if places.inner % GROUP == 0:
-        shared = "one"
-    elif places.inner >= GROUP:
-        shared = "two"
-    elif places.inner == 1 and places.channels % GROUP == 0:
-        shared = "next"
-    itemsize = max(tensor.element_size() for tensor in tensors[:2] if tensor is not None)
-    return _Kind(
-        problem.activation, places.elements % GROUP != 0, shared, problem.dropout_p > 0, problem.drop_path_p > 0,
-        places.channels_last, places.sample_size % GROUP == 0, itemsize,
-        tuple([None if tensor is None else tensor.dtype for tensor in tensors]),
-    )  # fmt: skip
+    def variant(self, places: Arrangement) -> tuple[Any, ...]:
+        """The constants of both kernels but for the activation."""
+        shared = None
+        if places.inner % GROUP == 0:
+            shared = "one"
+        elif places.inner >= GROUP:
+            shared = "two"
+        elif places.inner == 1 and places.channels % GROUP == 0:
+            shared = "next"
+        share_sample = places.sample_size % GROUP == 0
+        ragged = places.elements % GROUP != 0
+        return ragged, shared, self.drops_elements, self.drops_samples, places.channels_last, share_sample
 
 
-def _numbers(places: Arrangement, problem: ResidualAdd) -> tuple[float, ...]:
-    """The arguments of both kernels that tell where an element is and what is dropped."""
-    elements, samples = rate(problem.dropout_p), rate(problem.drop_path_p)
-    numbers = (places.inner, places.channels, places.sample_size, places.last_channels, places.positions)
-    return (*numbers, elements.threshold, samples.threshold, elements.factor, samples.factor)
+def _kind(problem: ResidualAdd) -> _Kind:
+    return _Kind(problem.activation, problem.dropout_p > 0, problem.drop_path_p > 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward_plan(
+    shape: torch.Size, strides: tuple[int, ...], scale: torch.Size | None, kind: _Kind, types: Types
+) -> tuple[Arrangement, Launcher, int]:
+    """Where elements lie, the launcher, and the elements of each of its programs."""
+    places = memory_arrangement(shape, strides, scale, drops=types[3] is not None)
+    launch, block = _forward_launcher(kind.activation, kind.variant(places), types)
+    return places, launch, block
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward_plan(
+    shape: torch.Size, strides: tuple[int, ...], scale: torch.Size | None, sums: bool, kind: _Kind, types: Types
+) -> tuple[Arrangement, _BackwardLauncher]:
+    places = memory_arrangement(shape, strides, scale, drops=types[5] is not None)
+    return places, _backward_launcher(sums, kind.activation, kind.variant(places), types)
 
 
 _WARPS = 4
 
 
-def _block(itemsize: int) -> int:
+def _block(types: Types) -> int:
     """Elements of a program: 32 bytes a thread of every tensor, of which half a multiprocessor's threads have 32 KB and
     more in flight."""
-    return _WARPS * THREADS_PER_WARP * 32 // itemsize
+    widest = max(dtype.itemsize for dtype in types[:2] if dtype is not None)
+    return _WARPS * THREADS_PER_WARP * 32 // widest
 
 
 @functools.cache
-def _forward_launcher(kind: _Kind) -> tuple[Launcher, int]:
-    functions, block = ACTIVATIONS[kind.activation], _block(kind.itemsize)
-    passes = functions.passes if kind.types[-1] is not None else None
-    return Launcher(residual_add_forward_kernel, _WARPS, *kind.variant, functions.value, passes, block), block
+def _forward_launcher(activation: str | None, variant: tuple[Any, ...], types: Types) -> tuple[Launcher, int]:
+    functions, block = ACTIVATIONS[activation], _block(types)
+    passes = functions.passes if types[-1] is not None else None
+    return Launcher(residual_add_forward_kernel, _WARPS, *variant, functions.value, passes, block), block
 
 
 class _BackwardLauncher:
     """A block of neighbours a program; where a scale learns, blocks of a period that several programs go down."""
 
-    def __init__(self, sums: bool, kind: _Kind) -> None:
-        self.sums, self.kind = sums, kind
-        self.block = _block(kind.itemsize)
+    def __init__(self, sums: bool, activation: str | None, variant: tuple[Any, ...], types: Types) -> None:
+        self.sums, self.block = sums, _block(types)
+        _, slope, passes = ACTIVATIONS[activation]
+        self.constants = (*variant, slope, passes, self.block, 3 if sums else 1)
+        self.launchers: dict[Division, Launcher] = {}
 
-    @functools.cache  # noqa: B019 (launchers are few, and stay)
     def _launcher(self, division: Division) -> Launcher:
-        _, slope, passes = ACTIVATIONS[self.kind.activation]
-        constants = (*self.kind.variant, slope, passes, self.block, 3 if self.sums else 1)
-        return Launcher(residual_add_backward_kernel, _WARPS, *constants, *division)
+        launch = self.launchers.get(division)
+        if launch is None:
+            launch = Launcher(residual_add_backward_kernel, _WARPS, *self.constants, *division)
+            self.launchers[division] = launch
+        return launch
 
     def __call__(
-        self, elements: int, places: Arrangement, given: Tensors, written: Sequence[Tensor | None], problem: ResidualAdd
+        self, places: Arrangement, given: Tensors, written: Sequence[Tensor | None], numbers: tuple[float, ...]
     ) -> Tensor | None:
         """Partial sums for dscale [rows, channels], or None."""
-        dy = given[0]
+        dy, elements = given[0], places.elements
         assert dy is not None
         division, stripes, partials = Division(self.block, 1, True), 1, None
         period = cdiv(elements, self.block) * self.block
@@ -229,7 +245,6 @@ class _BackwardLauncher:
             stripes = min(cdiv(elements, period), cdiv(programs, cdiv(period, division.owned)))
             rows = stripes * (period // (places.channels * division.summed))
             partials = torch.empty((rows, places.channels), dtype=compute_dtype(dy.dtype), device=dy.device)
-        numbers = (*_numbers(places, problem), problem.alpha, problem.beta)
         self._launcher(division)(
             cdiv(period, division.owned) * stripes, dy.device, given, (*written, partials),
             elements, period // GROUP, stripes, *numbers,
@@ -244,8 +259,8 @@ _MOST_BLOCKS = 8
 
 
 @functools.cache
-def _backward_launcher(sums: bool, kind: _Kind) -> _BackwardLauncher:
-    return _BackwardLauncher(sums, kind)
+def _backward_launcher(sums: bool, activation: str | None, variant: tuple[Any, ...], types: Types) -> _BackwardLauncher:
+    return _BackwardLauncher(sums, activation, variant, types)
 
 
 class Division(NamedTuple):

@@ -195,6 +195,11 @@ class Arrangement(NamedTuple):
     last_channels: int
     positions: int
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Those of the above that kernels are told at run time."""
+        return self.inner, self.channels, self.sample_size, self.last_channels, self.positions
+
 
 def _is_dense(shape: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
     """Whether dims in this order, the innermost last, lie in memory without gaps."""
@@ -210,7 +215,7 @@ def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
-def _memory_arrangement(
+def memory_arrangement(
     shape: tuple[int, ...], strides: tuple[int, ...], scale: tuple[int, ...] | None, drops: bool
 ) -> Arrangement:
     """The arrangement of a tensor that has elements, and no gaps between them; one to copy it to where kernels cannot
@@ -237,14 +242,14 @@ def _memory_arrangement(
     return plain._replace(strides=_contiguous_strides(shape))
 
 
-memory_arrangement = functools.lru_cache(maxsize=4096)(_memory_arrangement)
-
-
 def arranged(tensor: torch.Tensor, places: Arrangement, *, copy: bool = True) -> torch.Tensor:
     """`tensor` itself where it lies so, otherwise a new tensor that does, with its values if they are to be copied."""
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
-    pairs = zip(tensor.shape, tensor.stride(), places.strides, strict=True)
+    strides = tensor.stride()
+    if strides == places.strides:
+        return tensor
+    pairs = zip(tensor.shape, strides, places.strides, strict=True)
     if all([size == 1 or stride == wanted for size, stride, wanted in pairs]):
         return tensor
     to = torch.empty_strided(tensor.shape, places.strides, dtype=tensor.dtype, device=tensor.device)

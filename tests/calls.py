@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from fused_ops import functional as F
 from tests.norm_cases import DEVICE, OPERANDS, Case, torch_expression
 
 Tensor = torch.Tensor
@@ -32,8 +31,7 @@ def fused(case: Case) -> Function:
     names = given(case)
 
     def function(*tensors: Tensor) -> Outputs:
-        args, kwargs = case.arguments(dict(zip(names, tensors, strict=True)))
-        return as_tuple(getattr(F, case.function)(*args, **kwargs))
+        return as_tuple(case.call(dict(zip(names, tensors, strict=True))))
 
     return function
 

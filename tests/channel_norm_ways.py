@@ -78,9 +78,9 @@ def in_pieces(
     """Cuts every group into pieces of `steps` tiles of block_channels x block_plane until it ends."""
 
     def tile(of: Callable[..., PieceTile]) -> Callable[..., PieceTile]:
-        def smaller(channels: int, plane: int, *sizes: Any) -> PieceTile:
+        def smaller(channels: int, plane: int, *sizes: Any, **flags: Any) -> PieceTile:
             stages = 0 if plane <= block_plane else 1
-            tile = of(channels, plane, *sizes)
+            tile = of(channels, plane, *sizes, **flags)
             return replace(tile, block_channels=block_channels, block_plane=block_plane, stages=stages)
 
         return smaller

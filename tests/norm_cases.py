@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as TF
 
+import fused_ops
 from fused_ops import Activation, reference
 from fused_ops import functional as F
 from tests.tolerances import assert_within_budget
@@ -63,7 +65,8 @@ def torch_activate(z: Tensor, activation: str | Activation | None) -> Tensor:
 class Case:
     """The arguments of one call, with the gradients that arrive at its outputs; a subclass says which norm it is.
 
-    `function` is one of fused_ops.functional; `frozen` names the operands that require no gradient.
+    `function` is one of fused_ops.functional; `frozen` names the operands that require no gradient. What is dropped at
+    the rate dropout_p follows from drop_seed.
     """
 
     function: str
@@ -76,6 +79,8 @@ class Case:
     dy: Tensor | None = None
     dtotal: Tensor | None = None
     frozen: tuple[str, ...] = ()
+    dropout_p: float = 0.0
+    drop_seed: int = 0
 
     @property
     def adds_first(self) -> bool:
@@ -126,7 +131,30 @@ class Case:
             kwargs["bias"] = leaves.get("bias")
         if not self.adds_first:
             kwargs["residual"] = leaves.get("residual")
+        if self.dropout_p:
+            kwargs["dropout_p"] = self.dropout_p
+            if isinstance(leaves["x"], np.ndarray):  # the reference's
+                kwargs["keep"] = self.keep().cpu().numpy()
         return args, kwargs
+
+    def call(self, leaves: dict[str, Any]) -> Any:
+        """The function of fused_ops.functional, which drops the same each time."""
+        args, kwargs = self.arguments(leaves)
+        if self.dropout_p:
+            torch.manual_seed(self.drop_seed)
+        return getattr(F, self.function)(*args, **kwargs)
+
+    def keep(self) -> Tensor:
+        """Which elements of x the kernels keep: those that any other call of this seed, shape and rate keeps."""
+        torch.manual_seed(self.drop_seed)
+        ones, zeros = (fill(self.x.shape, device=DEVICE) for fill in (torch.ones, torch.zeros))
+        with torch.no_grad(), fused_ops.use_backend("triton"):
+            return F.residual_add(ones, zeros, dropout_p=self.dropout_p) != 0.0
+
+    def noise(self) -> Tensor:
+        """What torch's dropout multiplies x by."""
+        noise = self.keep().to(self.x.dtype)
+        return noise.zero_() if self.dropout_p == 1.0 else noise.div_(1.0 - self.dropout_p)
 
 
 @dataclass(frozen=True)
@@ -196,8 +224,7 @@ def _collect(case: Case, leaves: dict[str, Tensor], outputs: Any) -> Result:
 def run_fused(case: Case) -> Result:
     """The call of fused_ops.functional, under whichever backend is set."""
     leaves = case.leaves()
-    args, kwargs = case.arguments(leaves)
-    return _collect(case, leaves, getattr(F, case.function)(*args, **kwargs))
+    return _collect(case, leaves, case.call(leaves))
 
 
 def torch_expression(case: Case, leaves: dict[str, Tensor]) -> Any:
@@ -205,6 +232,8 @@ def torch_expression(case: Case, leaves: dict[str, Tensor]) -> Any:
     x, residual = leaves["x"], leaves.get("residual")
     weight, bias = leaves.get("weight"), leaves.get("bias")
     total = None
+    if case.dropout_p:
+        x = x * case.noise()
     if case.adds_first:
         total = residual + x
     z = x if total is None else total

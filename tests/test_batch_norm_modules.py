@@ -200,18 +200,6 @@ def test_an_add_module_returns_y_and_total(name, each_backend):
         module(x)
 
 
-@each_added
-def test_dropout_is_read_when_it_is_called(name):
-    module = made(name, dropout_p=0.0)
-    module.dropout_p = 0.5
-    assert repr(module).endswith("dropout_p=0.5)")
-    with pytest.raises(NotImplementedError, match=r"dropout_p=0\.5"):
-        module(*inputs(name))
-    assert module.num_batches_tracked == 0 and not module.running_mean.any()
-    with pytest.raises(NotImplementedError, match=r"dropout_p=0\.5"):
-        made(name, dropout_p=0.5)
-
-
 def test_modules_stand_in_a_network(each_backend):
     class Block(nn.Module):
         def __init__(self, norms: Any, **keywords: Any) -> None:

@@ -250,17 +250,6 @@ def test_the_repr_is_torchs_and_shows_an_activation_that_is_set(name):
     assert "negative_slope=0.2" in repr(cls(*sizes(name), activation=nn.LeakyReLU(0.2)))
 
 
-@each_added
-def test_dropout_is_read_when_it_is_called(name):
-    module = getattr(fused_ops, name)(*sizes(name), dropout_p=0.0)
-    module.dropout_p = 0.5
-    assert repr(module).endswith("dropout_p=0.5)")
-    with pytest.raises(NotImplementedError, match=r"dropout_p=0\.5"):
-        module(*(tensor.float().cpu() for tensor in inputs(name)))
-    with pytest.raises(NotImplementedError, match=r"dropout_p=0\.5"):
-        getattr(fused_ops, name)(*sizes(name), dropout_p=0.5)
-
-
 # --- torch.compile -------------------------------------------------------------------------------------------------
 
 

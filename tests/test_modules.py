@@ -255,16 +255,6 @@ def test_the_repr_is_torchs_and_shows_an_activation_that_is_set(cls):
     assert "negative_slope=0.2" in repr(cls(LAST, activation=nn.LeakyReLU(0.2)))
 
 
-@add_class
-def test_dropout_is_read_when_it_is_called(cls):
-    module = cls(LAST, dropout_p=0.0)
-    assert module.dropout_p == 0.0
-    module.dropout_p = 0.5
-    assert repr(module).endswith("dropout_p=0.5)")
-    with pytest.raises(NotImplementedError, match=r"dropout_p=0\.5"):
-        module(*(tensor.cpu() for tensor in inputs(cls)))
-
-
 def test_what_the_package_exports_is_here_or_beside():
     """The tests of each other norm's modules have the rest."""
     exported = {
@@ -272,5 +262,5 @@ def test_what_the_package_exports_is_here_or_beside():
     }
     kinds = ("Instance", "Batch", "Switch")
     planes = ["GroupNorm", "SyncBatchNorm", *(f"{kind}Norm{dims}d" for kind in kinds for dims in (1, 2, 3))]
-    beside = {*planes, *(f"Add{name}" for name in planes), *(f"WSConv{dims}d" for dims in (1, 2, 3))}
+    beside = {*planes, *(f"Add{name}" for name in planes), *(f"WSConv{dims}d" for dims in (1, 2, 3)), "ResidualAdd"}
     assert exported == {cls.__name__ for cls in TORCHS} | beside

@@ -156,18 +156,6 @@ def test_an_add_module_returns_y_and_total(name, each_backend):
         module(x)
 
 
-@pytest.mark.parametrize("name", ADDED)
-def test_dropout_is_read_when_it_is_called(name):
-    module = made(name, dropout_p=0.0)
-    module.dropout_p = 0.5
-    assert repr(module).endswith("dropout_p=0.5)")
-    with pytest.raises(NotImplementedError, match=r"dropout_p=0\.5"):
-        module(*inputs(name))
-    assert not module.running_mean.any()
-    with pytest.raises(NotImplementedError, match=r"dropout_p=0\.5"):
-        made(name, dropout_p=0.5)
-
-
 def test_a_branch_whose_last_gamma_is_zero_starts_as_the_identity(each_backend):
     x = normal(2, CHANNELS, 4, 3)
     norm = fused_ops.SwitchNorm2d(CHANNELS, last_gamma=True, activation="relu").to(DEVICE)

@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed, so there are no k
 import fused_ops.kernels.channel_norm.switch_backward as backward_module
 import fused_ops.kernels.channel_norm.switch_forward as forward_module
 from tests.channel_norm_ways import in_pieces
+from tests.dropout_cases import factor
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "memory_checked")
 
@@ -87,21 +88,40 @@ def stepwise(function: str, training: bool, activation: str | None, running: tup
     return run
 
 
-def check(leaves: Leaves, function: str, training: bool, activation: str | None, dtype: torch.dtype) -> None:
-    """Outputs, running statistics and all gradients."""
+def dropping(run: Run, noise: Tensor) -> Run:
+    """`run` of an x that was multiplied by what dropout multiplies by, in its own type, as between calls of torch."""
+    return lambda x, **others: run(x=x * noise.to(x.dtype), **others)
+
+
+def check(
+    leaves: Leaves,
+    function: str,
+    training: bool,
+    activation: str | None,
+    dtype: torch.dtype,
+    dropout_p: float = 0.0,
+) -> None:
+    """Outputs and all gradients."""
     exact_leaves = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
     kind, channels = leaves["weight"].dtype, leaves["x"].shape[1]
     arrived = [normal(*leaves["x"].shape, dtype=dtype, seed=20 + i) for i in range(1 + adds_first(function))]
     # Where dresidual is dz, sums are of what was stored there.
     stored = dtype if "residual" in leaves and not adds_first(function) and activation is not None else None
     names = [*("y", "total")[: len(arrived)], *(f"d{name}" for name in leaves)]
+    noise = factor(tuple(leaves["x"].shape), dropout_p, seed=5)
     found = []
     for run, given, running in (
         (call, leaves, statistics(channels, kind)),
         (stepwise, leaves, statistics(channels, kind)),
         (composed, exact_leaves, tuple(t.double() for t in statistics(channels, kind))),
     ):
-        outputs = run(function, training, activation, running)(**given)
+        made = run(function, training, activation, running)
+        if dropout_p and run is call:
+            torch.manual_seed(5)
+            made = call(function, training, activation, running, dropout_p=dropout_p)
+        elif dropout_p:
+            made = dropping(made, noise)
+        outputs = made(**given)
         arriving = [d.to(y.dtype) for d, y in zip(arrived, outputs, strict=True)]
         gradients = torch.autograd.grad(outputs, list(given.values()), arriving)
         found.append([output.detach() for output in outputs] + list(gradients))
@@ -141,6 +161,17 @@ def test_ordinary_data(
     function: str, residual: bool, activation: str | None, dtype: torch.dtype, way: str, training: bool
 ) -> None:
     check(leaves_of(way, function, residual, dtype, dtype), function, training, activation, dtype)
+
+
+@pytest.mark.one_in(3)
+@in_ways(*WAYS)
+@pytest.mark.parametrize("p", [0.5, 1.0])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_dropout(dtype: torch.dtype, activation: str | None, p: float, way: str) -> None:
+    """At a rate of 1/2 totals are exact as well."""
+    leaves = leaves_of(way, "add_switch_norm", True, dtype, dtype)
+    check(leaves, "add_switch_norm", True, activation, dtype, p)
 
 
 @in_ways("planes")

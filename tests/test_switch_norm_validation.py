@@ -125,6 +125,8 @@ BAD_CALLS = [
     *bad("an unknown module", "Softmax(dim=1)", *KNOWN, activation=nn.Softmax(dim=1)),
     *bad("a negative drop rate", "dropout_p", "-0.1", functions=ADDED, dropout_p=-0.1),
     *bad("a drop rate above one", "dropout_p", "1.5", functions=ADDED, dropout_p=1.5),
+    *bad("a drop rate of NaN", "dropout_p", "nan", functions=ADDED, dropout_p=float("nan")),
+    *bad("a drop rate that nobody uses", "dropout_p", "1.5", functions=ADDED, dropout_p=1.5, training=False),
 ]
 
 
@@ -169,9 +171,11 @@ def test_momentum_and_eps_are_numbers(function, argument, value, training):
     assert isinstance(error, TypeError) and f"{function}: {argument} must be a number, but is {value}" in str(error)
 
 
-def test_dropout_says_that_it_is_not_built():
-    error = refusal("add_switch_norm", dropout_p=0.5)
-    assert isinstance(error, NotImplementedError) and "dropout_p=0.5" in str(error)
+@pytest.mark.parametrize("value", [None, [0.5], "0.5"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_drop_rate_is_a_number(value, training):
+    error = refusal("add_switch_norm", dropout_p=value, training=training)
+    assert isinstance(error, TypeError) and f"dropout_p must be a number, but is {value!r}" in str(error)
 
 
 @every_function

@@ -95,8 +95,9 @@ class BackwardPieces:
         length = kind.plane[0]
         mixed = kind.x is not None and kind.x.itemsize > kind.dy.itemsize
         self.tile = tile = piece_tile(
-            kind.channels, longest_of(kind.plane), kind.dy.itemsize, kind.channels_last, mixed, kind.frozen
-        )
+            kind.channels, longest_of(kind.plane), kind.dy.itemsize, kind.channels_last, mixed, kind.frozen,
+            kind.seed is not None,
+        )  # fmt: skip
         self.blocks = cdiv(kind.channels, tile.block_channels)
         # Where dresidual is wanted it is dz, which the sums leave there: read again, it is all that dx needs of dy.
         # But for groups of one value, whose dx is 0, and would be how dz was rounded.
@@ -119,7 +120,8 @@ class BackwardPieces:
         )  # fmt: skip
         slope = (None, None) if self.leaves_dz else kind.slope
         # What a mixture needs besides is needed before the tiles are: with 16 registers less a fourth program fits.
-        most = 128 if kind.kinds and kind.channels_last and kind.dy.itemsize < 8 else tile.most_registers
+        with_fewer = kind.kinds and kind.channels_last and kind.dy.itemsize < 8 and kind.seed is None
+        most = 128 if with_fewer else tile.most_registers
         self.apply = launcher(channel_gradient_apply_kernel, kind.kinds, *slope, most_registers=most)
 
     def __call__(self, samples: int, plane: int, given: Tensors, out: Pair, strides: Strides, floats: Floats) -> Pair:

@@ -198,16 +198,25 @@ MERGE_REGISTERS = 255  # what merges partial results; left alone, ptxas spills s
 
 @functools.cache
 def piece_tile(
-    channels: int, plane: int, itemsize: int, channels_last: bool, mixed: bool = False, crowded: bool = False
+    channels: int,
+    plane: int,
+    itemsize: int,
+    channels_last: bool,
+    mixed: bool = False,
+    crowded: bool = False,
+    drops: bool = False,
 ) -> PieceTile:
     """Tile of the passes over pieces: 8 KB of a tensor, 4 KB where registers are short, 32 bytes a thread.
 
     channels_last, a thread has eight channels and the values of each, which takes registers: smaller programs, of which
     more fit, and which load tiles ahead. mixed: beside 16-bit tensors float32 ones are read, which take more, too.
-    crowded: tensors are written, and sums kept, in one pass.
+    crowded: tensors are written, and sums kept, in one pass. drops: each element draws whether it is kept, which takes
+    so many registers that a thread has half as many elements.
     """
     tile = (4096 if channels_last or mixed else 8192) // itemsize
     elements_per_thread = 32 // itemsize
+    if drops:
+        tile, elements_per_thread = tile // 2, elements_per_thread // 2
     if channels_last:
         block_channels = _block_of_channels(channels, itemsize)
         block_plane = max(8, tile // block_channels)
@@ -223,6 +232,8 @@ def piece_tile(
         most_registers = 224
     if mixed:
         most_registers = 184 if channels_last and not ragged else 255
+    if drops:
+        most_registers = registers_a_thread(num_warps)
     return PieceTile(block_channels, block_plane, num_warps, most_registers, stages)
 
 

@@ -79,7 +79,9 @@ class ForwardPieces:
     def __init__(self, kind: ForwardKind) -> None:
         self.kind = kind
         length, _ = kind.plane
-        self.tile = tile = piece_tile(kind.channels, longest_of(kind.plane), kind.x.itemsize, kind.channels_last)
+        drops = kind.seed is not None
+        longest, itemsize = longest_of(kind.plane), kind.x.itemsize
+        self.tile = tile = piece_tile(kind.channels, longest, itemsize, kind.channels_last, drops=drops)
         block = (tile.block_channels, tile.block_plane, tile.stages)
         self.blocks = cdiv(kind.channels, tile.block_channels)
 
@@ -90,10 +92,11 @@ class ForwardPieces:
         # The values of each place take registers, and so programs, that loads ahead make up for; but for one tile.
         stages = max(tile.stages, min(3, 3 * tile.stages))
         most = tile.most_registers
-        if kind.x.itemsize < 8 and kind.channels_last:  # with 16 registers less a fourth program fits
-            most = 128 if kind.channels * kind.x.itemsize % 16 == 0 else 208
-        elif kind.x.itemsize < 8 and stages:
-            most = 128
+        if itemsize < 8 and not drops:
+            if kind.channels_last:  # with 16 registers less a fourth program fits
+                most = 128 if kind.channels * itemsize % 16 == 0 else 208
+            elif stages:
+                most = 128
         of_moments = (kind.channels, length, kind.vec, kind.channels_last, *block[:2], stages)
         self.moments = launcher(channel_moments_kernel, *of_moments, most_registers=most)
         block_partials, self.block_groups = combine_tile(kind.channels // kind.groups)

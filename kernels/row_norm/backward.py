@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from ..launch import (
     column_block_config,
     column_stripes,
     device_facts,
+    registers_a_thread,
     row_backward_config,
     walks_gradients,
 )
@@ -160,6 +162,9 @@ def _schedule(shared_bytes: int, *fields: Any) -> Schedule:
     config = row_backward_config(kind.span, kind.dy.itemsize, operands, kind.loaded_bytes, shared_bytes)
     if config is None:
         return _LongRows(kind, shared_bytes)
+    if kind.seed is not None:  # what draws what is dropped takes registers, too
+        most = max(168, config.most_registers or 0)
+        config = replace(config, most_registers=registers_a_thread(config.num_warps, most))
     tile = (config.block_rows, config.block_span, config.stages)
     constants = (kind.span, kind.vec, kind.subtract_mean, kind.add_first, kind.needs_dx, *kind.slope, *tile)
     launch = Launcher(row_norm_backward_kernel, config.num_warps, *constants, most_registers=config.most_registers)
