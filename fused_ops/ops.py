@@ -201,6 +201,9 @@ def _samples(family: str, forward: bool, device: torch.device | str) -> Iterator
 
     for added, activation, affine in itertools.product((None, "after", "first"), (None, "relu", "gelu"), (True, False)):
         for norm, shape, length in _norms(family, added == "first", activation):
+            drops = added == "first" and affine
+            if drops:
+                norm = norm._replace(dropout_p=0.25, seed=torch.tensor([7], device=device))
             x, residual = (draw(*shape, requires_grad=forward) for _ in range(2))
             weight, bias = (draw(length, requires_grad=forward) if affine else None for _ in range(2))
             running: Tensors = ()
@@ -222,6 +225,6 @@ def _samples(family: str, forward: bool, device: torch.device | str) -> Iterator
             normalized = (out.total if norm.add_first else x) if saving.x else None
             kept = residual if saving.residual else None
             dy, dtotal = draw(*shape, requires_grad=False), draw(*shape, requires_grad=False)
-            wanted = Wanted(True, added == "after" and activation is not None, affine, affine)
+            wanted = Wanted(True, drops or (added == "after" and activation is not None), affine, affine)
             saved = (normalized, kept, out.bits, weight, bias, out.mean, out.rstd)
             yield (dy, dtotal if norm.add_first else None, *saved, *norm, *wanted), {}

@@ -12,7 +12,7 @@ import torch
 from .activations import ACTIVATIONS
 from .column_sum import column_sum
 from .dropout import rate
-from .launch import THREADS_PER_WARP, cdiv, device_facts
+from .launch import THREADS_PER_WARP, cdiv, device_facts, registers_a_thread
 from .launcher import Launcher, Tensors
 from .problem import ResidualAdd, Tensor, compute_dtype
 from .residual_kernels import residual_add_backward_kernel, residual_add_forward_kernel
@@ -131,6 +131,8 @@ def unpack_bits(
     bits: Tensor, like: Tensor, strides: Sequence[int], scale: Tensor | None, seed: Tensor | None
 ) -> Tensor:
     """The bits of a forward as booleans of `like`'s shape, given the strides of its y."""
+    if like.numel() == 0:
+        return like.bool()
     places = memory_arrangement(tuple(like.shape), tuple(strides), _shape_of(scale), drops=seed is not None)
     flags = ((bits.unsqueeze(-1) >> torch.arange(GROUP, dtype=torch.uint8, device=bits.device)) & 1).flatten().bool()
     return flags.as_strided(like.shape, places.strides)
@@ -218,7 +220,12 @@ class _BackwardLauncher:
     """A block of neighbours a program; where a scale learns, blocks of a period that several programs go down."""
 
     def __init__(self, sums: bool, activation: str | None, variant: tuple[Any, ...], types: Types) -> None:
-        self.sums, self.block = sums, _block(types)
+        self.sums = sums
+        # Left alone, ptxas spills some bytes of the sums in order to fit one program more.
+        self.most_registers = registers_a_thread(_WARPS) if sums else None
+        # Who reads dy alone needs all programs that a multiprocessor can have, with few registers each.
+        reads_dy_alone = types[1:3] == (None, None)
+        self.block = _block(types) // (2 if reads_dy_alone else 1)
         _, slope, passes = ACTIVATIONS[activation]
         self.constants = (*variant, slope, passes, self.block, 3 if sums else 1)
         self.launchers: dict[Division, Launcher] = {}
@@ -226,7 +233,9 @@ class _BackwardLauncher:
     def _launcher(self, division: Division) -> Launcher:
         launch = self.launchers.get(division)
         if launch is None:
-            launch = Launcher(residual_add_backward_kernel, _WARPS, *self.constants, *division)
+            launch = Launcher(
+                residual_add_backward_kernel, _WARPS, *self.constants, *division, most_registers=self.most_registers
+            )
             self.launchers[division] = launch
         return launch
 

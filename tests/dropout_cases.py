@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,15 +24,17 @@ PLANES = ("add_group_norm", "add_instance_norm")
 # Switchable norm's cases are functions of their tensors (`switch_norm_calls`).
 FUNCTIONS = (*ROWS, *PLANES, "add_batch_norm")
 
-# x, and how rows are divided forward and backward: blocks so small that a test's few elements are many of them. A draw
-# of four is of one row where 4 divides the span. Rows are walked where a span fills 16 bytes alone.
-ROW_WAYS: dict[str, tuple[tuple[int, ...], Callable[[Schedule], None]]] = {
-    "whole rows": ((40, 36), lambda schedule: None),
-    "whole odd rows": ((40, 33), lambda schedule: None),
-    "whole short rows": ((90, 3), lambda schedule: None),
-    "walked rows": ((4, 200), lambda schedule: (schedule.forward("walk", 64), schedule.backward(64, stripes=2))[0]),
-    "shared rows": ((4, 196), lambda schedule: (schedule.forward("share", 32, 2), schedule.backward(32, 2))[0]),
-    "shared odd rows": ((4, 197), lambda schedule: (schedule.forward("share", 64), schedule.backward(64))[0]),
+# x, and the chunks of rows forward and backward, if any: blocks so small that a test's few elements are many of them. A
+# draw of four is of one row where 4 divides the span. Rows are walked where a span fills 16 bytes alone, and walked
+# back where no parameter learns.
+ROW_WAYS: dict[str, tuple[tuple[int, int], tuple[str, int, int] | None]] = {
+    "whole rows": ((40, 36), None),
+    "whole odd rows": ((40, 33), None),
+    "whole short rows": ((90, 3), None),
+    "walked rows": ((4, 200), ("walk", 64, 1)),
+    "rows walked back": ((4, 200), ("walk", 64, 1)),
+    "shared rows": ((4, 196), ("share", 32, 2)),
+    "shared odd rows": ((4, 197), ("share", 64, 1)),
 }
 
 
@@ -50,14 +53,34 @@ def running(function: str, way: str) -> Iterator[Callable[..., Case]]:
         if function in PLANES:
             make: Callable[..., Case] = stack.enter_context(channel_norm_ways.running(way)).case
         elif function in ROWS:
-            shape, divide = ROW_WAYS[way]
-            schedule = Schedule(stack.enter_context(pytest.MonkeyPatch.context()))
-            stack.callback(schedule.forget_schedules)
-            divide(schedule)
-            make = lambda function, **fields: row_norm_cases.make_case(function, *shape, **fields)  # noqa: E731
+            make = stack.enter_context(_rows_running(way))
         else:
             make = stack.enter_context(batch_norm_cases.running(way)).case
-        yield lambda **fields: make(function, **fields)
+        yield functools.partial(make, function)
+
+
+@contextlib.contextmanager
+def _rows_running(way: str) -> Iterator[Callable[..., Case]]:
+    shape, chunks = ROW_WAYS[way]
+
+    def make(function: str, **fields: Any) -> Case:
+        if way == "rows walked back":
+            fields["frozen"] = ("weight", "bias")
+        return row_norm_cases.make_case(function, *shape, **fields)
+
+    with pytest.MonkeyPatch.context() as patch:
+        schedule = Schedule(patch)
+        if chunks is not None:
+            _, *block = chunks
+            schedule.forward(*chunks)
+            schedule.backward(*block, stripes=2)
+            if way == "rows walked back":
+                schedule.backward_walk(64)
+        try:
+            yield make
+        finally:
+            patch.undo()
+            schedule.forget_schedules()
 
 
 def ways_of(function: str) -> tuple[str, ...]:

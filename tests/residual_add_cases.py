@@ -104,15 +104,15 @@ def blocks_of(elements: int) -> Iterator[None]:
     """Programs take so many elements inside, which an interpreter, that is slow by the program, does not mind."""
     from fused_ops.kernels import residual
 
-    launchers, usual = (residual._forward_launcher, residual._backward_launcher), residual._block
-    residual._block = lambda itemsize: elements
+    caches = [value for value in vars(residual).values() if hasattr(value, "cache_clear")]
+    usual, residual._block = residual._block, lambda of_what: elements
     try:
-        for cached in launchers:
+        for cached in caches:
             cached.cache_clear()
         yield
     finally:
         residual._block = usual
-        for cached in launchers:
+        for cached in caches:
             cached.cache_clear()
 
 

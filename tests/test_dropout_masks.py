@@ -50,7 +50,7 @@ def state() -> Tensor:
 # --- one mask ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.usefixtures("memory_checked")
 @pytest.mark.parametrize("layout", [torch.clone, channels_last], ids=["contiguous", "channels_last"])
 @of_shapes((6, 8), (3, 4, 5), (2, 4, 7, 7), (3, 4, 6, 6), (2, 4, 17, 16), (2, 2, 3, 2, 4))
@@ -73,7 +73,7 @@ def test_every_norm_drops_what_residual_add_drops(
         assert torch.equal(dx, dresidual * expected) and dresidual.all()
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("function", [function for function in SIX if function not in ROWS])
 @pytest.mark.parametrize(
     "layout", [every_other_column, samples_last, spatial_dims_swapped, unaligned], ids=lambda layout: layout.__name__
@@ -134,6 +134,7 @@ def test_nan_of_x_is_in_the_total_dropped_or_not(function: str, p: float, each_b
 # --- torch's generator ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(2)
 @every_norm
 def test_manual_seed_governs_what_is_dropped(function: str, each_backend: str) -> None:
     x, residual = drawn(4, 6, 5, dtype=torch.float32)
@@ -149,6 +150,7 @@ def test_manual_seed_governs_what_is_dropped(function: str, each_backend: str) -
     assert not torch.equal(first[1], second[1]) and not torch.equal(first[1], other[1])
 
 
+@pytest.mark.one_in(2)
 @every_norm
 def test_only_a_call_that_drops_moves_the_generator(function: str, each_backend: str) -> None:
     """Neither its backward, nor a rate of 0, nor evaluation, which are the bare call bit for bit."""
@@ -170,6 +172,7 @@ def test_only_a_call_that_drops_moves_the_generator(function: str, each_backend:
     assert torch.equal(state(), after), "backward drew"
 
 
+@pytest.mark.one_in(2)
 @every_norm
 def test_backward_may_come_twice_and_late(function: str, triton_backend: None) -> None:
     """What other calls draw in between changes nothing."""
@@ -254,7 +257,7 @@ def test_nothing_more_is_kept(function: str, activation: str | None, triton_back
     assert found[0] == found[1] and "total" in dict.fromkeys(name for name, *_ in found[0])
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @of_shapes((6, 8), (2, 4, 7, 7), (2, 4, 40, 20))
 def test_no_launch_more_each_way(
     function: str, shape: tuple[int, ...], triton_backend: None, launches: list[str]

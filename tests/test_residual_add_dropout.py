@@ -116,13 +116,13 @@ def test_no_draw_repeats() -> None:
     assert words.size - np.unique(words).size <= expected + SIGMAS * math.sqrt(expected)
 
 
-@pytest.mark.parametrize("p", [0.01, 0.1, 0.3, 0.75, 0.99])
+@pytest.mark.parametrize("p", [0.01, 0.3, 0.9])
 def test_the_share_that_is_kept(p: float) -> None:
     assert_fraction(kept(1 << 14, dropout_p=p), 1 - p)
     assert_fraction(kept(1 << 12, 1, drop_path_p=p), 1 - p)
 
 
-@pytest.mark.parametrize("other", [1, 2**31, 2**32, 2**33 + 1, 2**62])
+@pytest.mark.parametrize("other", [1, 2**32, 2**62])
 def test_seeds_that_differ_in_any_bit_are_independent(other: int) -> None:
     """The kernels are given 63 bits, and a key that dropped the high ones would repeat among 2**16 calls."""
     residual = pytest.importorskip("fused_ops.kernels.residual", reason="Triton is not installed")
@@ -182,6 +182,7 @@ def test_both_drop_what_each_drops_alone() -> None:
 # --- exactness -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 1 / 3, 0.9])
 def test_what_is_kept_is_scaled_by_exactly_its_inverse_probability(p: float, dtype: torch.dtype) -> None:
@@ -215,7 +216,7 @@ def test_a_rate_of_one_keeps_nothing(each_backend: str) -> None:
 # --- forward and backward ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @each_rate(HALVES)
 @pytest.mark.parametrize("layout", [torch.clone, channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("scaled", [False, True])

@@ -108,7 +108,7 @@ def assert_as_contiguous(case: AddCase, contiguous: AddCase, expected: Result | 
 # --- one operand, and all of them ----------------------------------------------------------------------------------
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(7)
 @pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize("operand", ["x", "residual", "dy"])
@@ -131,7 +131,7 @@ NEEDS = {
 }
 
 
-@pytest.mark.one_in(14)
+@pytest.mark.one_in(20)
 @pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("activation", EACH_KIND)
 @pytest.mark.parametrize("needs", NEEDS)
@@ -141,7 +141,7 @@ def test_every_operand_in_another_layout(layout: Layout, needs: str, activation:
     assert_as_contiguous(with_layout(case, layout), case)
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=short)
 @every_layout
@@ -160,7 +160,7 @@ def test_all_layouts_differ(half: torch.dtype, activation: str | None) -> None:
         check(with_layout(case, spatial_dims_swapped, "dy"))
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(6)
 @pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize(
     "needs", ["nothing", "drops", "channels", "channels, drops", "columns, drops", "samples", "all"]
@@ -195,6 +195,7 @@ def test_y_lies_as_x(layout: Layout) -> None:
 # --- what is dropped does not depend on where it lies --------------------------------------------------------------
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("triton_backend")
 @every_layout
 def test_what_is_dropped_goes_by_logical_index(layout: Layout) -> None:
@@ -222,7 +223,7 @@ def test_what_is_dropped_depends_on_no_shape_and_no_type(dtype: torch.dtype) -> 
 # --- expanded tensors: stride 0 ------------------------------------------------------------------------------------
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("operand", ["x", "residual", "dy"])
 @pytest.mark.parametrize("shape", [(1, 6, 5, 4), (3, 1, 5, 4), (3, 6, 1, 1), (3, 6, 5, 1), (1, 1, 1, 1)], ids=short)
@@ -251,6 +252,7 @@ def test_an_expanded_scale(each_backend: str) -> None:
 # --- one tensor in two places --------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("needs", ["nothing", "a scale", "a scale and drops"])
 @pytest.mark.parametrize("activation", EACH_KIND)
 def test_x_is_the_residual_too(each_backend: str, activation: str | None, needs: str) -> None:

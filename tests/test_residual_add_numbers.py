@@ -58,7 +58,7 @@ WAYS: dict[str, dict[str, Any]] = {
 # --- types and activations -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.usefixtures("each_backend")
 @every_kind
 @every_dtype
@@ -68,7 +68,7 @@ def test_ordinary_data(way: str, dtype: torch.dtype, activation: str | None) -> 
     check(with_exact_sums(case) if activation == "relu" else case)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @mostly_kernels
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("way", ["bare", "everything"])
@@ -85,7 +85,7 @@ def test_every_activation_in_other_types(way: str, activation: str | Activation,
     check(with_exact_sums(make_case(*IMAGE, dtype=dtype, activation=activation, **WAYS[way])))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("each_backend")
 @every_kind
 @pytest.mark.parametrize("dtype", HALF, ids=short)
@@ -109,7 +109,7 @@ MIXED = [
 ]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("activation", [None, "gelu"])
@@ -153,7 +153,7 @@ def test_each_output_is_rounded_once(dtype: torch.dtype, activation: str | None)
 # --- scales --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(6)
 @pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("drops", [False, True])
 @every_kind
@@ -163,6 +163,7 @@ def test_a_scale_of_every_shape(scale: tuple[int, ...], activation: str | None, 
     check(make_case(*IMAGE, scale=scale, activation=activation, **rates))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize(
     ("shape", "scale"),
@@ -216,7 +217,7 @@ def test_zero_and_tiny_scales(activation: str | None) -> None:
 RATES = [*itertools.product((0.0, 0.1, 0.5, 1.0), (0.0, 0.5, 1.0)), (1e-12, 0.0), (0.999, 0.9), (1.0 - 1e-7, 0.0)]
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(5)
 @pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize(("dropout_p", "drop_path_p"), RATES)
@@ -224,7 +225,7 @@ def test_every_rate(dropout_p: float, drop_path_p: float, activation: str) -> No
     check(make_case(8, 40, scale=(40,), dropout_p=dropout_p, drop_path_p=drop_path_p, activation=activation))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.usefixtures("each_backend")
 @every_kind
 @every_dtype
@@ -262,7 +263,7 @@ SIZES: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = [
 ]
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(9)
 @pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("way", ["bare", "relu", "everything"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=short)
@@ -301,7 +302,7 @@ def test_more_than_65535_of_anything() -> None:
 
 
 @non_finite
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(12)
 @pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("operand", ["x", "residual", "dy", "scale"])

@@ -58,7 +58,7 @@ SAMPLES = [
 ]
 
 
-@pytest.mark.one_in(12)
+@pytest.mark.one_in(18)
 @pytest.mark.parametrize(("name", "args", "kwargs"), SAMPLES)
 def test_opcheck(name, args, kwargs):
     torch.library.opcheck(getattr(torch.ops.fused_ops, name), args, kwargs)
@@ -76,7 +76,7 @@ def test_samples_have_every_optional_tensor_and_every_flag_both_ways(name):
     assert {name for name in both_ways if seen[name] != {True, False}} <= {"wants_dx"}
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("layout", [channels_last, spatial_dims_swapped], ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_an_op_of_mixed_types_and_layouts_is_as_its_fake_says(half, layout):
@@ -181,7 +181,7 @@ def seeded(function: Any, *tensors: Tensor) -> Any:
     return function(*tensors)
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(6)
 @each_rate
 @every_kind
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
@@ -216,6 +216,7 @@ def test_a_dispatch_mode_sees_the_ops(triton_backend):
     torch.testing.assert_close(found, gradients(fused(case), operands(case)), rtol=0, atol=0)
 
 
+@pytest.mark.one_in(3)
 @each_rate
 @every_kind
 def test_a_backward_may_be_traced_whose_forward_was_not(activation, rates, triton_backend):
@@ -285,7 +286,7 @@ def calling(case: AddCase) -> Any:
     return call
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @each_rate
 @pytest.mark.parametrize("activation", [*EACH_KIND, Activation("leaky_relu", negative_slope=0.2)], ids=str)
 def test_a_compiled_function_is_one_graph_with_one_op_each_way(activation, rates, each_backend):
@@ -305,6 +306,7 @@ def test_a_compiled_function_is_one_graph_with_one_op_each_way(activation, rates
         assert not torch.equal(compiled(x, *others), compiled(x, *others))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("layout", [torch.clone, channels_last], ids=["contiguous", "channels_last"])
 @each_rate
 def test_what_is_compiled_keeps_the_layout(layout, rates, triton_backend):
@@ -326,6 +328,7 @@ def test_a_bare_sum_has_no_op_in_its_backward(triton_backend):
     assert nodes(recorder.forward, "residual_add_forward") and not nodes(recorder.backward, "residual_add_backward")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("activation", "frozen", "wanted"),
     [

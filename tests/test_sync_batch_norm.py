@@ -21,7 +21,7 @@ from fused_ops import functional as F
 from fused_ops.distributed import add_sync_batch_norm, sync_batch_norm
 from tests.calls import as_tuple, scalar
 from tests.norm_cases import DEVICE, normal
-from tests.sync_batch_norm_cases import CASES, Case, one_process
+from tests.sync_batch_norm_cases import CASES, Case, laid_out, one_process
 from tests.sync_batch_norm_workers import work
 from tests.tolerances import assert_within_budget
 
@@ -121,6 +121,37 @@ def test_a_group_of_one_finds_what_batch_norm_does(
         found.append((*outputs, *running, *torch.autograd.grad(scalar(outputs), operands)))
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("shape", [(9, 5), (3, 6, 4, 3), (2, 3, 17, 16)], ids=["rows", "short", "planes"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.usefixtures("memory_checked", "each_backend")
+def test_a_group_of_one_drops_what_batch_norm_does(shape: tuple[int, ...], channels_last: bool, alone: Any) -> None:
+    x, residual = (normal(*shape, dtype=torch.float64, seed=seed) for seed in (0, 1))
+    x, residual = (laid_out(tensor) if channels_last else tensor for tensor in (x, residual))
+    operands = [tensor.requires_grad_() for tensor in (x, residual, normal(shape[1], dtype=torch.float64, seed=2))]
+    found = []
+    for function, group in ((add_sync_batch_norm, {"group": alone}), (F.add_batch_norm, {})):
+        running = torch.zeros_like(operands[2]), torch.ones_like(operands[2])
+        torch.manual_seed(4)
+        outputs = function(
+            *operands[:2], *running, operands[2], training=True, dropout_p=0.4, activation="gelu", **group
+        )
+        found.append((*outputs, *running, *torch.autograd.grad(scalar(outputs), operands)))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
+    assert torch.equal(found[0][1], found[1][1]) and not torch.equal(found[0][1], residual + x)
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_it_refuses_a_drop_rate(alone: Any) -> None:
+    x = normal(4, 3)
+    for p in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=rf"add_sync_batch_norm: dropout_p .*{p}"):
+            add_sync_batch_norm(x, x, None, None, dropout_p=p, group=alone)
+    with pytest.raises(TypeError, match="add_sync_batch_norm: dropout_p must be a number"):
+        add_sync_batch_norm(x, x, None, None, dropout_p=None, group=alone)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("triton_backend")
