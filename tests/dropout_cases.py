@@ -73,7 +73,7 @@ def _rows_running(way: str) -> Iterator[Callable[..., Case]]:
         if chunks is not None:
             _, *block = chunks
             schedule.forward(*chunks)
-            schedule.backward(*block, stripes=2)
+            schedule.backward(*block, stripes=2, columns=64)
             if way == "rows walked back":
                 schedule.backward_walk(64)
         try:

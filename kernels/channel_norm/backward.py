@@ -15,7 +15,7 @@ from ..problem import BatchNorm, Gradients, GroupNorm, SwitchNorm, Tensor, Wante
 from ..views import columns, empty_samples, sample_view
 from .backward_kernels import channel_norm_backward_kernel
 from .backward_pieces import BackwardKind, BackwardPieces, Floats, Pair, Strides
-from .config import group_backward_tile, plane_kind, plane_units, widest_access
+from .config import group_backward_tile, plane_kind, plane_units, widest_access, with_dropout
 
 Schedule = Callable[[int, int, Tensors, Pair, Strides, Floats], Pair]
 
@@ -114,6 +114,8 @@ def _schedule(*fields: Any) -> Schedule:
         tile = group_backward_tile(kind.group_planes, kind.dy.itemsize, kind.residual is not None)
     if tile is None:
         return BackwardPieces(kind)
+    if kind.seed is not None:
+        tile = with_dropout(tile)
     block_groups = tile.block_groups
     constants = (kind.channels, kind.groups, kind.plane[0], kind.vec, kind.add_first, kind.needs_dx, *kind.slope)
     block = (block_groups, tile.block_planes, tile.block_plane, tile.run)

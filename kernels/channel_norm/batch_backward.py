@@ -17,7 +17,7 @@ from .backward import allocate_gradients, operands
 from .backward_pieces import BackwardKind, BackwardPieces, Strides
 from .batch_forward import batch_drop_numbers
 from .batch_kernels import batch_norm_backward_kernel
-from .config import ChannelTile, batch_backward_tile, pooled_plane_kind
+from .config import ChannelTile, batch_backward_tile, pooled_plane_kind, with_dropout
 
 
 def batch_norm_backward(
@@ -92,6 +92,8 @@ def backward_pieces_of(kind: BackwardKind) -> BackwardPieces:
 
 @functools.cache
 def _whole_channels(kind: BackwardKind, tile: ChannelTile) -> Launcher:
+    if kind.seed is not None:
+        tile = with_dropout(tile)
     constants = (kind.channels, kind.groups, kind.add_first, kind.needs_dx, *kind.slope)
     block = (tile.block_channels, tile.block_rows, tile.block_columns)
     return Launcher(batch_norm_backward_kernel, tile.num_warps, *constants, *block, most_registers=tile.most_registers)

@@ -16,7 +16,7 @@ from ..launcher import Launcher, Tensors
 from ..problem import BatchNorm, Forward, Tensor, compute_dtype
 from ..views import PooledPlanes, columns, empty_samples, pooled_planes, pooled_view
 from .batch_kernels import batch_norm_forward_kernel
-from .config import ChannelTile, batch_forward_tile, pooled_plane_kind, widest_access
+from .config import ChannelTile, batch_forward_tile, pooled_plane_kind, widest_access, with_dropout
 from .forward_pieces import Floats, ForwardKind, ForwardPieces, Running
 
 
@@ -147,6 +147,8 @@ def pieces_of(kind: ForwardKind) -> ForwardPieces:
 
 @functools.cache
 def _whole_channels(kind: ForwardKind, tile: ChannelTile) -> Launcher:
+    if kind.seed is not None:
+        tile = with_dropout(tile)
     constants = (kind.channels, kind.groups, *kind.functions)
     block = (tile.block_channels, tile.block_rows, tile.block_columns)
     return Launcher(batch_norm_forward_kernel, tile.num_warps, *constants, *block, most_registers=tile.most_registers)

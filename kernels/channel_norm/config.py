@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import triton
 
@@ -70,6 +70,14 @@ def _most_registers(itemsize: int, num_warps: int) -> int | None:
     """What there is for float64, of which ptxas spills some bytes in order to fit one more program; for other types it
     finds a better balance than one number for every activation does."""
     return registers_a_thread(num_warps) if itemsize == 8 else None
+
+
+Tile = TypeVar("Tile", "GroupTile", "ChannelTile")
+
+
+def with_dropout(tile: Tile) -> Tile:
+    """A tile whose elements each draw whether they are kept, which takes registers, too: all that there are."""
+    return replace(tile, most_registers=registers_a_thread(tile.num_warps))
 
 
 def _padded(length: int) -> int:

@@ -14,7 +14,7 @@ from ..launch import cdiv
 from ..launcher import Launcher, Tensors
 from ..problem import Forward, GroupNorm, Tensor, compute_dtype
 from ..views import columns, empty_samples, sample_view
-from .config import group_forward_tile, plane_kind, plane_units, widest_access
+from .config import group_forward_tile, plane_kind, plane_units, widest_access, with_dropout
 from .forward_kernels import channel_norm_forward_kernel
 from .forward_pieces import Floats, ForwardKind, ForwardPieces
 
@@ -85,6 +85,8 @@ def _schedule(*fields: Any) -> Schedule:
         tile = group_forward_tile(kind.group_planes, kind.x.itemsize, waiting, kind.add_first)
     if tile is None:
         return ForwardPieces(kind)
+    if kind.seed is not None:
+        tile = with_dropout(tile)
     block_groups = tile.block_groups
     constants = (kind.channels, kind.groups, kind.plane[0], kind.vec, *kind.functions)
     block = (block_groups, tile.block_planes, tile.block_plane, tile.run)
