@@ -14,12 +14,16 @@ from tests.calls import as_tuple
 from tests.channel_norm_cases import make_case as make_channel_case
 from tests.channel_norm_cases import with_layout
 from tests.layouts import Layout, channels_last, every_other_column, left_columns, transposed
-from tests.norm_cases import check, normal, short, with_exact_sums, with_fields
+from tests.norm_cases import DEVICE, check, normal, short, with_exact_sums, with_fields
 from tests.switch_norm_calls import call as call_switch_norm
 from tests.switch_norm_calls import statistics, tensors
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels")
 
+from fused_ops.drops import drop_factor
+from fused_ops.kernels.channel_norm.batch_backward import batch_norm_backward
+from fused_ops.kernels.channel_norm.batch_forward import batch_norm_forward
+from fused_ops.kernels.problem import BatchNorm, Wanted
 from tests.batch_norm_cases import make_case as make_batch_case
 from tests.dropout_cases import FUNCTIONS, PLANES, ROWS, factor, running, small_case, ways_of, wide
 from tests.row_norm_cases import make_case as make_row_case
@@ -47,8 +51,8 @@ SETTINGS: list[tuple[torch.dtype, str | None, float, bool]] = [
 
 
 def calls() -> list[Any]:
-    """Every way of every norm with every setting. Quick is one of each way that keeps some elements; not float32 planes,
-    which have to be many."""
+    """Every way of every norm with every setting. Quick is one of each way that keeps some elements, of planes not in
+    float32, of which it takes many."""
     found = []
     ways = [(function, way) for function in FUNCTIONS for way in ways_of(function)]
     for turn, (function, way) in enumerate(ways):
@@ -153,6 +157,30 @@ def test_a_batch_norm_that_does_not_train_drops_nothing(activation: str | None, 
     expected = with_fields(case, dropout_p=0.0)
     assert all(map(torch.equal, actual, expected.call(case.leaves())))
     check(expected)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("shape", [(3, 4, 5), (2, 3, 17, 16)], ids=short)
+@pytest.mark.parametrize("layout", [torch.clone, channels_last], ids=["contiguous", "channels_last"])
+def test_launchers_drop_by_given_statistics_as_well(
+    layout: Layout, shape: tuple[int, ...], activation: str | None
+) -> None:
+    """No function of ours asks for it, but an op takes a seed without training."""
+    seed = torch.tensor([12345], device=DEVICE)
+    norm = BatchNorm(layout is channels_last, False, 0.1, 1e-5, True, activation, 0.0, 0.0, 0.4, seed)
+    x, residual, dy, dtotal = (layout(normal(*shape, dtype=torch.float64, seed=index)) for index in range(4))
+    weight, bias = (normal(shape[1], dtype=torch.float64, seed=index) for index in (4, 5))
+    running = statistics(shape[1])
+    kept = drop_factor(seed, shape, 0.4, 0.0, torch.float64)
+    out = batch_norm_forward(x, residual, weight, bias, norm, *running, save_statistics=True)
+    found = batch_norm_backward(
+        dy, dtotal, out.total, None, None, weight, bias, out.mean, out.rstd, norm, Wanted(True, True, True, True)
+    )
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, residual, weight, bias)]
+    total = leaves[1] + leaves[0] * kept
+    y = fused_ops.functional.batch_norm(total, *running, *leaves[2:], activation=activation)
+    torch.testing.assert_close((out.y, out.total), (y, total))
+    torch.testing.assert_close(tuple(found), torch.autograd.grad((y, total), leaves, (dy, dtotal)))
 
 
 # --- switchable norm, whose ways and types are in its own tests ----------------------------------------------------
