@@ -87,7 +87,7 @@ def case_beside_kinks(function: str, residual: bool, activation: Activation | No
     raise AssertionError("itertools.count ended")
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("function", "residual", "activation"), CHECKED)
 def test_first_and_second_derivatives_are_those_of_finite_differences(function, residual, activation, each_backend):
     case = case_beside_kinks(function, residual, activation)
@@ -141,6 +141,7 @@ def test_the_gradient_of_a_gradient_penalty_is_torchs(function, activation, each
     torch.testing.assert_close(ours, torchs)
 
 
+@pytest.mark.one_in(2)
 @functions("add_instance_norm")
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "gelu"])
 @pytest.mark.parametrize("create_graph", [False, True])

@@ -25,7 +25,7 @@ Tensor = torch.Tensor
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @each_mode
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("activation", [None, "tanh"])

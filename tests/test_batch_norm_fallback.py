@@ -34,6 +34,7 @@ in_torch = pytest.mark.usefixtures("torch_backend")
 SHAPES = [(5, 6), (2, 6, 4), (1, 6, 7), (2, 5, 3, 3), (1, 3, 1, 2), (2, 3, 2, 3, 2)]
 
 
+@pytest.mark.one_in(3)
 @each_mode
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
@@ -179,7 +180,7 @@ def test_nan_and_infinity_stay_in_their_channel(function, training, each_backend
 # --- layouts -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @each_mode
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def test_the_layout_in_is_the_layout_out(function, layout, shape, training, each
     assert same_bits(x, before)
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @each_mode
 @pytest.mark.parametrize("dy_layout", LAYOUTS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])

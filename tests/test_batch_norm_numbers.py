@@ -58,6 +58,7 @@ def ordinary() -> list[Any]:
     return calls
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("function", "residual", "activation", "dtype", "way", "training"), ordinary(), indirect=["way"]
 )
@@ -89,6 +90,7 @@ def test_running_statistics_that_are_no_run_of_elements(way: Way) -> None:
     torch.testing.assert_close(strided, list(expected), rtol=0, atol=0)
 
 
+@pytest.mark.one_in(3)
 @in_ways("whole", "columns in small pieces")
 @pytest.mark.parametrize("activation", TORCH_ACTIVATIONS)
 @pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.full)], ids=["training", "eval"])
@@ -154,6 +156,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("shape", SHAPES, ids=short)
 @pytest.mark.parametrize("layout", [torch.clone, channels_last], ids=["contiguous", "channels_last"])
 @each_mode
@@ -162,7 +165,7 @@ def test_shapes(training: bool, layout: Any, shape: tuple[int, ...]) -> None:
     check(with_layout(with_exact_sums(case), layout if len(shape) > 2 else torch.clone))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @in_ways("whole", "columns in small pieces", "whole matrix")
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "gelu"])
 @pytest.mark.parametrize(
@@ -198,6 +201,7 @@ def test_parameters_of_another_type(training: bool, types: tuple[torch.dtype, to
     check(way.case("batch_norm", dtype=types[0], parameters=types[1], activation="silu", training=training))
 
 
+@pytest.mark.one_in(2)
 @in_ways("whole", "channels_last in small pieces")
 @pytest.mark.parametrize("missing", ["dy", "dtotal"])
 @each_mode

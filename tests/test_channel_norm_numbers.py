@@ -84,6 +84,7 @@ def ordinary() -> list[Any]:
     return calls
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("function", "residual", "activation", "dtype", "way"), ordinary(), indirect=["way"])
 def test_ordinary_data(function: str, residual: bool, activation: str | None, dtype: torch.dtype, way: Way) -> None:
     case = way.case(function, dtype=dtype, residual=residual, activation=activation)

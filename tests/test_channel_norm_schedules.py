@@ -53,7 +53,7 @@ LAUNCHED = [  # shape, channels_last, how: well on either side of what is held w
 ]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("frozen", BACKWARD, ids=lambda names: "-".join(names) or "none")
 @pytest.mark.parametrize(("shape", "last", "how"), LAUNCHED, ids=short)
 def test_how_often(shape: tuple[int, ...], last: bool, how: str, frozen: tuple[str, ...], launches: list[str]) -> None:

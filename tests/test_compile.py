@@ -79,6 +79,7 @@ FORMS = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("function", "activation"), FORMS)
 def test_a_compiled_function_is_one_graph_with_one_op_each_way(function, activation, each_backend):
     case = small_case(function, 4, 8, residual=True, activation="relu")

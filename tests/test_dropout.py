@@ -65,6 +65,7 @@ def calls() -> list[Any]:
     return found
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("function", "way", "dtype", "activation", "p", "is_wide"), calls())
 def test_every_way(
     function: str, way: str, dtype: torch.dtype, activation: str | None, p: float, is_wide: bool

@@ -255,6 +255,7 @@ def targets(graph_module: torch.fx.GraphModule) -> list[Any]:
     return [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
 @functions("instance_norm", "add_group_norm")
 def test_make_fx_sees_one_op_each_way(function, tracing_mode, each_backend):
@@ -344,6 +345,7 @@ MODULES = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(("made", "shape"), MODULES)
 def test_an_exported_module_runs_on_any_number_of_rows_and_trains(made, shape, strict, each_backend):

@@ -64,6 +64,7 @@ def options_of(kind: str, channels: int) -> dict[str, Any]:
 # ---- against finite differences ----
 
 
+@pytest.mark.one_in(3)
 @every_activation_and_none
 # Either parameter alone differs in nothing but what torch judges below, tracking in nothing but its statistics.
 @parametrized_cases([kind for kind in KINDS if "tracking" not in kind], affine=("bare", "affine"))

@@ -71,6 +71,7 @@ ACTIVATIONS = [
 # --- ordinary data -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 @every_dtype
@@ -80,6 +81,7 @@ def test_ordinary_data(function: str, residual: bool, dtype: torch.dtype, activa
     check(with_exact_sums(case) if activation == "relu" else case)
 
 
+@pytest.mark.one_in(2)
 @mostly_kernels
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @every_place
@@ -141,6 +143,7 @@ def test_rms_eps_defaults_to_that_of_torch(function: str, dtype: torch.dtype) ->
 # --- spans ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("span", [1, 2, 7, 8, 64, 100, 255, 1000, 1024, 4097])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
@@ -196,6 +199,7 @@ def hard_case(function: str, data: Callable[[Tensor], Tensor], *shape: int, **fi
     return with_fields(case, x=x / 2, residual=x / 2) if case.adds_first else with_fields(case, x=x)
 
 
+@pytest.mark.one_in(2)
 @mostly_kernels
 @hard_data
 @every_dtype

@@ -54,6 +54,7 @@ def assert_same_forward(actual: dict[str, Tensor | None], expected: dict[str, Te
 # --- forward -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("division", DIVISIONS, ids=short)
 @calls(FEW_CALLS)
 def test_walked_and_shared_rows_have_the_same_bits(
@@ -129,6 +130,7 @@ def test_a_long_sample_alone_is_shared_and_in_a_batch_walked(schedule: Schedule)
     assert chosen == [True, False]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["whole", "walk", "share"])
 @calls([("layer_norm", True, "relu"), ("add_rms_norm", True, None)])
 def test_the_order_of_programs_changes_no_bit(

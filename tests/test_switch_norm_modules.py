@@ -53,6 +53,7 @@ def normalized(tensors: tuple[Tensor, ...]) -> Tensor:
 # --- calls ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @each_name
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", [None, "gelu"])
@@ -70,6 +71,7 @@ def test_forward_is_the_functional_call(name, activation, training, each_backend
     assert all(map(torch.equal, module.buffers(), running))
 
 
+@pytest.mark.one_in(3)
 @each_name
 @pytest.mark.parametrize("momentum", [0.1, None, 1.0])
 def test_running_statistics_are_torchs_batch_norms(name, momentum, each_backend):

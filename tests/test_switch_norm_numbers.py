@@ -153,7 +153,7 @@ def ordinary() -> list[Any]:
     return calls
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(
     ("function", "residual", "activation", "dtype", "way", "training"), ordinary(), indirect=["way"]
 )

@@ -16,7 +16,7 @@ RESIDUAL_ADDS = (
     Workload(
         "resnet50_256x56_residual_add_relu",
         "residual_add",
-        images(256, (56, 56), 32, 4),
+        images(256, (56, 56), 64, 4),
         residual=True,
         activation="relu",
     ),

@@ -25,14 +25,17 @@ CHANNELS = (
     "bit_2048_group_norm",
     "cyclegan_256_instance_norm_residual",
 )
+SUMS = ("resnet50_256x56_residual_add_relu", "convnext_768x7_residual_add_layer_scale")
 CASES = [
     *((name, "bfloat16", "sm_90") for name in FEW),
     *(("layer_norm_residual_gelu", "float32", target) for target in ("sm_80", "sm_90", "sm_100", "gfx942")),
     *(("add_rms_norm_32768", "bfloat16", target) for target in ("sm_80", "sm_100", "gfx942")),
     *((name, "bfloat16", target) for name in CHANNELS for target in ("sm_90", "gfx942")),
+    *((name, "bfloat16", target) for name in SUMS for target in ("sm_90", "sm_100")),
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("name", "dtype", "target"), CASES, ids=["-".join(case) for case in CASES])
 def test_workloads_hold_their_allowances_as_compiled(name: str, dtype: str, target: str) -> None:
     compiled = jobs.compile_workload(name, dtype, target)
