@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import validation
 from ..activation import Activation, ActivationLike, resolve
 
 
-class Activated(nn.Module):
+class Normalizing(nn.Module):
+    """What the modules of one norm, plain and Add, have in common: both functions, with this module's arguments."""
+
+    def _normalize(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
+        """``activation(norm(x) + residual)``"""
+        raise NotImplementedError
+
+    def _add_and_normalize(
+        self, x: Tensor, residual: Tensor, activation: Activation | None, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
+        """``(activation(norm(total)), total)`` with ``total = residual + dropout(x)``, whatever `training` is."""
+        raise NotImplementedError
+
+
+class Activated(Normalizing):
     """Mixin before a torch.nn norm: keyword `activation`, the rest of the constructor unchanged."""
 
     activation: Activation | None
@@ -18,6 +33,9 @@ class Activated(nn.Module):
     def __init__(self, *args: Any, activation: ActivationLike = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.activation = resolve(activation)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._normalize(x, residual, self.activation)
 
     def extra_repr(self) -> str:
         shown = super().extra_repr()
@@ -34,10 +52,12 @@ class Added(Activated):
         super().__init__(*args, activation=activation, **kwargs)
         self.dropout_p = p
 
-    @property
-    def _rate_of_call(self) -> float:
-        """The rate of dropout as it is now; a norm may go by the statistics of its input in evaluation as well."""
-        return self.dropout_p if self.training else 0.0
+    if TYPE_CHECKING:
+        forward: Callable[..., Any]  # torch.nn's norms, which this is mixed with, take no residual
+    else:
+
+        def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            return self._add_and_normalize(x, residual, self.activation, self.dropout_p if self.training else 0.0)
 
     def extra_repr(self) -> str:
         shown = super().extra_repr()

@@ -9,13 +9,22 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional as F
-from .base import Activated, Added
+from ..activation import Activation
+from .base import Activated, Added, Normalizing
 
 
-class _Batches(_BatchNorm):
+class Batches(Normalizing, _BatchNorm):
     """What torch.nn's batch norms check before a call, what they hold for it, and what they count after it."""
 
-    def _normalize(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
+    def _normalize(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
+        return self._call(F.batch_norm, x, residual=residual, activation=activation)
+
+    def _add_and_normalize(
+        self, x: Tensor, residual: Tensor, activation: Activation | None, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
+        return self._call(F.add_batch_norm, x, residual, activation=activation, dropout_p=dropout_p)
+
+    def _call(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
         self._check_input_dim(inputs[0])
         counter = self.num_batches_tracked if self.training and self.track_running_stats else None
         momentum = self.momentum
@@ -38,17 +47,7 @@ class _Batches(_BatchNorm):
         return out
 
 
-class _Normalizing(Activated, _Batches):
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self._normalize(F.batch_norm, x, residual=residual, activation=self.activation)
-
-
-class _Adding(Added, _Batches):
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return self._normalize(F.add_batch_norm, x, residual, activation=self.activation, dropout_p=self._rate_of_call)
-
-
-class BatchNorm1d(_Normalizing, nn.BatchNorm1d):
+class BatchNorm1d(Activated, Batches, nn.BatchNorm1d):
     """torch.nn.BatchNorm1d with `residual` and `activation` in the same call: ``activation(norm(x) + residual)``.
 
     x, and a residual like it, has shape ``(N, C)`` or ``(N, C, L)``. Same constructor, state_dict and running
@@ -60,7 +59,7 @@ class BatchNorm1d(_Normalizing, nn.BatchNorm1d):
     """
 
 
-class BatchNorm2d(_Normalizing, nn.BatchNorm2d):
+class BatchNorm2d(Activated, Batches, nn.BatchNorm2d):
     """torch.nn.BatchNorm2d with `residual` and `activation` in the same call: ``activation(norm(x) + residual)``.
 
     x, and a residual like it, has shape ``(N, C, H, W)``. Same constructor, state_dict and running statistics as
@@ -73,7 +72,7 @@ class BatchNorm2d(_Normalizing, nn.BatchNorm2d):
     """
 
 
-class BatchNorm3d(_Normalizing, nn.BatchNorm3d):
+class BatchNorm3d(Activated, Batches, nn.BatchNorm3d):
     """torch.nn.BatchNorm3d with `residual` and `activation` in the same call: ``activation(norm(x) + residual)``.
 
     x, and a residual like it, has shape ``(N, C, D, H, W)``. Same constructor, state_dict and running statistics as
@@ -85,7 +84,7 @@ class BatchNorm3d(_Normalizing, nn.BatchNorm3d):
     """
 
 
-class AddBatchNorm1d(_Adding, nn.BatchNorm1d):
+class AddBatchNorm1d(Added, Batches, nn.BatchNorm1d):
     """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
 
     x and residual have shape ``(N, C)`` or ``(N, C, L)``. Same constructor and state_dict as torch.nn.BatchNorm1d, and
@@ -93,7 +92,7 @@ class AddBatchNorm1d(_Adding, nn.BatchNorm1d):
     """
 
 
-class AddBatchNorm2d(_Adding, nn.BatchNorm2d):
+class AddBatchNorm2d(Added, Batches, nn.BatchNorm2d):
     """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
 
     x and residual have shape ``(N, C, H, W)``. Same constructor and state_dict as torch.nn.BatchNorm2d, and the
@@ -105,7 +104,7 @@ class AddBatchNorm2d(_Adding, nn.BatchNorm2d):
     """
 
 
-class AddBatchNorm3d(_Adding, nn.BatchNorm3d):
+class AddBatchNorm3d(Added, Batches, nn.BatchNorm3d):
     """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
 
     x and residual have shape ``(N, C, D, H, W)``. Same constructor and state_dict as torch.nn.BatchNorm3d, and the

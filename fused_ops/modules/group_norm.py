@@ -8,17 +8,42 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from .. import validation
-from .base import Activated, Added
+from ..activation import Activation
+from .base import Activated, Added, Normalizing
 
 
-class _AtLeastOneGroup(nn.Module):
-    """Mixin before torch.nn.GroupNorm, which divides by a number of groups of 0 and takes one below."""
-
+class _Groups(Normalizing, nn.GroupNorm):
     def __init__(self, num_groups: int, *args: Any, **kwargs: Any) -> None:
+        # torch.nn.GroupNorm divides by a number of 0 and takes one below.
         super().__init__(validation.num_groups(type(self).__name__, num_groups), *args, **kwargs)
 
+    def _normalize(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
+        return F.group_norm(
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            residual=residual,
+            activation=activation,
+        )
 
-class GroupNorm(_AtLeastOneGroup, Activated, nn.GroupNorm):
+    def _add_and_normalize(
+        self, x: Tensor, residual: Tensor, activation: Activation | None, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
+        return F.add_group_norm(
+            x,
+            residual,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            activation=activation,
+            dropout_p=dropout_p,
+        )
+
+
+class GroupNorm(Activated, _Groups):
     """torch.nn.GroupNorm with `residual` and `activation` in the same call: ``activation(norm(x) + residual)``.
 
     Same constructor and state_dict as torch's, and the keyword `activation`; shapes, types and errors as in
@@ -29,19 +54,8 @@ class GroupNorm(_AtLeastOneGroup, Activated, nn.GroupNorm):
         >>> y = norm(torch.randn(2, 320, 64, 64))
     """
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return F.group_norm(
-            x,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            self.eps,
-            residual=residual,
-            activation=self.activation,
-        )
 
-
-class AddGroupNorm(_AtLeastOneGroup, Added, nn.GroupNorm):
+class AddGroupNorm(Added, _Groups):
     """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
 
     Same constructor and state_dict as torch.nn.GroupNorm, and the keywords `activation` and `dropout_p` (see
@@ -50,16 +64,3 @@ class AddGroupNorm(_AtLeastOneGroup, Added, nn.GroupNorm):
     Example:
         >>> y, stream = AddGroupNorm(32, 256)(torch.randn(2, 256, 8, 8), torch.randn(2, 256, 8, 8))
     """
-
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return F.add_group_norm(
-            x,
-            residual,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            self.eps,
-            activation=self.activation,
-            dropout_p=self.dropout_p,
-            training=self.training,
-        )

@@ -10,10 +10,11 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .. import functional as F
 from .. import validation
-from .base import Activated, Added
+from ..activation import Activation
+from .base import Activated, Added, Normalizing
 
 
-class _Planes(_InstanceNorm):
+class _Planes(Normalizing, _InstanceNorm):
     """What torch.nn's instance norms check before a call, and what they hold for it."""
 
     def _is_one_sample(self, x: Tensor) -> bool:
@@ -45,9 +46,7 @@ class _Planes(_InstanceNorm):
             "momentum": 0.0 if self.momentum is None else self.momentum,
         }
 
-
-class _Normalizing(Activated, _Planes):
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def _normalize(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
         one_sample = self._is_one_sample(x)
         if one_sample:
             validation.operands(type(self).__name__, x, (), None, None, residual)
@@ -58,14 +57,14 @@ class _Normalizing(Activated, _Planes):
             bias=self.bias,
             eps=self.eps,
             residual=residual,
-            activation=self.activation,
+            activation=activation,
             **self._statistics(),
         )
         return y.squeeze(0) if one_sample else y
 
-
-class _Adding(Added, _Planes):
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def _add_and_normalize(
+        self, x: Tensor, residual: Tensor, activation: Activation | None, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
         one_sample = self._is_one_sample(x)
         if one_sample:
             validation.operands(type(self).__name__, x, (), None, None, residual, added_first=True)
@@ -76,15 +75,14 @@ class _Adding(Added, _Planes):
             weight=self.weight,
             bias=self.bias,
             eps=self.eps,
-            activation=self.activation,
-            dropout_p=self.dropout_p,
-            training=self.training,
+            activation=activation,
+            dropout_p=dropout_p,
             **self._statistics(),
         )
         return (y.squeeze(0), total.squeeze(0)) if one_sample else (y, total)
 
 
-class InstanceNorm1d(_Normalizing, nn.InstanceNorm1d):
+class InstanceNorm1d(Activated, _Planes, nn.InstanceNorm1d):
     """torch.nn.InstanceNorm1d with `residual` and `activation` in the same call: ``activation(norm(x) + residual)``.
 
     x, and a residual like it, has shape ``(N, C, L)`` or ``(C, L)``. Same constructor, state_dict and running
@@ -95,7 +93,7 @@ class InstanceNorm1d(_Normalizing, nn.InstanceNorm1d):
     """
 
 
-class InstanceNorm2d(_Normalizing, nn.InstanceNorm2d):
+class InstanceNorm2d(Activated, _Planes, nn.InstanceNorm2d):
     """torch.nn.InstanceNorm2d with `residual` and `activation` in the same call: ``activation(norm(x) + residual)``.
 
     x, and a residual like it, has shape ``(N, C, H, W)`` or ``(C, H, W)``. Same constructor, state_dict and running
@@ -106,7 +104,7 @@ class InstanceNorm2d(_Normalizing, nn.InstanceNorm2d):
     """
 
 
-class InstanceNorm3d(_Normalizing, nn.InstanceNorm3d):
+class InstanceNorm3d(Activated, _Planes, nn.InstanceNorm3d):
     """torch.nn.InstanceNorm3d with `residual` and `activation` in the same call: ``activation(norm(x) + residual)``.
 
     x, and a residual like it, has shape ``(N, C, D, H, W)`` or ``(C, D, H, W)``. Same constructor, state_dict and
@@ -117,7 +115,7 @@ class InstanceNorm3d(_Normalizing, nn.InstanceNorm3d):
     """
 
 
-class AddInstanceNorm1d(_Adding, nn.InstanceNorm1d):
+class AddInstanceNorm1d(Added, _Planes, nn.InstanceNorm1d):
     """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
 
     x and residual have shape ``(N, C, L)`` or ``(C, L)``. Same constructor and state_dict as torch.nn.InstanceNorm1d,
@@ -125,7 +123,7 @@ class AddInstanceNorm1d(_Adding, nn.InstanceNorm1d):
     """
 
 
-class AddInstanceNorm2d(_Adding, nn.InstanceNorm2d):
+class AddInstanceNorm2d(Added, _Planes, nn.InstanceNorm2d):
     """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
 
     x and residual have shape ``(N, C, H, W)`` or ``(C, H, W)``. Same constructor and state_dict as
@@ -133,7 +131,7 @@ class AddInstanceNorm2d(_Adding, nn.InstanceNorm2d):
     """
 
 
-class AddInstanceNorm3d(_Adding, nn.InstanceNorm3d):
+class AddInstanceNorm3d(Added, _Planes, nn.InstanceNorm3d):
     """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
 
     x and residual have shape ``(N, C, D, H, W)`` or ``(C, D, H, W)``. Same constructor and state_dict as

@@ -5,10 +5,23 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import functional as F
-from .base import Activated, Added
+from ..activation import Activation
+from .base import Activated, Added, Normalizing
 
 
-class RMSNorm(Activated, nn.RMSNorm):
+class _Rows(Normalizing, nn.RMSNorm):
+    def _normalize(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps, residual=residual, activation=activation)
+
+    def _add_and_normalize(
+        self, x: Tensor, residual: Tensor, activation: Activation | None, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
+        return F.add_rms_norm(
+            x, residual, self.normalized_shape, self.weight, self.eps, activation=activation, dropout_p=dropout_p
+        )
+
+
+class RMSNorm(Activated, _Rows):
     """torch.nn.RMSNorm with `residual` and `activation` in the same pass: ``activation(norm(x) + residual)``.
 
     Same constructor and state_dict as torch's, and the keyword `activation` (see `functional.rms_norm`).
@@ -17,13 +30,8 @@ class RMSNorm(Activated, nn.RMSNorm):
         >>> y = RMSNorm(1024, eps=1e-6)(torch.randn(8, 1024))
     """
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return F.rms_norm(
-            x, self.normalized_shape, self.weight, self.eps, residual=residual, activation=self.activation
-        )
 
-
-class AddRMSNorm(Added, nn.RMSNorm):
+class AddRMSNorm(Added, _Rows):
     """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
 
     Same constructor and state_dict as torch.nn.RMSNorm, and the keywords `activation` and `dropout_p` (see
@@ -32,15 +40,3 @@ class AddRMSNorm(Added, nn.RMSNorm):
     Example:
         >>> y, stream = AddRMSNorm(1024)(torch.randn(8, 1024), torch.randn(8, 1024))
     """
-
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return F.add_rms_norm(
-            x,
-            residual,
-            self.normalized_shape,
-            self.weight,
-            self.eps,
-            activation=self.activation,
-            dropout_p=self.dropout_p,
-            training=self.training,
-        )

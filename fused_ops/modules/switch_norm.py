@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .base import Activated, Added
+from ..activation import Activation
+from .base import Activated, Added, Normalizing
 
 
-class _Switchable(nn.Module):
+class _Switchable(Normalizing):
     """What the switchable norms hold and check, in the manner of torch.nn's batch norms."""
 
     input_dims: tuple[int, ...]
@@ -69,7 +70,15 @@ class _Switchable(nn.Module):
         shown = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
         return f"{shown}, last_gamma=True" if self.last_gamma else shown
 
-    def _normalize(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
+    def _normalize(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
+        return self._call(F.switch_norm, x, residual=residual, activation=activation)
+
+    def _add_and_normalize(
+        self, x: Tensor, residual: Tensor, activation: Activation | None, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
+        return self._call(F.add_switch_norm, x, residual, activation=activation, dropout_p=dropout_p)
+
+    def _call(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
         x = inputs[0]
         if x.dim() not in self.input_dims:
             expected = " or ".join(f"{dims}D" for dims in self.input_dims)
@@ -99,17 +108,7 @@ class _Switchable(nn.Module):
         return out
 
 
-class _Normalizing(Activated, _Switchable):
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self._normalize(F.switch_norm, x, residual=residual, activation=self.activation)
-
-
-class _Adding(Added, _Switchable):
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return self._normalize(F.add_switch_norm, x, residual, activation=self.activation, dropout_p=self._rate_of_call)
-
-
-class SwitchNorm1d(_Normalizing):
+class SwitchNorm1d(Activated, _Switchable):
     """Switchable norm with `residual` and `activation` in the same call: ``activation(norm(x) + residual)``.
 
     x, and a residual like it, has shape ``(N, C)`` or ``(N, C, L)``. `mean_weight` and `var_weight` have three entries
@@ -131,7 +130,7 @@ class SwitchNorm1d(_Normalizing):
     input_dims = (2, 3)
 
 
-class SwitchNorm2d(_Normalizing):
+class SwitchNorm2d(Activated, _Switchable):
     """Switchable norm with `residual` and `activation` in the same call: ``activation(norm(x) + residual)``.
 
     x, and a residual like it, has shape ``(N, C, H, W)``; arguments as in `SwitchNorm1d`. `mean_weight` and
@@ -145,7 +144,7 @@ class SwitchNorm2d(_Normalizing):
     input_dims = (4,)
 
 
-class SwitchNorm3d(_Normalizing):
+class SwitchNorm3d(Activated, _Switchable):
     """Switchable norm with `residual` and `activation` in the same call: ``activation(norm(x) + residual)``.
 
     x, and a residual like it, has shape ``(N, C, D, H, W)``; arguments as in `SwitchNorm1d`. `mean_weight` and
@@ -158,7 +157,7 @@ class SwitchNorm3d(_Normalizing):
     input_dims = (5,)
 
 
-class AddSwitchNorm1d(_Adding):
+class AddSwitchNorm1d(Added, _Switchable):
     """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
 
     x and residual have shape ``(N, C)`` or ``(N, C, L)``. Same constructor and state_dict as `SwitchNorm1d`, and the
@@ -168,7 +167,7 @@ class AddSwitchNorm1d(_Adding):
     input_dims = (2, 3)
 
 
-class AddSwitchNorm2d(_Adding):
+class AddSwitchNorm2d(Added, _Switchable):
     """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
 
     x and residual have shape ``(N, C, H, W)``. Same constructor and state_dict as `SwitchNorm2d`, and the keyword
@@ -182,7 +181,7 @@ class AddSwitchNorm2d(_Adding):
     input_dims = (4,)
 
 
-class AddSwitchNorm3d(_Adding):
+class AddSwitchNorm3d(Added, _Switchable):
     """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
 
     x and residual have shape ``(N, C, D, H, W)``. Same constructor and state_dict as `SwitchNorm3d`, and the keyword

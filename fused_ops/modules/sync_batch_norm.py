@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from ..activation import Activation
 from ..distributed import add_sync_batch_norm, sync_batch_norm
 from .base import Activated, Added
-from .batch_norm import _Batches
+from .batch_norm import Batches
 
 
-class _Synchronized(_Batches, nn.SyncBatchNorm):
+class _Synchronized(Batches, nn.SyncBatchNorm):
     """What torch.nn's SyncBatchNorm checks before a call, and when it synchronizes; not on which devices."""
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -28,6 +29,16 @@ class _Synchronized(_Batches, nn.SyncBatchNorm):
             return None
         group = dist.group.WORLD if self.process_group is None else self.process_group
         return group if dist.get_world_size(group) > 1 else None
+
+    def _normalize(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
+        function = functools.partial(sync_batch_norm, group=self._group())
+        return self._call(function, x, residual=residual, activation=activation)
+
+    def _add_and_normalize(
+        self, x: Tensor, residual: Tensor, activation: Activation | None, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
+        function = functools.partial(add_sync_batch_norm, group=self._group())
+        return self._call(function, x, residual, activation=activation, dropout_p=dropout_p)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
@@ -57,10 +68,6 @@ class SyncBatchNorm(Activated, _Synchronized):
         >>> y = norm(torch.randn(2, 64, 16, 16), residual=torch.randn(2, 64, 16, 16))
     """
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        function = functools.partial(sync_batch_norm, group=self._group())
-        return self._normalize(function, x, residual=residual, activation=self.activation)
-
 
 class AddSyncBatchNorm(Added, _Synchronized):
     """``total = residual + x, y = activation(norm(total))``, synchronized as SyncBatchNorm; returns ``(y, total)``.
@@ -68,10 +75,6 @@ class AddSyncBatchNorm(Added, _Synchronized):
     Same constructor and state_dict as torch.nn.SyncBatchNorm, and the keywords `activation` and `dropout_p` (see
     `functional.add_batch_norm`).
     """
-
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        function = functools.partial(add_sync_batch_norm, group=self._group())
-        return self._normalize(function, x, residual, activation=self.activation, dropout_p=self._rate_of_call)
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
