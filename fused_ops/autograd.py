@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -27,6 +27,7 @@ from .kernels.views import pooled_planes
 
 Tensor = torch.Tensor
 Backward = Callable[..., Gradients]
+AnyNorm = TypeVar("AnyNorm", bound=Norm | SwitchNorm)
 
 
 class Needs(NamedTuple):
@@ -81,6 +82,16 @@ class Saved(NamedTuple):
     mean: Tensor | None
     rstd: Tensor | None
     bits: Tensor | None
+    seed: Tensor | None = None
+
+    def of_call(self, norm: AnyNorm) -> AnyNorm:
+        """The norm, whose seed is kept as every tensor is: what runs a forward again may draw another."""
+        return norm if self.seed is None else norm._replace(seed=self.seed)  # type: ignore[return-value]
+
+
+def without_seed(norm: AnyNorm) -> AnyNorm:
+    """What a context keeps of a norm, and what is looked up by it: the numbers in it."""
+    return norm if norm.seed is None else norm._replace(seed=None)  # type: ignore[return-value]
 
 
 class NormFunction(torch.autograd.Function):
@@ -97,16 +108,16 @@ class NormFunction(torch.autograd.Function):
         *running: Tensor | None,
     ) -> Any:
         needs = ctx.needs_input_grad
-        unseeded = norm if norm.seed is None else norm._replace(seed=None)  # to be found again
-        keeps_x, statistics, bits, keeps_residual = _what_to_save(unseeded, Needs(*needs[:4]), residual is not None)
+        ctx.norm = without_seed(norm)
+        keeps_x, statistics, bits, keeps_residual = _what_to_save(ctx.norm, Needs(*needs[:4]), residual is not None)
         y, total, mean, rstd, mask = family_of(norm).forward(
             x, residual, weight, bias, norm, *running, save_statistics=statistics, save_bits=bits
         )
         normalized = None if not keeps_x else x if total is None else total
         # In the order of Saved.
-        ctx.save_for_backward(normalized, residual if keeps_residual else None, weight, bias, mean, rstd, mask)
+        residual = residual if keeps_residual else None
+        ctx.save_for_backward(normalized, residual, weight, bias, mean, rstd, mask, norm.seed)
         ctx.set_materialize_grads(False)
-        ctx.norm = norm
         ctx.x_dtype = x.dtype
         if total is None:
             return y
@@ -117,12 +128,14 @@ class NormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
         needs = Needs(*ctx.needs_input_grad[:4])
-        run: Backward = family_of(ctx.norm).backward
+        saved = Saved(*ctx.saved_tensors)
+        norm = saved.of_call(ctx.norm)
+        run: Backward = family_of(norm).backward
         if dy is not None and backend.traced(dy):  # as a backward may be whose forward was not
             from . import ops
 
             run = ops.backward
-        found = gradients(Saved(*ctx.saved_tensors), dy, dtotal, ctx.norm, ctx.x_dtype, needs, run)
+        found = gradients(saved, dy, dtotal, norm, ctx.x_dtype, needs, run)
         return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
 
 
@@ -207,7 +220,7 @@ def _launched(
     wanted = wanted_of_kernels(saved, dy, norm, needs)
     if not any(wanted):
         return Gradients(None, None, None, None)
-    x, residual, weight, bias, mean, rstd, bits = saved
+    x, residual, weight, bias, mean, rstd, bits, _ = saved
     return backward(dy, dtotal, x, residual, bits, weight, bias, mean, rstd, norm, wanted)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import residual_ops
-from .autograd import Needs, Saved, gradients, is_frozen, what_to_save
+from .autograd import Needs, Saved, gradients, is_frozen, what_to_save, without_seed
 from .kernels.families import BATCH_NORM, GROUP_NORM, ROW_NORM, Family, family_of
 from .kernels.problem import BatchNorm, Gradients, GroupNorm, Norm, RowNorm, Wanted
 from .op_library import LIBRARY, define, or_empty, or_none
@@ -119,15 +119,16 @@ def _setup_context(ctx: Any, norm_type: NormType, inputs: tuple, output: tuple) 
         bits = None
         if not is_frozen(norm):  # its statistics are always saved: they are no functions of x
             mean = rstd = None
-    ctx.save_for_backward(*Saved(normalized, residual, weight, bias, mean, rstd, bits))
-    ctx.norm, ctx.x_dtype, ctx.inputs = norm, x.dtype, len(inputs)
+    ctx.save_for_backward(*Saved(normalized, residual, weight, bias, mean, rstd, bits, norm.seed))
+    ctx.norm, ctx.x_dtype, ctx.inputs = without_seed(norm), x.dtype, len(inputs)
     ctx.set_materialize_grads(False)
 
 
 def _forward_autograd(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *unused: Tensor | None):  # type: ignore[no-untyped-def]
     needs = Needs(*ctx.needs_input_grad[:4])
     dtotal = dtotal if ctx.norm.add_first else None
-    found = gradients(Saved(*ctx.saved_tensors), dy, dtotal, ctx.norm, ctx.x_dtype, needs, backward)
+    saved = Saved(*ctx.saved_tensors)
+    found = gradients(saved, dy, dtotal, saved.of_call(ctx.norm), ctx.x_dtype, needs, backward)
     return *found, *(None,) * (ctx.inputs - len(needs))
 
 

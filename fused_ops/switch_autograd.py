@@ -18,6 +18,7 @@ from .autograd import (
     through_mask,
     wanted_of_kernels,
     what_to_save,
+    without_seed,
 )
 from .kernels.channel_norm.switch_backward import MixtureGradients, switch_norm_backward
 from .kernels.channel_norm.switch_forward import switch_norm_forward
@@ -53,9 +54,10 @@ class SwitchNormFunction(torch.autograd.Function):
         normalized = None if not keeps_x else x if total is None else total
         mixed = (mean_weight, var_weight, *(kinds if keeps_x and kinds is not None else (None, None)))
         # In the order of Saved, then of the mixture.
-        ctx.save_for_backward(normalized, residual if keeps_residual else None, weight, bias, mean, rstd, mask, *mixed)
+        residual = residual if keeps_residual else None
+        ctx.save_for_backward(*Saved(normalized, residual, weight, bias, mean, rstd, mask, norm.seed), *mixed)
         ctx.set_materialize_grads(False)
-        ctx.norm = norm
+        ctx.norm = without_seed(norm)
         ctx.x_dtype = x.dtype
         if total is None:
             return y
@@ -65,9 +67,10 @@ class SwitchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        norm, needs, mixes = ctx.norm, Needs(*ctx.needs_input_grad[:4]), tuple(ctx.needs_input_grad[4:6])
+        needs, mixes = Needs(*ctx.needs_input_grad[:4]), tuple(ctx.needs_input_grad[4:6])
         *tensors, mean_weight, var_weight, means, variances = ctx.saved_tensors
         saved, mixture = Saved(*tensors), Mixture(mean_weight, var_weight)
+        norm = saved.of_call(ctx.norm)
         rest = (None,) * (len(ctx.needs_input_grad) - 6)
         if dy is None:
             return *of_total_alone(dtotal, norm, ctx.x_dtype, needs), None, None, *rest

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .autograd import Needs, Saved, as_needed, gradients, wanted_of_kernels, what_to_save
+from .autograd import Needs, Saved, as_needed, gradients, wanted_of_kernels, what_to_save, without_seed
 from .collectives import Moments, gather_statistics, reduce_means, values_of_channel
 from .kernels.channel_norm.batch_backward import batch_norm_backward
 from .kernels.channel_norm.sync import SyncBackward, SyncForward
@@ -41,12 +41,10 @@ class SyncNormFunction(torch.autograd.Function):
         y, total, mean, rstd, bits = _forward(x, residual, weight, bias, norm, group, running, kept.bits)
         normalized = x if total is None else total
         statistics = (mean, rstd) if kept.statistics else (None, None)
-        # In the order of Saved.
-        ctx.save_for_backward(
-            normalized if kept.x else None, residual if kept.residual else None, weight, bias, *statistics, bits
-        )
+        kept_x, kept_residual = normalized if kept.x else None, residual if kept.residual else None
+        ctx.save_for_backward(*Saved(kept_x, kept_residual, weight, bias, *statistics, bits, norm.seed))
         ctx.set_materialize_grads(False)
-        ctx.norm, ctx.group = norm, group
+        ctx.norm, ctx.group = without_seed(norm), group
         ctx.x_dtype = x.dtype
         if total is None:
             return y
@@ -57,11 +55,12 @@ class SyncNormFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        norm, saved, needs = ctx.norm, Saved(*ctx.saved_tensors), Needs(*ctx.needs_input_grad[:4])
+        saved, needs = Saved(*ctx.saved_tensors), Needs(*ctx.needs_input_grad[:4])
+        norm = saved.of_call(ctx.norm)
         rest = (None,) * (len(ctx.needs_input_grad) - 4)
         if dy is None or not ctx.reduces:
             return *gradients(saved, dy, dtotal, norm, ctx.x_dtype, needs, batch_norm_backward), *rest
-        x, residual, weight, bias, mean, rstd, bits = saved
+        x, residual, weight, bias, mean, rstd, bits, _ = saved
         assert x is not None and mean is not None and rstd is not None
         wanted = wanted_of_kernels(saved, dy, norm, needs)
         halves = SyncBackward(dy, dtotal, x, residual, bits, weight, bias, mean, rstd, norm, wanted)

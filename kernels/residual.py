@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .activations import ACTIVATIONS
-from .column_sum import column_sum
+from .column_sum import column_sum_of_any_span
 from .dropout import rate
 from .launch import THREADS_PER_WARP, cdiv, device_facts, registers_a_thread
 from .launcher import Launcher, Tensors
@@ -114,8 +114,24 @@ def residual_add_backward(
             to.copy_(values)  # type: ignore[arg-type]
     if partials is None or scale is None:
         return SumGradients(dx, dresidual, None)
-    dscale, _ = column_sum(partials, None, scale.dtype, None)
-    return SumGradients(dx, dresidual, dscale.view(scale.shape))  # type: ignore[union-attr]
+    return SumGradients(dx, dresidual, _sum_rows(partials, scale.dtype).view(scale.shape))
+
+
+def _sum_rows(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums [channels] of partial sums [rows, channels]; of many rows at first some, as rows of so many more columns,
+    because few channels are work for few programs."""
+    rows, channels = partials.shape
+    most = _ROWS * device_facts(partials.device).multiprocessors
+    while (some := _rows_at_first(rows, most)) > 1:
+        partials = column_sum_of_any_span(partials.view(some, -1), partials.dtype)
+        rows //= some
+    return column_sum_of_any_span(partials.view(rows, channels), dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _rows_at_first(rows: int, most: int) -> int:
+    """The divisor of `rows` next below its root, where they are more than `most`; 1 where there is none."""
+    return next((some for some in range(math.isqrt(rows), 1, -1) if rows % some == 0), 1) if rows > most else 1
 
 
 def allocate_gradients(
@@ -263,6 +279,8 @@ class _BackwardLauncher:
 
 # A multiprocessor, of those that go down the rows: 16 warps, with three tiles each of dy and x under way.
 _PROGRAMS = 4
+# Rows of partial sums for each multiprocessor that one launch sums, whose programs go down them by 64.
+_ROWS = 32
 _MOST_PADDING = 1.125
 _MOST_BLOCKS = 8
 

@@ -251,6 +251,20 @@ def test_checkpointing_drops_the_same_again(function: str, use_reentrant: bool, 
     assert all(map(same_bits, *found))
 
 
+@pytest.mark.parametrize("function", ["add_layer_norm", "add_group_norm", "add_batch_norm", "add_switch_norm"])
+def test_backward_has_the_mask_of_the_total_that_it_has(function: str, triton_backend: None) -> None:
+    """Both are of the forward that ran again, where it was let draw a seed of its own."""
+    x, zeros = torch.ones(16, 4, 8, device=DEVICE, requires_grad=True), torch.zeros(16, 4, 8, device=DEVICE)
+
+    def total(x: Tensor) -> Tensor:
+        return call(function, x, zeros, activation=None, dropout_p=0.5)[1]
+
+    y = checkpoint(lambda x: total(x) ** 2, x, use_reentrant=False, preserve_rng_state=False)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert set(dx.unique().tolist()) == {0.0, 8.0}  # 2 * (2 * x) * 2 where it was kept
+    assert abs((dx != 0).float().mean().item() - 0.5) < 0.11  # 5 deviations; of two masks a quarter would be kept
+
+
 def test_layers_in_a_row_that_are_checkpointed_together(each_backend: str) -> None:
     """Each draws a seed of its own, in order, again."""
     x, residual = (normal(6, 8, seed=seed).requires_grad_() for seed in (0, 1))

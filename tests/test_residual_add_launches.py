@@ -18,6 +18,7 @@ from tests.tolerances import kernels_are_interpreted
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to launch")
 
 from benchmarks.audit.watch import watch
+from fused_ops.kernels import residual
 from fused_ops.kernels.launch import DeviceFacts, assume_device
 from fused_ops.kernels.residual import GROUP, Division, divide, period_length
 from fused_ops.kernels.views import memory_arrangement
@@ -27,7 +28,8 @@ pytestmark = pytest.mark.usefixtures("triton_backend", "memory_checked")
 Tensor = torch.Tensor
 
 DROPS = {"dropout_p": 0.3, "drop_path_p": 0.3}
-FORWARD, BACKWARD, SUM = "residual_add_forward_kernel", "residual_add_backward_kernel", "column_sum_kernel"
+FORWARD, BACKWARD = "residual_add_forward_kernel", "residual_add_backward_kernel"
+SUM = "column_sum_of_any_span_kernel"
 
 
 # --- how often -----------------------------------------------------------------------------------------------------
@@ -125,6 +127,26 @@ def test_every_division_is_right(shape: Shape, scale: Shape) -> None:
 def test_every_division_drops_right(shape: Shape, scale: Shape, layout: Callable[[Tensor], Tensor]) -> None:
     case = make_case(*shape, scale=scale, activation="silu", dropout_p=0.3)
     assert_division_is_right(with_layout(case, layout))
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale", "sums"),
+    [((600, 3), (3,), 2), ((16, 64), (64,), 1), ((5, 4, 17, 11), (4, 1, 1), 2), ((300, 16, 9), (16, 1), 2)],
+    ids=short,
+)
+def test_many_partial_rows_are_summed_in_several_launches(
+    shape: Shape, scale: Shape, sums: int, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few channels are few columns, and so few programs, each of which would go down all rows."""
+    monkeypatch.setattr(residual, "_ROWS", 8)
+    with assume_device(DeviceFacts(multiprocessors=1, l2_bytes=1 << 20)):
+        check(make_case(*shape, scale=scale, activation="silu"))
+    assert sums <= launches.count(SUM) <= 4
+
+
+@pytest.mark.parametrize(("rows", "some"), [(7, 1), (1024, 1), (1031, 1), (1025, 25), (2048, 32), (2 * 1023**2, 1364)])
+def test_rows_at_first_divide_all(rows: int, some: int) -> None:
+    assert residual._rows_at_first(rows, 1024) == some
 
 
 def test_the_divisions_are_of_every_kind() -> None:

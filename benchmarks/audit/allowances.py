@@ -181,6 +181,8 @@ def allowance(workload: Workload, case: Case, direction: Direction, schedule: Sc
         shares = bool(schedule.backward_chunks)
         passes += backward_passes(workload) + 2 * shares
         launches += (backward_passes(workload) > 0) + shares + bool(case.parameters)
+        # A channel that is every few elements has as many partial sums, which two launches add up.
+        launches += bool(case.parameters) and not workload.of.norm and workload.channels_last
         parameter += (2 + shares) * parameters  # read by each launch; the gradients
         partial = 2 * len(case.parameters) * schedule.partial_rows * span * wide
         if workload.of.norm:

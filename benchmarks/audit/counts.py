@@ -21,7 +21,7 @@ SIZES: dict[str, Size] = {
     **dict.fromkeys(("X", "Residual", "Total", "Y", "DY", "DTotal", "DX", "DResidual"), "activation"),
     "Bits": "mask",
     **dict.fromkeys(("Weight", "Bias", "Scale", "Seed", "DWeight", "DBias"), "parameter"),
-    **dict.fromkeys(("PartialDWeight", "PartialDBias", "PartialDScale"), "partial"),
+    **dict.fromkeys(("PartialDWeight", "PartialDBias", "PartialDScale", "DScaleSums"), "partial"),
     **dict.fromkeys(("Mean", "Rstd", "Means", "M2s", "GSums", "GXHatSums"), "statistics"),
     **dict.fromkeys(("Origins", "DZSums", "DZXHatSums", "MeanG", "MeanGXHat"), "statistics"),
     **dict.fromkeys(("RunningMean", "RunningVar", "GivenMean", "GivenVar", "KindMeans", "KindVars"), "statistics"),

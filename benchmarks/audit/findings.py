@@ -29,6 +29,7 @@ MOST_ROW_TILES = 10
 SMALL_KERNELS = frozenset(
     {
         "column_sum_kernel",
+        "column_sum_of_any_span_kernel",
         "combine_moments_kernel",
         "combine_gradients_kernel",
         "combine_switch_moments_kernel",

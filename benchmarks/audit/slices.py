@@ -98,7 +98,8 @@ def slice_of(workload: Workload, facts: DeviceFacts = H200) -> Slice:
     full = workload.shape("full")
     if elements(full) <= SMALL_CALL:
         return Slice(full, facts, 1)
-    if workload.of.by_channel:
+    planes_for_all = not (workload.of.norm or workload.of.over_last_dim or workload.channels_last)
+    if workload.of.by_channel or planes_for_all:  # of a residual add, where all programs share a pass of the channels
         return _slice_of_images(workload, full, facts)
     rows = max(1, workload.samples(full) // facts.multiprocessors // PART_OF_A_MULTIPROCESSOR)
     part = facts._replace(multiprocessors=1, l2_bytes=facts.l2_bytes // facts.multiprocessors)

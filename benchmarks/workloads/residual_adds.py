@@ -43,6 +43,14 @@ RESIDUAL_ADDS = (
         images(96, (56, 56), 128, 16),
         residual=True,
     ),
+    # The same where channels are neighbours, and 96 columns are few for the sum of the scale's gradient.
+    Workload(
+        "convnext_96x56_residual_add_layer_scale_channels_last",
+        "residual_add_channel_scale",
+        images(96, (56, 56), 128, 16),
+        residual=True,
+        channels_last=True,
+    ),
     Workload(
         "convnext_768x7_residual_add_layer_scale",
         "residual_add_channel_scale",

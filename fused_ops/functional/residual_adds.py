@@ -14,6 +14,8 @@ if backend.HAS_TRITON:
 
 Tensor = torch.Tensor
 
+_MOST_CHANNELS = 2**31 - 1
+
 
 def residual_add(
     x: Tensor,
@@ -79,25 +81,22 @@ def _residual_add(
     drop_path_p: float,
     activation: Activation | None,
 ) -> Tensor:
-    run = _kernel(x, residual, scale)
+    run = _kernel(x, residual, scale) if scale is None or _goes_by_channel(scale, x) else None
     if run is None:
         return residual_fallback.residual_add(x, residual, scale, dropout_p, drop_path_p, activation)
     fused = () if activation is None else (activation.name, *activation.scalars)
     problem = ResidualAdd(dropout_p, drop_path_p, *fused)
     seed = drops.draw_seed(x.device) if dropout_p > 0.0 or drop_path_p > 0.0 else None
     run = residual_autograd.run if run is autograd.run else residual_ops.run
-    return run(x, residual, _with_neighbouring_axes(scale, x), seed, problem)
+    return run(x, residual, scale, seed, problem)
 
 
-def _with_neighbouring_axes(scale: Tensor | None, x: Tensor) -> Tensor | None:
-    """The scale, expanded where between two of its axes one of x's is missing, as the kernels want it."""
-    if scale is None:
-        return None
+def _goes_by_channel(scale: Tensor, x: Tensor) -> bool:
+    """Whether the scale is of one axis of x, or of several with none between them that it lacks, and not longer than
+    kernels count channels; any other, a gate of each sample's channels (N, 1, C), is torch's to broadcast."""
     axes = [dim for dim, size in enumerate(scale.shape) if size != 1]
     if len(axes) < 2:
-        return scale
-    of_x = x.shape[x.dim() - scale.dim() :]
+        return True
     between = slice(axes[0], axes[-1] + 1)
-    if scale.shape[between] == of_x[between]:
-        return scale
-    return scale.expand(*scale.shape[: axes[0]], *of_x[between], *scale.shape[axes[-1] + 1 :])
+    of_x = x.shape[x.dim() - scale.dim() :]
+    return scale.shape[between] == of_x[between] and scale.numel() <= _MOST_CHANNELS

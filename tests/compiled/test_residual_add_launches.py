@@ -15,7 +15,8 @@ from fused_ops.activation import KNOWN
 from tests.compiled.test_channel_norm_launches import compilations
 
 MULTIPROCESSORS = 132  # of the device whose facts CPU tensors get
-FORWARD, BACKWARD, SUM = "residual_add_forward_kernel", "residual_add_backward_kernel", "column_sum_kernel"
+FORWARD, BACKWARD = "residual_add_forward_kernel", "residual_add_backward_kernel"
+SUM = "column_sum_of_any_span_kernel"
 DROPS = {"dropout_p": 0.1, "drop_path_p": 0.2}
 
 
@@ -59,7 +60,7 @@ CALLS: dict[str, tuple[tuple[int, ...], dict[str, Any], list[str]]] = {
     "ConvNeXt, channels_last": (
         (64, 96, 28, 28),
         {"scale": (96, 1, 1), "drop_path_p": 0.1, "channels_last": True},
-        [FORWARD, BACKWARD, SUM],
+        [FORWARD, BACKWARD, SUM, SUM],
     ),
     "everything, channels_last": (
         (64, 96, 14, 14),
@@ -115,6 +116,14 @@ def test_sizes_compile_nothing_anew_but_for_groups_of_eight(sm_90):
     for shape in ((3, 5, 7, 7), (1, 1, 1, 1), (7, 3, 5, 9)):
         forward_and_backward(*shape, activation="relu", drop_path_p=0.1)
     assert set(compilations(sm_90).values()) == {2}
+
+
+@pytest.mark.parametrize("scale", [(-1, 1, 1, 1), (-1, 64, 8, 8), (64, 1, 1)], ids=str)
+def test_batches_compile_once_whatever_the_scale_is_of(scale, sm_90):
+    """A gate of samples, whose length is the batch's; of every element; of channels."""
+    for samples in (8, 16, 24, 72):
+        forward_and_backward(samples, 64, 8, 8, scale=tuple(samples if size < 0 else size for size in scale))
+    assert set(compilations(sm_90).values()) == {1}
 
 
 def test_activation_parameters_compile_nothing_anew(sm_90):
