@@ -158,7 +158,8 @@ class _BatchNorm(torch.autograd.Function):
             dx, dweight, dbias = torch.ops.aten._batch_norm_impl_index_backward(
                 ctx.implementation,
                 wide,
-                dy.to(wide.dtype),
+                # In x's layout: strides of dims of one element make torch's CPU kernel take two layouts for one.
+                _laid_out_as(wide, dy.to(wide.dtype)),
                 scale,
                 None,  # the running statistics, which nothing depends on
                 None,

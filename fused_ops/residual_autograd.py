@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,10 +32,11 @@ class Needs(NamedTuple):
 
 
 class Saving(NamedTuple):
-    """What forward keeps for backward beside the scale and the seed."""
+    """What forward keeps for backward beside the seed."""
 
     x: bool
     residual: bool
+    scale: bool
     bits: bool
 
 
@@ -43,7 +45,7 @@ def what_to_save(problem: ResidualAdd, needs: Needs) -> Saving:
     needs_slope = problem.activation is not None and any(needs)
     bits = needs_slope and slope_takes_two_values(problem.activation)
     computes_z = needs_slope and not bits
-    return Saving(computes_z or needs.scale, computes_z, bits)
+    return Saving(computes_z or needs.scale, computes_z, computes_z or needs.scale or needs.x, bits)
 
 
 class Saved(NamedTuple):
@@ -57,10 +59,15 @@ class Saved(NamedTuple):
 
 
 class SumFacts(NamedTuple):
-    """What backward has to know of the result and of x besides."""
+    """What backward has to know of the result, of x and of the scale, if there is one, besides."""
 
     strides: Sequence[int]
     x_dtype: torch.dtype
+    scale_shape: Sequence[int] | None
+
+
+def facts_of(y: Tensor, x: Tensor, scale: Tensor | None) -> SumFacts:
+    return SumFacts(y.stride(), x.dtype, None if scale is None else scale.shape)
 
 
 class ResidualAddFunction(torch.autograd.Function):
@@ -70,13 +77,12 @@ class ResidualAddFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor, scale: Tensor | None, seed: Tensor | None, problem: ResidualAdd
     ) -> Tensor:
-        needs = Needs(*ctx.needs_input_grad[:3])
-        saving = what_to_save(problem, needs)
+        saving = what_to_save(problem, Needs(*ctx.needs_input_grad[:3]))
         y, bits = residual_add_forward(x, residual, scale, seed, problem, save_bits=saving.bits)
         ctx.save_for_backward(
-            x if saving.x else None, residual if saving.residual else None, scale if any(needs) else None, bits, seed
+            x if saving.x else None, residual if saving.residual else None, scale if saving.scale else None, bits, seed
         )
-        ctx.problem, ctx.facts = problem, SumFacts(y.stride(), x.dtype)
+        ctx.problem, ctx.facts = problem, facts_of(y, x, scale)
         return y
 
     @staticmethod
@@ -92,24 +98,30 @@ class ResidualAddFunction(torch.autograd.Function):
 
 def gradients(
     saved: Saved, dy: Tensor, problem: ResidualAdd, facts: SumFacts, needs: Needs, backward: Any
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dresidual, dscale), each where needed, by `backward` or, for who differentiates again, by composition."""
+) -> SumGradients:
+    """Those that are needed, by `backward` or, for who differentiates again, by composition."""
     if torch.is_grad_enabled() or fallback.transformed() or _batched(dy):
-        found = _composed(saved, dy, problem, facts, torch.is_grad_enabled())
-    else:
-        found = _launched(saved, dy, problem, facts, needs, backward)
-    return tuple(gradient if need else None for gradient, need in zip(found, needs, strict=True))  # type: ignore[return-value]
+        return _composed(saved, dy, problem, facts, needs, torch.is_grad_enabled())
+    return _launched(saved, dy, problem, facts, needs, backward)
 
 
 def _batched(dy: Tensor) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
+def _scale_or_like(saved: Saved, dy: Tensor, facts: SumFacts) -> Tensor | None:
+    """The scale; where its values were not kept, on which no gradient depends then, a tensor of its shape, by which
+    kernels know how bits lie."""
+    if saved.scale is None and facts.scale_shape is not None:
+        return dy.new_empty(facts.scale_shape)
+    return saved.scale
+
+
 def _launched(
     saved: Saved, dy: Tensor, problem: ResidualAdd, facts: SumFacts, needs: Needs, backward: Any
 ) -> SumGradients:
     """By kernel, but for what is dy itself."""
-    one_factor = saved.scale is None and saved.seed is None
+    one_factor = facts.scale_shape is None and saved.seed is None
     dz_is_dy = problem.activation is None
     one_gradient = one_factor and facts.x_dtype == dy.dtype
     wanted = WantedOfSum(
@@ -118,27 +130,28 @@ def _launched(
         dresidual=needs.residual and not dz_is_dy and not (one_gradient and needs.x),
         dscale=needs.scale,
     )
-    dx = dresidual = dscale = None
+    found = SumGradients(None, None, None)
     if any(wanted):
-        dx, dresidual, dscale = backward(dy, *saved, problem, wanted, *facts)
-    if dz_is_dy:
-        dresidual = dy
-        if one_factor:
-            dx = dy.to(facts.x_dtype)
-    elif dresidual is None:
-        dresidual = dx
-    return SumGradients(dx, dresidual, dscale)
+        given = saved._replace(scale=_scale_or_like(saved, dy, facts))
+        found = backward(dy, *given, problem, wanted, facts.strides, facts.x_dtype)
+    if needs.x and not wanted.dx:
+        found = found._replace(dx=dy.to(facts.x_dtype))
+    if needs.residual and not wanted.dresidual:
+        found = found._replace(dresidual=dy if dz_is_dy else found.dx)
+    return found
 
 
 @torch.enable_grad()
-def _composed(saved: Saved, dy: Tensor, problem: ResidualAdd, facts: SumFacts, create_graph: bool) -> SumGradients:
+def _composed(
+    saved: Saved, dy: Tensor, problem: ResidualAdd, facts: SumFacts, needs: Needs, create_graph: bool
+) -> SumGradients:
     """By torch's own operations, so that with create_graph they can be differentiated again."""
     dtype = compute_dtype(facts.x_dtype)
     multiply = _Multiplier(saved, dy, problem, dtype)
     x = None if saved.x is None else saved.x.to(dtype)
     dz = dy.to(dtype)
     if saved.bits is not None:
-        passes = unpack_bits(saved.bits, dy, facts.strides, saved.scale, saved.seed)
+        passes = unpack_bits(saved.bits, dy, facts.strides, _scale_or_like(saved, dy, facts), saved.seed)
         dz = torch.where(passes, dz, dz * problem.alpha if problem.alpha else 0.0)
     elif problem.activation is not None:
         assert x is not None and saved.residual is not None
@@ -147,18 +160,24 @@ def _composed(saved: Saved, dy: Tensor, problem: ResidualAdd, facts: SumFacts, c
         y = fallback.activate(z, Activation.from_scalars(problem.activation, problem.alpha, problem.beta))
         (dz,) = torch.autograd.grad(y, z, dz, create_graph=create_graph)
     dscale = None
-    if saved.scale is not None and x is not None:
+    if needs.scale:
+        assert x is not None and saved.scale is not None
         dscale = (dz * multiply.by_factor(x)).sum_to_size(saved.scale.shape).to(saved.scale.dtype)
-    return SumGradients(multiply.by_all(dz).to(facts.x_dtype), dz.to(dy.dtype), dscale)
+    return SumGradients(
+        multiply.by_all(dz).to(facts.x_dtype) if needs.x else None, dz.to(dy.dtype) if needs.residual else None, dscale
+    )
 
 
 class _Multiplier:
-    """What a call multiplies x by: what its seed drops, and its scale."""
+    """What a call multiplies x by: what its seed drops, which is drawn again once somebody asks, and its scale."""
 
     def __init__(self, saved: Saved, dy: Tensor, problem: ResidualAdd, dtype: torch.dtype) -> None:
-        self.factor, self.scale = None, None if saved.scale is None else saved.scale.to(dtype)
-        if saved.seed is not None:
-            self.factor = drop_factor(saved.seed, dy.shape, problem.dropout_p, problem.drop_path_p, dtype)
+        self.scale = None if saved.scale is None else saved.scale.to(dtype)
+        self.seed, self.drawn = saved.seed, (dy.shape, problem.dropout_p, problem.drop_path_p, dtype)
+
+    @functools.cached_property
+    def factor(self) -> Tensor | None:
+        return None if self.seed is None else drop_factor(self.seed, *self.drawn)
 
     def by_factor(self, values: Tensor) -> Tensor:
         return values if self.factor is None else values * self.factor

@@ -11,6 +11,17 @@ from .activation import Activation
 Tensor = torch.Tensor
 
 
+def dropout(x: Tensor, residual: Tensor, p: float) -> Tensor:
+    """x as torch's dropout leaves it, to be added to the residual; x itself where nothing is dropped."""
+    return fallback.dropout(_widened(x, residual), p) if p > 0.0 else x
+
+
+def _widened(branch: Tensor, residual: Tensor) -> Tensor:
+    """A half branch of a float32 stream in float32, so that its products are not rounded to half before the sum."""
+    dtype = torch.promote_types(branch.dtype, residual.dtype)
+    return branch if branch.dtype == dtype else branch.to(dtype)
+
+
 def residual_add(
     x: Tensor,
     residual: Tensor,
@@ -20,12 +31,11 @@ def residual_add(
     activation: Activation | None,
 ) -> Tensor:
     """activation(residual + drop_path(scale * dropout(x))) in the residual's type and x's layout."""
-    branch = x
-    if dropout_p > 0.0:
-        branch = F.dropout(branch, dropout_p)
+    branch = dropout(x, residual, dropout_p)
     if scale is not None:
-        branch = branch * scale
+        branch = _widened(branch, residual) * scale
     if drop_path_p > 0.0:
+        branch = _widened(branch, residual)
         branch = branch * F.dropout(branch.new_ones(branch.shape[0], *(1,) * (branch.dim() - 1)), drop_path_p)
     if branch is not x and branch.dtype == residual.dtype:
         return fallback.finish(branch, residual, activation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .kernels.residual import (
     residual_add_forward,
 )
 from .op_library import LIBRARY, define, or_empty, or_none
-from .residual_autograd import Needs, Saved, SumFacts, gradients, what_to_save
+from .residual_autograd import Needs, Saved, facts_of, gradients, what_to_save
 
 Tensor = torch.Tensor
 
@@ -44,21 +44,21 @@ def _forward_fake(x: Tensor, residual: Tensor, scale: Tensor | None, seed: Tenso
     return or_empty(x, *allocate(x, residual, arguments[-1]))
 
 
-def _backward_parts(arguments: tuple[Any, ...]) -> tuple[ResidualAdd, WantedOfSum, SumFacts]:
-    return ResidualAdd(*arguments[:_FIELD_COUNT]), WantedOfSum(*arguments[_FIELD_COUNT:-2]), SumFacts(*arguments[-2:])
+def _backward_parts(*arguments: Any) -> tuple[ResidualAdd, WantedOfSum, Sequence[int], torch.dtype]:
+    *numbers, strides, x_dtype = arguments
+    return ResidualAdd(*numbers[:_FIELD_COUNT]), WantedOfSum(*numbers[_FIELD_COUNT:]), strides, x_dtype
 
 
 def _backward(dy: Tensor, *arguments: Any):  # type: ignore[no-untyped-def]
-    problem, wanted, facts = _backward_parts(arguments[5:])
-    x, residual, scale, bits, seed = arguments[:5]
-    return or_empty(dy, *residual_add_backward(dy, x, residual, scale, bits, seed, problem, wanted, *facts))
+    x, residual, scale, bits, seed, *others = arguments
+    return or_empty(dy, *residual_add_backward(dy, x, residual, scale, bits, seed, *_backward_parts(*others)))
 
 
 def _backward_fake(dy: Tensor, *arguments: Any):  # type: ignore[no-untyped-def]
-    scale = arguments[2]
-    _, wanted, facts = _backward_parts(arguments[5:])
+    _, _, scale, _, _, *others = arguments
+    _, wanted, strides, x_dtype = _backward_parts(*others)
     dscale = torch.empty_like(scale, memory_format=torch.contiguous_format) if wanted.dscale else None
-    return or_empty(dy, *allocate_gradients(dy, *facts, wanted), dscale)
+    return or_empty(dy, *allocate_gradients(dy, strides, x_dtype, wanted), dscale)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -74,12 +74,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         *Saved(
             x if saving.x or recomputes else None,
             residual if recomputes else None,
-            scale,
+            scale if saving.scale or recomputes else None,
             or_none(bits)[0] if has_bits else None,
             seed,
         )
     )
-    ctx.problem, ctx.facts = problem, SumFacts(y.stride(), x.dtype)
+    ctx.problem, ctx.facts = problem, facts_of(y, x, scale)
     ctx.inputs = len(inputs)
 
 

@@ -179,11 +179,14 @@ def mixture(function: str, x: Tensor, mean_weight: Tensor, var_weight: Tensor) -
 
 
 def number(function: str, argument: str, value: Any) -> float:
-    """value as a float; TypeError where it is none, text that reads as one included."""
+    """value as a float; TypeError where it is no number, text that reads as one included, and ArgumentError where it
+    cannot become a float, as a tensor of several numbers."""
     try:
         return float(None if isinstance(value, str | bytes) else value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{function}: {argument} must be a number, but is {value!r}") from None
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise ArgumentError(f"{function}: {argument} must be one number, but is {value!r}") from error
 
 
 def filters(function: str, weight: Tensor) -> None:
@@ -258,13 +261,17 @@ def shape_and_value(function: str, argument: str, given: Any) -> tuple[tuple[int
         shape, value = given
     except (TypeError, ValueError):
         raise ArgumentError(f"{function}: {argument} must be (shape, initial value), but is {given!r}") from None
-    sizes = shape if isinstance(shape, tuple | list | torch.Size) else (shape,)
+    found = shape if isinstance(shape, tuple | list | torch.Size) else (shape,)
     try:
-        sizes = tuple([operator.index(size) for size in sizes])
+        sizes = tuple([operator.index(size) for size in found])
     except TypeError:
         raise TypeError(
             f"{function}: the shape of {argument} must be an integer or a sequence of integers, but is {shape!r}"
         ) from None
+    if any(size < 0 for size in sizes) or any(isinstance(size, bool) for size in found):
+        raise ArgumentError(
+            f"{function}: the shape of {argument} must be of integers that are at least 0, but is {shape!r}"
+        )
     return sizes, number(function, f"the initial value of {argument}", value)
 
 

@@ -167,7 +167,7 @@ def _noise(mask: Tensor | None, p: float, like: Tensor) -> Tensor:
 def factor_of(case: AddCase, **keywords: Any) -> Tensor:
     """What the fused call multiplies each element of x by, without the scale; `keywords` replace its own."""
     torch.manual_seed(case.seed)
-    ones, zeros = torch.ones_like(case.x), torch.zeros_like(case.x)
+    ones, zeros = torch.ones_like(case.x), torch.zeros_like(case.x, dtype=case.residual.dtype)
     rates = {"dropout_p": case.dropout_p, "drop_path_p": case.drop_path_p, **keywords}
     with torch.no_grad():
         return F.residual_add(ones, zeros, **rates)

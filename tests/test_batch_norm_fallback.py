@@ -11,9 +11,11 @@ import torch.nn.functional as TF
 
 import fused_ops
 from fused_ops import functional as F
+from fused_ops import reference
 from tests.batch_norm_calls import call, composed, each_mode, every_function, statistics
 from tests.calls import recorded, scalar
 from tests.channel_norm_calls import LAYOUTS, adds_first, channels_last, gradients, order, tensors
+from tests.layouts import transposed
 from tests.norm_cases import DEVICE, HALF, TORCH_ACTIVATIONS, normal, same_bits
 from tests.tolerances import assert_within_budget
 
@@ -223,6 +225,35 @@ def test_dy_may_have_another_layout(shape, layout, dy_layout, training, each_bac
         for run in (call, composed)
     )
     torch.testing.assert_close(found, expected)
+
+
+def alike_but_for_lone_elements(tensor: Tensor) -> Tensor:
+    """Channels last, in strides of a (3, 31, 16, 1) by which torch suggests that they are not."""
+    return channels_last(tensor).as_strided(tensor.shape, (496, 1, 31, 496))
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize(
+    ("layout", "dy_layout"),
+    [
+        (torch.clone, alike_but_for_lone_elements),
+        (alike_but_for_lone_elements, torch.clone),
+        (transposed, channels_last),
+    ],
+    ids=lambda layout: layout.__name__,
+)
+def test_dims_of_one_element_may_have_any_stride(layout, dy_layout, activation, each_backend):
+    """torch's own CPU kernel then takes tensors of two layouts for ones of one: its dx is off by 8 of 10."""
+    x, dy, weight, bias = (tensor.detach() for tensor in tensors(3, 31, 16, 1))
+    leaves = [layout(x).requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    y = F.batch_norm(leaves[0], None, None, *leaves[1:], True, activation=activation)
+    found = torch.autograd.grad(y, leaves, dy_layout(dy))
+    arrays = (tensor.numpy(force=True) for tensor in (dy, x))
+    parameters = (tensor.numpy(force=True) for tensor in (weight, bias))
+    expected = reference.batch_norm_backward(*arrays, None, None, *parameters, True, activation=activation)
+    for name, gradient in zip(("dx", "dweight", "dbias"), found, strict=True):
+        torch.testing.assert_close(gradient.cpu(), torch.as_tensor(expected[name]))
 
 
 @each_mode

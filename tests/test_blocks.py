@@ -311,9 +311,19 @@ def test_what_does_not_fit_is_refused_with_its_value():
         blocks.Bottleneck(4, 6)
     with pytest.raises(ValueError, match=r"version must be 1 \(BasicBlock\) or 2 \(PreActivationBlock\), but is 3"):
         blocks.resnet18(version=3)
-    for heads in (3, 0):
-        with pytest.raises(ValueError, match=f"num_heads must be a divisor of dim, but is {heads} and dim is 8"):
-            blocks.TransformerBlock(8, heads)
+    for name in ("TransformerBlock", "AddTransformerBlock"):
+        block = getattr(blocks, name)
+        for heads in (3, 0, -2, 2.0, "2", None):
+            given = f"but is {heads!r} and dim is 8"
+            with pytest.raises(ValueError, match=f"^{name}: num_heads must be an integer that divides dim, {given}"):
+                block(8, heads)
+        for ratio in (0.0, 0.124, -1, float("nan"), float("inf")):
+            given = f"but mlp_ratio is {ratio} and dim is 8"
+            with pytest.raises(ValueError, match=rf"^{name}: mlp_ratio \* dim must be finite and at least 1, {given}"):
+                block(8, 2, ratio)
+        with pytest.raises(TypeError, match=f"^{name}: mlp_ratio must be a number, but is '4'"):
+            block(8, 2, "4")
+        assert block(8, 2, 0.125).mlp[0].out_features == 1
     for shape in ((3, 8), (2, 3, 4)):
         with pytest.raises(ValueError, match=r"x must have shape \(N, T, 8\), but has shape \(.*\)"):
             blocks.TransformerBlock(8, 2)(torch.zeros(shape))

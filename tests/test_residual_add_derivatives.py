@@ -16,7 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from fused_ops import Activation
 from fused_ops import functional as F
 from tests.calls import gradients, scalar
-from tests.layouts import channels_last
+from tests.layouts import channels_last, spatial_dims_swapped
 from tests.norm_cases import DEVICE, HALF, TORCH_ACTIVATIONS, short, with_fields
 from tests.residual_add_cases import (
     EACH_KIND,
@@ -202,6 +202,67 @@ def test_nothing_is_computed_that_is_not_asked_for(activation, scale, rates, tri
             elif x_is_z and {"x", "residual"} <= set(wanted):
                 expected -= {"dresidual"}  # it is dx
             assert computed == ([expected] if expected else []), wanted
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_a_graph_of_gradients_has_only_those_asked_for(activation, triton_backend, monkeypatch):
+    """With create_graph, too; and what was dropped is drawn again only for who depends on it."""
+    autograd = pytest.importorskip("fused_ops.residual_autograd", reason="Triton is not installed")
+    original, draw, found, drawn = autograd._composed, autograd.drop_factor, [], []
+
+    def noted(*arguments: Any) -> Any:
+        found.append(original(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(autograd, "_composed", noted)
+    monkeypatch.setattr(autograd, "drop_factor", lambda *given: drawn.append(given) or draw(*given))
+    whole = double_case(activation=activation, scale=(4,), **DROPS)
+    for wanted in itertools.chain.from_iterable(itertools.combinations(OPERANDS, count) for count in (1, 2, 3)):
+        found.clear(), drawn.clear()
+        tensors = operands(with_fields(whole, frozen=tuple(name for name in OPERANDS if name not in wanted)))
+        (y,) = fused(whole)(*tensors.values())
+        torch.autograd.grad(scalar((y,)), [tensors[name] for name in wanted], create_graph=True)
+        (computed,) = found
+        assert {name for name, gradient in computed._asdict().items() if gradient is not None} == {
+            f"d{name}" for name in wanted
+        }
+        assert len(drawn) == (activation == "gelu" or wanted != ("residual",)), wanted
+
+
+WALKS = {
+    "once": lambda y, residual, dy: torch.autograd.grad(y, residual, dy),
+    "create_graph": lambda y, residual, dy: torch.autograd.grad(y, residual, dy, create_graph=True),
+    "batched": lambda y, residual, dy: torch.autograd.grad(y, residual, dy[None], is_grads_batched=True)[0],
+    "vmap": lambda y, residual, dy: torch.vmap(lambda dy: torch.autograd.grad(y, residual, dy)[0])(dy[None]),
+}
+
+
+@pytest.mark.one_in(4)
+@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("rates", ["whole", "both"])
+@pytest.mark.parametrize("layout", [torch.clone, channels_last, spatial_dims_swapped], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("scale", [(4, 1, 1), (3, 4, 1, 1)], ids=short)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_scale_may_change_where_the_residual_alone_learns(activation, scale, layout, rates, walk, each_backend):
+    """Its values are not kept; its shape is, by which kernels know how the bits of a slope lie."""
+    case = double_case(3, 4, 2, 3, activation=activation, scale=scale, frozen=("x", "scale"), **RATES[rates])
+    case = with_layout(case, layout)
+    (expected,) = torch.autograd.grad(composed(case)(*(leaves := operands(case)).values()), leaves["residual"], case.dy)
+    tensors = operands(case)
+    (y,) = fused(case)(*tensors.values())
+    tensors["scale"].mul_(2)
+    (found,) = WALKS[walk](y, tensors["residual"], case.dy)
+    torch.testing.assert_close(found.reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_scale_may_change_where_an_op_has_run(activation, triton_backend):
+    ops = pytest.importorskip("fused_ops.residual_ops", reason="Triton is not installed")
+    x, residual, scale = operands(double_case(scale=(4,), frozen=("x", "scale"))).values()
+    expected = torch.ones_like(x) if activation is None else (residual + scale * x > 0).to(x)
+    y = ops.run(x, residual, scale, None, ops.ResidualAdd(activation=activation))
+    scale.mul_(-2)
+    assert torch.equal(torch.autograd.grad(y.sum(), residual)[0], expected)
 
 
 @pytest.mark.one_in(4)

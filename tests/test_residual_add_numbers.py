@@ -150,6 +150,15 @@ def test_each_output_is_rounded_once(dtype: torch.dtype, activation: str | None)
         assert bool(((found.double().cpu() - want).abs() <= allowed).all()), name
 
 
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("dtype", HALF, ids=short)
+@pytest.mark.parametrize("fields", [{"scale": (6, 1, 1)}, {"dropout_p": 0.3}, {"drop_path_p": 0.3}, WAYS["everything"]])
+def test_a_half_branch_is_multiplied_in_the_float32_of_its_stream(fields: dict[str, Any], dtype: torch.dtype) -> None:
+    case = make_case(*IMAGE, dtype=dtype, residual_dtype=torch.float32, **fields)
+    y, expected = run_fused(case).outputs["y"], run_reference(case).outputs["y"]
+    assert largest_error(y, expected) <= 8 * rounding(torch.float32) * float(expected.abs().max())
+
+
 # --- scales --------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import fused_ops
 from fused_ops import ResidualAdd
 from fused_ops import functional as F
 from fused_ops.activation import KNOWN
+from fused_ops.validation import ArgumentError
 from tests.norm_cases import DEVICE
 
 SHAPE = (4, 6, 5)
@@ -130,6 +131,18 @@ def test_a_rate_that_is_no_number_is_a_type_error(rate, each_backend):
         assert isinstance(error, TypeError) and rate in str(error)
 
 
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize(
+    "value",
+    [torch.tensor([0.1, 0.2]), torch.ones(0), torch.tensor(0.5j), 10**400],
+    ids=["several", "none", "complex", "too large"],
+)
+def test_a_rate_that_cannot_become_one_number_is_named(rate, value, each_backend):
+    error = refusal(**{rate: value})
+    assert isinstance(error, ArgumentError)
+    assert str(error) == f"residual_add: {rate} must be one number, but is {value!r}"
+
+
 def test_whoever_catches_torchs_error_catches_ours(each_backend):
     """torch's dropout raises a ValueError, its sums and products of what does not broadcast a RuntimeError."""
     with pytest.raises(ValueError):
@@ -187,6 +200,14 @@ def test_a_module_refuses_a_scale_that_is_no_shape_and_value(scale):
 def test_a_module_refuses_a_shape_or_value_of_another_type(scale):
     with pytest.raises(TypeError, match="scale"):
         ResidualAdd(scale=scale)
+
+
+@pytest.mark.parametrize("shape", [-1, (4, -1), [-4], True, (4, False)], ids=str)
+def test_a_module_refuses_sizes_that_are_none(shape):
+    with pytest.raises(ArgumentError) as caught:
+        ResidualAdd(scale=(shape, 0.1))
+    expected = f"ResidualAdd: the shape of scale must be of integers that are at least 0, but is {shape!r}"
+    assert str(caught.value) == expected
 
 
 def test_a_module_refuses_what_its_scale_does_not_fit(each_backend):

@@ -179,6 +179,13 @@ def test_a_drop_rate_is_a_number(function, value, each_backend):
     assert isinstance(error, TypeError) and f"{function}: dropout_p must be a number, but is {value!r}" in str(error)
 
 
+@pytest.mark.parametrize("function", ADD_NORMS)
+def test_a_drop_rate_is_one_number(function, each_backend):
+    value = torch.tensor([0.1, 0.2])
+    error = refusal(function, dropout_p=value)
+    assert isinstance(error, ValueError) and f"{function}: dropout_p must be one number, but is {value!r}" == str(error)
+
+
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "AddLayerNorm", "AddRMSNorm"])
 def test_modules_refuse_an_activation_when_they_are_made(name):
     with pytest.raises(ValueError, match="'swish'"):

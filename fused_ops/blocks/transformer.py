@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import operator
+from typing import Any
+
 import torch.nn.functional as TF
 from torch import Tensor, nn
 
+from .. import validation
 from ..modules import ResidualAdd
 from .norms import sequence_norms
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the positions of (N, T, dim), each position seeing all.
+    """Multi-head self-attention over the positions of (N, T, dim), each position seeing all: no mask, no dropout.
 
     .. math:: \\mathrm{out}(\\mathrm{softmax}(q k^T / \\sqrt{d}) \\, v), \\quad q, k, v = \\mathrm{qkv}(x)
 
@@ -18,7 +23,7 @@ class Attention(nn.Module):
     as in torch.nn.MultiheadAttention's in_proj_weight.
 
     Raises:
-        ValueError: a number of heads that does not divide dim.
+        ValueError: num_heads that are no integer which divides dim.
 
     Vaswani et al., "Attention Is All You Need", arXiv:1706.03762.
 
@@ -28,9 +33,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads must be a divisor of dim, but is {num_heads} and dim is {dim}")
-        self.num_heads = num_heads
+        self.num_heads = divisor_of(dim, num_heads, type(self).__name__)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
@@ -46,19 +49,25 @@ class TransformerBlock(nn.Module):
               y = x' + f(\\mathrm{mlp}(\\mathrm{norm}_2(x'))), \\quad
               f(z) = \\mathrm{drop\\_path}(\\mathrm{scale} \\cdot \\mathrm{dropout}(z))
 
-    x and y have shape ``(N, T, dim)``. Without scale and drop-path the first sum and the norm behind it are one launch;
-    in a stack of such blocks `AddTransformerBlock` joins the second sum to the next block's norm as well.
+    x and y have shape ``(N, T, dim)``. Each position sees all: there is no attention mask, padding or causal, and no
+    dropout of attention weights.
+
+    Without scale and drop-path the first sum and the norm behind it are one call; in a stack of such blocks
+    `AddTransformerBlock` joins the second sum to the next block's norm as well. Which of the two it is goes by how the
+    block is made: `add1` is None where `norm2` adds, whereas `add2` is always there.
 
     Args:
         mlp_ratio: the MLP's width over dim; its activation is gelu.
         norm: "batch", "layer", "rms", "group", "instance" or "switch", see `blocks.norms`. All but layer and rms look
             at several positions at once.
         dropout_p: rate of elements dropped from both branches in training.
-        drop_path_p: rate of samples whose branch is dropped in training, see `ResidualAdd`.
+        drop_path_p: rate of samples whose branch is dropped in training, see `ResidualAdd`. To change it in `add1` and
+            `add2` as training goes, make the block with a rate above 0, or with a scale: else there is no `add1`.
         layer_scale: what the scale of both branches, a parameter a channel, begins with; None is no scale.
 
     Raises:
-        ValueError: an unknown norm, a rate outside [0, 1], num_heads that do not divide dim, or x of another shape.
+        ValueError: an unknown norm, a rate outside [0, 1], num_heads that are no integer which divides dim, an MLP
+            without a channel, or x of another shape.
 
     Xiong et al., "On Layer Normalization in the Transformer Architecture", arXiv:2002.04745; Huang et al., "Deep
     Networks with Stochastic Depth", arXiv:1603.09382; Touvron et al., "Going Deeper with Image Transformers",
@@ -81,7 +90,8 @@ class TransformerBlock(nn.Module):
         layer_scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.dim = dim
+        name, self.dim = type(self).__name__, dim
+        num_heads, hidden = divisor_of(dim, num_heads, name), width_of_mlp(dim, mlp_ratio, name)
         norms = sequence_norms(norm)
         scale = None if layer_scale is None else (dim, layer_scale)
 
@@ -93,7 +103,7 @@ class TransformerBlock(nn.Module):
         else:
             self.add1 = ResidualAdd(scale=scale, dropout_p=dropout_p, drop_path_p=drop_path_p)
             self.norm2 = norms.norm(dim)
-        self.mlp = mlp(dim, mlp_ratio)
+        self.mlp = mlp(dim, hidden)
         self.add2 = ResidualAdd(scale=scale, dropout_p=dropout_p, drop_path_p=drop_path_p)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,7 +118,7 @@ class TransformerBlock(nn.Module):
 
 
 class AddTransformerBlock(nn.Module):
-    """`TransformerBlock` for the inside of a stack, each of its sums in one launch with the norm behind it.
+    """`TransformerBlock` for the inside of a stack, each of its sums in one call with the norm behind it.
 
     .. math:: \\mathrm{total} = \\mathrm{residual} + x, \\quad
               \\mathrm{total}' = \\mathrm{total} + \\mathrm{attention}(\\mathrm{norm}_1(\\mathrm{total})), \\quad
@@ -134,12 +144,13 @@ class AddTransformerBlock(nn.Module):
         self, dim: int, num_heads: int, mlp_ratio: float = 4.0, *, norm: str = "layer", dropout_p: float = 0.0
     ) -> None:
         super().__init__()
-        self.dim = dim
+        name, self.dim = type(self).__name__, dim
+        num_heads, hidden = divisor_of(dim, num_heads, name), width_of_mlp(dim, mlp_ratio, name)
         norms = sequence_norms(norm)
         self.norm1 = norms.add_norm(dim, dropout_p=dropout_p)
         self.attention = Attention(dim, num_heads)
         self.norm2 = norms.add_norm(dim, dropout_p=dropout_p)
-        self.mlp = mlp(dim, mlp_ratio)
+        self.mlp = mlp(dim, hidden)
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         check_sequences(x, self.dim)
@@ -148,9 +159,31 @@ class AddTransformerBlock(nn.Module):
         return self.mlp(y), total
 
 
-def mlp(dim: int, ratio: float) -> nn.Sequential:
-    """The feed-forward half of a block: out to `ratio` times the channels, gelu, and back."""
-    hidden = int(ratio * dim)
+def divisor_of(dim: int, num_heads: Any, module: str) -> int:
+    """A number of heads as Python's own integer; it must divide dim."""
+    try:
+        heads = operator.index(num_heads)
+    except TypeError:
+        heads = 0
+    if heads < 1 or dim % heads:
+        raise ValueError(
+            f"{module}: num_heads must be an integer that divides dim, but is {num_heads!r} and dim is {dim}"
+        )
+    return heads
+
+
+def width_of_mlp(dim: int, mlp_ratio: Any, module: str) -> int:
+    """`mlp_ratio` times dim, of which at least one channel must be left."""
+    width = validation.number(module, "mlp_ratio", mlp_ratio) * dim
+    if not 1 <= width < math.inf:
+        raise ValueError(
+            f"{module}: mlp_ratio * dim must be finite and at least 1, but mlp_ratio is {mlp_ratio} and dim is {dim}"
+        )
+    return int(width)
+
+
+def mlp(dim: int, hidden: int) -> nn.Sequential:
+    """The feed-forward half of a block: out to `hidden` channels, gelu, and back."""
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import fallback, validation
+from .. import residual_fallback, validation
 from ..activation import ActivationLike, resolve
 from .dispatch import _autocasts, _channel_norm, _instance_norm
 
@@ -72,7 +72,7 @@ def add_group_norm(
 ) -> tuple[Tensor, Tensor]:
     """Adds to the residual stream and normalizes the sum, the first step of a pre-activation block.
 
-    .. math:: \\mathrm{total} = \\mathrm{residual} + x, \\quad
+    .. math:: \\mathrm{total} = \\mathrm{residual} + \\mathrm{dropout}(x), \\quad
               y = \\mathrm{activation}(\\mathrm{GroupNorm}(\\mathrm{total}))
 
     Args:
@@ -93,7 +93,7 @@ def add_group_norm(
     found = resolve(activation)
     if _autocasts(input):
         # torch adds in the tensors' own type and normalizes in float32, so y and total are of two types.
-        total = fallback.dropout(input, p) + residual
+        total = residual_fallback.dropout(input, residual, p) + residual
         return _channel_norm(total.float(), None, weight, bias, num_groups, float(eps), False, found), total
     return _channel_norm(input, residual, weight, bias, num_groups, float(eps), True, found, p)
 
@@ -175,7 +175,7 @@ def add_instance_norm(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`add_group_norm` with `instance_norm`: total = residual + x, y = activation(InstanceNorm(total)).
+    """`add_group_norm` with `instance_norm`: total = residual + dropout(x), y = activation(InstanceNorm(total)).
 
     The running statistics are those of the total.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import backend, fallback, validation
+from .. import backend, fallback, residual_fallback, validation
 from ..activation import Activation
 
 if backend.HAS_TRITON:
@@ -83,12 +83,12 @@ def _add_row_norm(
 ) -> tuple[Tensor, Tensor]:
     if _autocasts(x):
         # torch adds in the tensors' own type and normalizes in float32, so y and total are of two types.
-        total = residual + fallback.dropout(x, dropout_p)
+        total = residual + residual_fallback.dropout(x, residual, dropout_p)
         return _row_norm(total.float(), None, weight, bias, shape, span, eps, subtract_mean, activation), total
     run = _kernel(x, residual, weight, bias)
     if run is not None:
         return run(x, residual, weight, bias, _kernel_norm(span, eps, subtract_mean, True, activation, dropout_p, x))
-    total = residual + fallback.dropout(x, dropout_p)
+    total = residual + residual_fallback.dropout(x, residual, dropout_p)
     y = fallback.layer_norm(total, shape, weight, bias, eps, subtract_mean)
     return fallback.finish(y.to(x.dtype), None, activation), total
 
@@ -189,7 +189,8 @@ def _composed(
 ) -> Any:
     """The composition around a norm that keeps its argument's layout."""
     if add_first:
-        total = fallback.dropout(x, dropout_p) + residual  # x in front, so that the total has its layout
+        # x in front, so that the total has its layout
+        total = residual_fallback.dropout(x, residual, dropout_p) + residual
         return fallback.finish(norm(total).to(x.dtype), None, activation), total
     y = norm(x)
     return y if residual is None and activation is None else fallback.finish(y, residual, activation)

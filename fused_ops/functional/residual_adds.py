@@ -45,8 +45,9 @@ def residual_add(
         dropout_p, drop_path_p: probabilities in [0, 1]; 0 unless `training`.
 
     Returns:
-        y, with x's shape and layout in memory and the residual's type. All arithmetic is float32 (float64 for float64);
-        y is rounded once.
+        y, with x's shape and layout in memory and the residual's type. In the kernels all arithmetic is float32 (or
+        float64, as x), and y is rounded once. torch's composition rounds as eager torch does: where x and the residual
+        are both half or bfloat16, each product and the sum; beside a float32 residual all of it is float32.
 
     Raises:
         ArgumentError (a ValueError and a RuntimeError): a shape, device, type or rate that does not fit.

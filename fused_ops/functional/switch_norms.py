@@ -105,7 +105,7 @@ def add_switch_norm(
 ) -> tuple[Tensor, Tensor]:
     """Adds to the residual stream and normalizes the sum, the first step of a pre-activation block.
 
-    .. math:: \\mathrm{total} = \\mathrm{residual} + x, \\quad
+    .. math:: \\mathrm{total} = \\mathrm{residual} + \\mathrm{dropout}(x), \\quad
               y = \\mathrm{activation}(\\mathrm{SwitchNorm}(\\mathrm{total}))
 
     The running statistics are those of the total.

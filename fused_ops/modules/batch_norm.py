@@ -85,7 +85,7 @@ class BatchNorm3d(Activated, Batches, nn.BatchNorm3d):
 
 
 class AddBatchNorm1d(Added, Batches, nn.BatchNorm1d):
-    """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
+    """``total = residual + dropout(x), y = activation(norm(total))``; returns ``(y, total)``.
 
     x and residual have shape ``(N, C)`` or ``(N, C, L)``. Same constructor and state_dict as torch.nn.BatchNorm1d, and
     the keywords `activation` and `dropout_p` (see `functional.add_batch_norm`).
@@ -93,7 +93,7 @@ class AddBatchNorm1d(Added, Batches, nn.BatchNorm1d):
 
 
 class AddBatchNorm2d(Added, Batches, nn.BatchNorm2d):
-    """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
+    """``total = residual + dropout(x), y = activation(norm(total))``; returns ``(y, total)``.
 
     x and residual have shape ``(N, C, H, W)``. Same constructor and state_dict as torch.nn.BatchNorm2d, and the
     keywords `activation` and `dropout_p` (see `functional.add_batch_norm`).
@@ -105,7 +105,7 @@ class AddBatchNorm2d(Added, Batches, nn.BatchNorm2d):
 
 
 class AddBatchNorm3d(Added, Batches, nn.BatchNorm3d):
-    """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
+    """``total = residual + dropout(x), y = activation(norm(total))``; returns ``(y, total)``.
 
     x and residual have shape ``(N, C, D, H, W)``. Same constructor and state_dict as torch.nn.BatchNorm3d, and the
     keywords `activation` and `dropout_p` (see `functional.add_batch_norm`).

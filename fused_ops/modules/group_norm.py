@@ -56,7 +56,7 @@ class GroupNorm(Activated, _Groups):
 
 
 class AddGroupNorm(Added, _Groups):
-    """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
+    """``total = residual + dropout(x), y = activation(norm(total))``; returns ``(y, total)``.
 
     Same constructor and state_dict as torch.nn.GroupNorm, and the keywords `activation` and `dropout_p` (see
     `functional.add_group_norm`).

@@ -116,7 +116,7 @@ class InstanceNorm3d(Activated, _Planes, nn.InstanceNorm3d):
 
 
 class AddInstanceNorm1d(Added, _Planes, nn.InstanceNorm1d):
-    """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
+    """``total = residual + dropout(x), y = activation(norm(total))``; returns ``(y, total)``.
 
     x and residual have shape ``(N, C, L)`` or ``(C, L)``. Same constructor and state_dict as torch.nn.InstanceNorm1d,
     and the keywords `activation` and `dropout_p` (see `functional.add_instance_norm`).
@@ -124,7 +124,7 @@ class AddInstanceNorm1d(Added, _Planes, nn.InstanceNorm1d):
 
 
 class AddInstanceNorm2d(Added, _Planes, nn.InstanceNorm2d):
-    """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
+    """``total = residual + dropout(x), y = activation(norm(total))``; returns ``(y, total)``.
 
     x and residual have shape ``(N, C, H, W)`` or ``(C, H, W)``. Same constructor and state_dict as
     torch.nn.InstanceNorm2d, and the keywords `activation` and `dropout_p` (see `functional.add_instance_norm`).
@@ -132,7 +132,7 @@ class AddInstanceNorm2d(Added, _Planes, nn.InstanceNorm2d):
 
 
 class AddInstanceNorm3d(Added, _Planes, nn.InstanceNorm3d):
-    """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
+    """``total = residual + dropout(x), y = activation(norm(total))``; returns ``(y, total)``.
 
     x and residual have shape ``(N, C, D, H, W)`` or ``(C, D, H, W)``. Same constructor and state_dict as
     torch.nn.InstanceNorm3d, and the keywords `activation` and `dropout_p` (see `functional.add_instance_norm`).

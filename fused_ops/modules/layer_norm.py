@@ -49,7 +49,7 @@ class LayerNorm(Activated, _Layers):
 
 
 class AddLayerNorm(Added, _Layers):
-    """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
+    """``total = residual + dropout(x), y = activation(norm(total))``; returns ``(y, total)``.
 
     Same constructor and state_dict as torch.nn.LayerNorm, and the keywords `activation` and `dropout_p` (see
     `functional.add_layer_norm`).

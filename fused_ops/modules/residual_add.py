@@ -23,6 +23,10 @@ class ResidualAdd(nn.Module):
             CaiT's layer scale, ``((channels, 1, 1), 1e-6)`` ConvNeXt's in an image.
         dropout_p, drop_path_p: rates in training; see `functional.residual_add`.
 
+    Raises:
+        ArgumentError (a ValueError and a RuntimeError): a rate outside [0, 1], a scale that is no shape with a value.
+        ValueError: an unknown activation.
+
     Example:
         >>> add = ResidualAdd(scale=(1024, 1e-5), drop_path_p=0.1)
         >>> stream = add(torch.randn(8, 1024), torch.randn(8, 1024))

@@ -32,7 +32,7 @@ class RMSNorm(Activated, _Rows):
 
 
 class AddRMSNorm(Added, _Rows):
-    """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
+    """``total = residual + dropout(x), y = activation(norm(total))``; returns ``(y, total)``.
 
     Same constructor and state_dict as torch.nn.RMSNorm, and the keywords `activation` and `dropout_p` (see
     `functional.add_rms_norm`).

@@ -158,7 +158,7 @@ class SwitchNorm3d(Activated, _Switchable):
 
 
 class AddSwitchNorm1d(Added, _Switchable):
-    """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
+    """``total = residual + dropout(x), y = activation(norm(total))``; returns ``(y, total)``.
 
     x and residual have shape ``(N, C)`` or ``(N, C, L)``. Same constructor and state_dict as `SwitchNorm1d`, and the
     keyword `dropout_p` (see `functional.add_switch_norm`).
@@ -168,7 +168,7 @@ class AddSwitchNorm1d(Added, _Switchable):
 
 
 class AddSwitchNorm2d(Added, _Switchable):
-    """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
+    """``total = residual + dropout(x), y = activation(norm(total))``; returns ``(y, total)``.
 
     x and residual have shape ``(N, C, H, W)``. Same constructor and state_dict as `SwitchNorm2d`, and the keyword
     `dropout_p` (see `functional.add_switch_norm`).
@@ -182,7 +182,7 @@ class AddSwitchNorm2d(Added, _Switchable):
 
 
 class AddSwitchNorm3d(Added, _Switchable):
-    """``total = residual + x, y = activation(norm(total))``; returns ``(y, total)``.
+    """``total = residual + dropout(x), y = activation(norm(total))``; returns ``(y, total)``.
 
     x and residual have shape ``(N, C, D, H, W)``. Same constructor and state_dict as `SwitchNorm3d`, and the keyword
     `dropout_p` (see `functional.add_switch_norm`).

@@ -70,7 +70,7 @@ class SyncBatchNorm(Activated, _Synchronized):
 
 
 class AddSyncBatchNorm(Added, _Synchronized):
-    """``total = residual + x, y = activation(norm(total))``, synchronized as SyncBatchNorm; returns ``(y, total)``.
+    """``total = residual + dropout(x), y = activation(norm(total))``, synchronized; returns ``(y, total)``.
 
     Same constructor and state_dict as torch.nn.SyncBatchNorm, and the keywords `activation` and `dropout_p` (see
     `functional.add_batch_norm`).

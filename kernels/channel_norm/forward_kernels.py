@@ -334,8 +334,8 @@ def channel_apply_kernel(
             variance = load_of_channels(GivenVar_ptr, group, in_channels, COMPUTE)
         rstd = reciprocal_deviation(variance, 1.0, scalar(eps, COMPUTE))
         if Mean_ptr is not None:
-            is_first = (sample == 0) | (not POOLED)
-            copies = in_channels & (channel % (CHANNELS // GROUPS) == 0) & is_first & (piece == 0)
+            place = channel % (CHANNELS // GROUPS) + piece + (sample if POOLED else 0)
+            copies = in_channels & (place == 0)  # a block & a scalar is no mask to Triton 3.9's interpreter
             tl.store(Mean_ptr + group, tl.reshape(mean, group.shape), mask=copies)
             tl.store(Rstd_ptr + group, tl.reshape(rstd, group.shape), mask=copies)
     else:
