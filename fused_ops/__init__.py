@@ -10,6 +10,9 @@ from .activation import Activation as Activation
 from .backend import get_backend as get_backend
 from .backend import set_backend as set_backend
 from .backend import use_backend as use_backend
+from .fusion import fuse as fuse
+from .fusion import fusion_report as fusion_report
+from .fusion import unfuse as unfuse
 from .modules import AddBatchNorm1d as AddBatchNorm1d
 from .modules import AddBatchNorm2d as AddBatchNorm2d
 from .modules import AddBatchNorm3d as AddBatchNorm3d

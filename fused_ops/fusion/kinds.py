@@ -1,0 +1,44 @@
+"""Norms that other libraries have and `fused_ops.modules` has not, as modules of ours: what a site may be."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import functional as F
+from ..activation import Activation
+from ..modules.base import Activated, Normalizing
+from ..modules.layer_norm import LayerNorm
+
+
+class ChannelsFirstLayerNorm(LayerNorm):
+    """Layer norm over the channels at each position of an image (N, C, H, W), as ConvNeXt's."""
+
+    def _normalize(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
+        residual = None if residual is None else residual.movedim(1, -1)
+        return super()._normalize(x.movedim(1, -1), residual, activation).movedim(-1, 1)
+
+    def _add_and_normalize(
+        self, x: Tensor, residual: Tensor, activation: Activation | None, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
+        y, total = super()._add_and_normalize(x.movedim(1, -1), residual.movedim(1, -1), activation, dropout_p)
+        return y.movedim(-1, 1), total.movedim(-1, 1)
+
+
+class FrozenBatchNorm(Activated, Normalizing):
+    """Batch norm by stored statistics, whatever `training` is, as detectors have it; everything is a buffer."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    eps: float
+
+    def _normalize(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
+        stored = self.running_mean, self.running_var, self.weight, self.bias
+        return F.batch_norm(x, *stored, eps=self.eps, residual=residual, activation=activation)
+
+    def _add_and_normalize(
+        self, x: Tensor, residual: Tensor, activation: Activation | None, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
+        stored = self.running_mean, self.running_var, self.weight, self.bias
+        return F.add_batch_norm(x, residual, *stored, eps=self.eps, activation=activation, dropout_p=dropout_p)

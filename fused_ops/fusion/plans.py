@@ -1,0 +1,109 @@
+"""A fused forward: the function of a graph, and the calls that it stands for."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import linecache
+import pickle
+import zlib
+from collections.abc import Mapping, Sequence
+from types import CodeType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from ..activation import Activation
+from .patterns import Site
+from .sites import NormSite, has_hooks
+from .tracing import Given, Traced
+
+
+class Plan:
+    """Runs a module's forward by a graph of it, in calls that find what the graph was traced with.
+
+    given: what each parameter of forward is given; attributes: scalars of the module that its branches went by;
+    children: the names of its modules; skipped: those that are not called, by their class; norms: those that are
+    called with more than they were.
+    """
+
+    def __init__(self, module: nn.Module, traced: Traced, given: Mapping[str, Given], sites: Sequence[Site]) -> None:
+        parameters = inspect.signature(module.forward).parameters
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self.sites = tuple(sites)
+        self.positional = tuple(name for name, parameter in parameters.items() if parameter.kind in positional)
+        self.given = dict(given)
+        self.defaults = {
+            name: parameter.default
+            for name, parameter in parameters.items()
+            if parameter.default is not inspect.Parameter.empty
+        }
+        for name, default in self.defaults.items():
+            self.given.setdefault(name, Given(None, default))
+        self.attributes = dict(traced.attributes)
+        self.children = tuple(module._modules)
+        skipped = [(name, type(module.get_submodule(name))) for site in sites for name in site.skipped]
+        self.skipped = tuple(dict.fromkeys(skipped))
+        self.norms = tuple(dict.fromkeys(site.norm for site in sites if site.norm))
+        code = traced.graph.python_code("self")
+        self.source = code.src
+        scope = {**code.globals, "Activation": Activation}
+        used = {name: scope[name] for name in _names(compile(self.source, "", "exec")) if name in scope}
+        self.modules = {name: value.__name__ for name, value in used.items() if isinstance(value, ModuleType)}
+        self.globals = {name: value for name, value in used.items() if name not in self.modules}
+        self._compile()
+
+    def _compile(self) -> None:
+        scope = {**self.globals, **{name: importlib.import_module(module) for name, module in self.modules.items()}}
+        name = f"<fused forward {zlib.crc32(self.source.encode()):x}>"
+        linecache.cache[name] = (len(self.source), None, self.source.splitlines(keepends=True), name)
+        exec(compile(self.source, name, "exec"), scope)
+        self.run = scope["forward"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "run"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._compile()
+
+    def match(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | None:
+        """The arguments of `run` for a call of the module, or None where it has to be run as it was."""
+        if len(args) > len(self.positional) or tuple(module._modules) != self.children:
+            return None
+        for name, value in self.attributes.items():
+            if getattr(module, name, ...) != value:
+                return None
+        for name in self.norms:
+            norm = module.get_submodule(name)
+            if not isinstance(norm, NormSite) or has_hooks(norm):
+                return None
+        for name, cls in self.skipped:
+            beside = module.get_submodule(name)
+            if type(beside) is not cls or has_hooks(beside):
+                return None
+        found = dict(zip(self.positional, args, strict=False))
+        found.update(kwargs)
+        values = []
+        for name, given in self.given.items():
+            value = found.pop(name, self.defaults.get(name, ...))
+            if not given.fits(value):
+                return None
+            if given.of_class is not None:
+                values.append(value)
+        return None if found else values
+
+
+def _names(code: CodeType) -> set[str]:
+    """What a code object, or one in it, may look up."""
+    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+def can_be_kept(plan: Plan) -> bool:
+    """Whether the plan can be copied and pickled, as the module that has it must be."""
+    try:
+        pickle.loads(pickle.dumps(plan))
+    except Exception:  # whatever the objects in it raise
+        return False
+    return True

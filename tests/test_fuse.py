@@ -1,0 +1,282 @@
+"""fuse(model): what is found, what is left, that a fused model computes and keeps what the original did, and back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as TF
+
+import fused_ops
+from fused_ops import fuse, fusion_report, unfuse
+from tests.norm_cases import DEVICE, normal
+
+Tensor = torch.Tensor
+
+pytestmark = pytest.mark.usefixtures("each_backend")
+
+
+class ResidualBlock(nn.Module):
+    """As torchvision's BasicBlock: one module for both activations, an add in place, a shortcut or none."""
+
+    def __init__(self, shortcut: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.shortcut is not None:
+            identity = self.shortcut(x)
+        out += identity
+        return self.relu(out)
+
+
+class PreNorm(nn.Module):
+    """As a Transformer's block, with an option that its callers may leave out."""
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.mix, self.mlp = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.GELU())
+        self.rate = rate
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.norm1(x)
+        if mask is not None:
+            y = y * mask
+        x = x + TF.dropout(self.mix(y), self.rate, self.training)
+        return x + self.mlp(self.norm2(x))
+
+
+class NamedOtherwise(nn.Module):
+    """An RMS norm by another name, as Llama's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+        self.variance_epsilon = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).to(
+            x.dtype
+        )
+
+
+class OnePlusNorm(NamedOtherwise):
+    """Gemma's, whose name tells nothing of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + self.weight)
+
+
+MODELS: dict[str, tuple[Any, tuple[int, ...], list[tuple[str, str]]]] = {
+    "Sequential": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(2, 4), nn.SiLU()),
+        (2, 4, 5, 5),
+        [("1", "norm+relu"), ("3", "norm+silu")],
+    ),
+    "ResNet": (
+        lambda: nn.Sequential(ResidualBlock(), ResidualBlock(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))),
+        (2, 4, 5, 5),
+        [
+            ("0.bn1", "norm+relu"),
+            ("0.bn2", "norm+add+relu"),
+            ("1.bn1", "norm+relu"),
+            ("1.bn2", "norm+add+relu"),
+            ("1.shortcut.1", "norm"),
+        ],
+    ),
+    "Transformer": (
+        lambda: nn.Sequential(PreNorm(), PreNorm(0.3)),
+        (2, 3, 8),
+        [("0.norm1", "norm"), ("0.norm2", "add+norm"), ("1.norm1", "norm"), ("1.norm2", "add+norm")],
+    ),
+    "RMS norm by another name": (lambda: nn.Sequential(NamedOtherwise(), nn.SiLU()), (3, 8), [("0", "norm+silu")]),
+    "a norm itself": (lambda: nn.LayerNorm(8), (3, 8), [("", "norm")]),
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def made(name: str) -> tuple[nn.Module, Tensor]:
+    make, shape, _ = MODELS[name]
+    torch.manual_seed(0)
+    return make().to(DEVICE), normal(*shape)
+
+
+def trained(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """All that two steps of training leave behind, and what the model then returns."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    torch.manual_seed(1)
+    left = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        y = model.train()(x)
+        (y * torch.linspace(0, 7, y.numel(), device=y.device).cos().view_as(y)).sum().backward()
+        left += [y.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        optimizer.step()
+    return [*left, *(buffer.clone() for buffer in model.buffers()), model.eval()(x).detach(), torch.rand(3)]
+
+
+def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    for ours, original in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, original, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("with_example", [False, True])
+@every_model
+def test_a_fused_model_trains_as_the_original(name: str, with_example: bool) -> None:
+    model, x = made(name)
+    original, parameters = copy.deepcopy(model), [id(p) for p in model.parameters()]
+    numbers = torch.get_rng_state()
+    assert fuse(model, (x,) if with_example else None) is model
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert all(p.grad is None for p in model.parameters())
+    assert [(entry.name, entry.pattern) for entry in fusion_report(model)] == MODELS[name][2]
+    assert all(entry.fused and not entry.reason for entry in fusion_report(model))
+    assert [id(p) for p in model.parameters()] == parameters
+    state = original.state_dict()
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert_equal(trained(model, x), trained(original, x))
+
+
+@every_model
+def test_unfuse_restores_every_class_and_bit(name: str) -> None:
+    model, x = made(name)
+    original = copy.deepcopy(model)
+    unfuse(fuse(model, (x,)))
+    assert [type(module) for module in model.modules()] == [type(module) for module in original.modules()]
+    assert [vars(module).keys() for module in model.modules()] == [vars(m).keys() for m in original.modules()]
+    assert torch.equal(model.eval()(x), original.eval()(x))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@every_model
+def test_a_copy_is_fused_and_depends_on_nothing(name: str, duplicate: Any) -> None:
+    model, x = made(name)
+    expected = fuse(model).eval()(x).detach()
+    copied = duplicate(model)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    assert torch.equal(copied.eval()(x), expected)
+    assert list(fusion_report(copied)) == list(fusion_report(model))
+    assert not any(isinstance(module, fused_ops.fusion.sites.Replaced) for module in unfuse(copied).modules())
+
+
+# --- what is left ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_norm_by_its_result_is_left_and_says_so() -> None:
+    model = fuse(nn.Sequential(OnePlusNorm(), nn.SiLU()).to(DEVICE))
+    (entry,) = fusion_report(model)
+    assert not entry.fused and "OnePlusNorm computes something else" in entry.reason
+
+
+def test_a_model_that_was_not_fused_says_so() -> None:
+    (entry,) = fusion_report(nn.Sequential(nn.LayerNorm(8)))
+    assert (entry.name, entry.fused, entry.reason) == ("0", False, "fuse was not called")
+
+
+class UsedTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return TF.relu(y) * y
+
+
+class Written(nn.Module):
+    """The norm's input, between the norm and the add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.relu = nn.LayerNorm(8), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        y = self.norm(x.clone())
+        return y + self.relu(x)
+
+
+@pytest.mark.parametrize("cls", [UsedTwice, Written])
+def test_a_value_that_somebody_else_uses_is_left(cls: type[nn.Module]) -> None:
+    model, x = cls().to(DEVICE), normal(3, 8)
+    expected = copy.deepcopy(model)(x)
+    assert [entry.pattern for entry in fusion_report(fuse(model))] == ["norm"]
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_hook_sees_what_it_saw_whenever_it_comes() -> None:
+    model, x = made("Sequential")
+    expected = copy.deepcopy(model).eval()[:2](x)
+    fuse(model).eval()
+    seen: list[Tensor] = []
+    model[1].register_forward_hook(lambda module, args, y: seen.append(y))
+    model(x)
+    torch.testing.assert_close(seen, [expected])
+
+
+def test_other_calls_than_those_that_were_traced_run_as_they_did() -> None:
+    """An option, another layer, a layer more, and a sum that broadcasts."""
+    model, x = PreNorm().to(DEVICE), normal(2, 3, 8)
+    original, mask = copy.deepcopy(model), normal(2, 3, 8, seed=3)
+    fuse(model)
+    torch.testing.assert_close(model(x, mask), original(x, mask))
+    torch.testing.assert_close(model(x, mask=None), original(x))
+    for each in (model, original):
+        each.mix = nn.Identity()
+    torch.testing.assert_close(model(x), original(x))
+    layers, x = made("Sequential")
+    fuse(layers).eval()
+    shorter = layers[:2](x)
+    layers.append(nn.Tanh())
+    torch.testing.assert_close(layers(x), torch.tanh(layers[:5](x)))
+    torch.testing.assert_close(shorter, layers[1](layers[0](x)))
+
+
+class Broadcasts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.position = nn.Parameter(torch.rand(3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return TF.relu(self.norm(x + self.position) + self.position)
+
+
+def test_a_sum_that_broadcasts_is_torchs() -> None:
+    model, x = Broadcasts().to(DEVICE), normal(2, 3, 8)
+    expected = copy.deepcopy(model)(x)
+    torch.testing.assert_close(fuse(model)(x), expected)
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match=r"torch\.nn\.Module, but is a list"):
+        fuse([nn.LayerNorm(8)])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tuple of positional or a dict of keyword arguments, but is a Tensor"):
+        fuse(nn.LayerNorm(8), torch.ones(2, 8))
+
+
+def test_what_disagrees_on_the_example_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a norm that is made to return something else, and of no other."""
+    wrong = fused_ops.RMSNorm._normalize
+    monkeypatch.setattr(fused_ops.RMSNorm, "_normalize", lambda *args: wrong(*args) + 1)
+    model, x = nn.Sequential(nn.LayerNorm(8), nn.RMSNorm(8)).to(DEVICE), normal(3, 8)
+    expected = copy.deepcopy(model)(x)
+    fuse(model, (x,))
+    assert [entry.fused for entry in fusion_report(model)] == [True, False]
+    assert "outputs differ" in fusion_report(model)[1].reason
+    torch.testing.assert_close(model(x), expected)
