@@ -33,6 +33,10 @@ def unwritten_memory_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
 
 
+# Which is no norm, and is compiled by test_residual_add_launches.
+OF_THE_RESIDUAL_ADD = "column_sum_of_any_span_kernel"
+
+
 def test_it_reaches_every_kernel() -> None:
     modules = [importlib.import_module(f"fused_ops.kernels.{name}") for name in MODULES]
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
@@ -41,7 +45,7 @@ def test_it_reaches_every_kernel() -> None:
     with compiling_for(TARGETS["sm_90"]):
         for call in some_calls:
             reached |= {name for name, *_ in sweep.entries_of(call)}
-    assert reached == kernels - {ONE_PROGRAM_OF_ONE_WARP}
+    assert reached == kernels - {ONE_PROGRAM_OF_ONE_WARP, OF_THE_RESIDUAL_ADD}
     assert len(set(map(str, some_calls))) == len(some_calls)
 
 
