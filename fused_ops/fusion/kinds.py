@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from .. import functional as F
@@ -33,12 +36,8 @@ class FrozenBatchNorm(Activated, Normalizing):
     running_var: Tensor
     eps: float
 
-    def _normalize(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
-        stored = self.running_mean, self.running_var, self.weight, self.bias
-        return F.batch_norm(x, *stored, eps=self.eps, residual=residual, activation=activation)
+    _norm, _add_norm = staticmethod(F.batch_norm), staticmethod(F.add_batch_norm)
 
-    def _add_and_normalize(
-        self, x: Tensor, residual: Tensor, activation: Activation | None, dropout_p: float
-    ) -> tuple[Tensor, Tensor]:
+    def _call(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
         stored = self.running_mean, self.running_var, self.weight, self.bias
-        return F.add_batch_norm(x, residual, *stored, eps=self.eps, activation=activation, dropout_p=dropout_p)
+        return function(*inputs, *stored, eps=self.eps, **keywords)

@@ -107,7 +107,7 @@ class _Fusing:
     def _norm_of_a_sum(self, node: Node) -> Site | None:
         """add -> norm and add -> norm -> activation; the sum is there for whom else it has."""
         norm = self._norm(node)
-        if norm is None or node.kwargs:
+        if norm is None:
             return None
         chain: list[Node] = []
         total = self._precede(node.args[0], chain)

@@ -49,8 +49,6 @@ class Recognized(NamedTuple):
     cls: type[Replaced] | None = None
     attributes: Mapping[str, Any] = MappingProxyType({})
     reason: str = ""
-    activation: Activation | None = None
-    """What the module itself ends with."""
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -103,17 +101,13 @@ def recognize(module: nn.Module) -> Recognized:
 
 
 def _forward_of(module: nn.Module) -> type[nn.Module]:
-    """The class whose forward the module runs, where no class between them changes what it does."""
-    cls = type(module)
-    for base in cls.__mro__:
-        if "forward" in vars(base):
-            return base
-    return cls
+    """The class whose forward the module runs."""
+    return next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
 
 
 def _site(cls: type[Replaced], activation: Activation | None, attributes: dict[str, Any]) -> Recognized:
     needed = {"activation": activation, "_own_activation": activation, **attributes}
-    return Recognized(cls, needed, activation=activation)
+    return Recognized(cls, needed)
 
 
 # --- classes of other libraries ------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """One module's own forward as a graph, its children as they are; and what has to hold for the graph to stand for it.
 
 torch.fx runs the forward with a stand-in for every tensor, and so decides every branch once. What a branch may go by is
-noted, and asked again in each call (`Guards`); where a forward goes by what cannot be asked again it is not traced.
+noted, and asked again in each call (`Plan.match`); where a forward goes by what cannot be asked again it is not traced.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class _StandIn(Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        if _asks_within_torch():
+        if _asked_by("torch", __name__):
             return _StandIn
         of_class = object.__getattribute__(self, "of_class")
         if of_class is None:
@@ -162,9 +162,10 @@ class _StandIn(Proxy):
         return of_class
 
 
-def _asks_within_torch() -> bool:
-    name = sys._getframe(2).f_globals.get("__name__", "")
-    return name.partition(".")[0] == "torch" or name == __name__
+def _asked_by(*names: str, levels: int = 2) -> bool:
+    """Whether the code that many levels up is in one of these packages or modules."""
+    name = sys._getframe(levels).f_globals.get("__name__", "")
+    return name in names or name.partition(".")[0] in names
 
 
 def _plain(result: Any) -> Any:
@@ -206,7 +207,7 @@ def _recording(cls: type[nn.Module]) -> type[nn.Module]:
     """The class, of a module that notes which scalars its forward reads of it, and refuses to be changed."""
 
     def noted(module: Any, name: str, value: Any) -> Any:
-        if isinstance(value, _SCALARS) and not _asks_within_torch_itself():
+        if isinstance(value, _SCALARS) and not _asked_by("torch", levels=3):
             module.__dict__["_reads"][name] = value
         return value
 
@@ -228,10 +229,6 @@ def _recording(cls: type[nn.Module]) -> type[nn.Module]:
     }
     recording: Any = type(cls.__name__, (cls,), members)
     return recording
-
-
-def _asks_within_torch_itself() -> bool:
-    return sys._getframe(3).f_globals.get("__name__", "").partition(".")[0] == "torch"
 
 
 @contextlib.contextmanager

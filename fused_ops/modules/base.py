@@ -14,15 +14,23 @@ from ..activation import Activation, ActivationLike, resolve
 class Normalizing(nn.Module):
     """What the modules of one norm, plain and Add, have in common: both functions, with this module's arguments."""
 
+    # Of `functional`, as staticmethods.
+    _norm: Callable[..., Tensor]
+    _add_norm: Callable[..., tuple[Tensor, Tensor]]
+
+    def _call(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
+        """One of the two, of x, or x and the residual, with what the module holds for it."""
+        raise NotImplementedError
+
     def _normalize(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
         """``activation(norm(x) + residual)``"""
-        raise NotImplementedError
+        return self._call(self._norm, x, residual=residual, activation=activation)
 
     def _add_and_normalize(
         self, x: Tensor, residual: Tensor, activation: Activation | None, dropout_p: float
     ) -> tuple[Tensor, Tensor]:
         """``(activation(norm(total)), total)`` with ``total = residual + dropout(x)``, whatever `training` is."""
-        raise NotImplementedError
+        return self._call(self._add_norm, x, residual, activation=activation, dropout_p=dropout_p)
 
 
 class Activated(Normalizing):

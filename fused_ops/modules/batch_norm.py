@@ -9,20 +9,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional as F
-from ..activation import Activation
 from .base import Activated, Added, Normalizing
 
 
 class Batches(Normalizing, _BatchNorm):
     """What torch.nn's batch norms check before a call, what they hold for it, and what they count after it."""
 
-    def _normalize(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
-        return self._call(F.batch_norm, x, residual=residual, activation=activation)
-
-    def _add_and_normalize(
-        self, x: Tensor, residual: Tensor, activation: Activation | None, dropout_p: float
-    ) -> tuple[Tensor, Tensor]:
-        return self._call(F.add_batch_norm, x, residual, activation=activation, dropout_p=dropout_p)
+    _norm: Callable[..., Tensor] = staticmethod(F.batch_norm)
+    _add_norm: Callable[..., tuple[Tensor, Tensor]] = staticmethod(F.add_batch_norm)
 
     def _call(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
         self._check_input_dim(inputs[0])

@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from .. import functional as F
 from .. import validation
-from ..activation import Activation
 from .base import Activated, Added, Normalizing
 
 
 class _Groups(Normalizing, nn.GroupNorm):
+    _norm, _add_norm = staticmethod(F.group_norm), staticmethod(F.add_group_norm)
+
     def __init__(self, num_groups: int, *args: Any, **kwargs: Any) -> None:
         # torch.nn.GroupNorm divides by a number of 0 and takes one below.
         super().__init__(validation.num_groups(type(self).__name__, num_groups), *args, **kwargs)
 
-    def _normalize(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
-        return F.group_norm(
-            x,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            self.eps,
-            residual=residual,
-            activation=activation,
-        )
-
-    def _add_and_normalize(
-        self, x: Tensor, residual: Tensor, activation: Activation | None, dropout_p: float
-    ) -> tuple[Tensor, Tensor]:
-        return F.add_group_norm(
-            x,
-            residual,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            self.eps,
-            activation=activation,
-            dropout_p=dropout_p,
-        )
+    def _call(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
+        return function(*inputs, self.num_groups, self.weight, self.bias, self.eps, **keywords)
 
 
 class GroupNorm(Activated, _Groups):

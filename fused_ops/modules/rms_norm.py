@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..activation import Activation
 from .base import Activated, Added, Normalizing
 
 
 class _Rows(Normalizing, nn.RMSNorm):
-    def _normalize(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps, residual=residual, activation=activation)
+    _norm, _add_norm = staticmethod(F.rms_norm), staticmethod(F.add_rms_norm)
 
-    def _add_and_normalize(
-        self, x: Tensor, residual: Tensor, activation: Activation | None, dropout_p: float
-    ) -> tuple[Tensor, Tensor]:
-        return F.add_rms_norm(
-            x, residual, self.normalized_shape, self.weight, self.eps, activation=activation, dropout_p=dropout_p
-        )
+    def _call(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
+        return function(*inputs, self.normalized_shape, self.weight, self.eps, **keywords)
 
 
 class RMSNorm(Activated, _Rows):

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..activation import Activation
 from .base import Activated, Added, Normalizing
 
 
 class _Switchable(Normalizing):
     """What the switchable norms hold and check, in the manner of torch.nn's batch norms."""
+
+    _norm, _add_norm = staticmethod(F.switch_norm), staticmethod(F.add_switch_norm)
 
     input_dims: tuple[int, ...]
 
@@ -69,14 +70,6 @@ class _Switchable(Normalizing):
     def extra_repr(self) -> str:
         shown = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
         return f"{shown}, last_gamma=True" if self.last_gamma else shown
-
-    def _normalize(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
-        return self._call(F.switch_norm, x, residual=residual, activation=activation)
-
-    def _add_and_normalize(
-        self, x: Tensor, residual: Tensor, activation: Activation | None, dropout_p: float
-    ) -> tuple[Tensor, Tensor]:
-        return self._call(F.add_switch_norm, x, residual, activation=activation, dropout_p=dropout_p)
 
     def _call(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
         x = inputs[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from ..activation import Activation
 from ..distributed import add_sync_batch_norm, sync_batch_norm
 from .base import Activated, Added
 from .batch_norm import Batches
@@ -18,6 +17,8 @@ from .batch_norm import Batches
 
 class _Synchronized(Batches, nn.SyncBatchNorm):
     """What torch.nn's SyncBatchNorm checks before a call, and when it synchronizes; not on which devices."""
+
+    _norm, _add_norm = staticmethod(sync_batch_norm), staticmethod(add_sync_batch_norm)
 
     def _check_input_dim(self, input: Tensor) -> None:
         super()._check_input_dim(input)
@@ -30,15 +31,8 @@ class _Synchronized(Batches, nn.SyncBatchNorm):
         group = dist.group.WORLD if self.process_group is None else self.process_group
         return group if dist.get_world_size(group) > 1 else None
 
-    def _normalize(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
-        function = functools.partial(sync_batch_norm, group=self._group())
-        return self._call(function, x, residual=residual, activation=activation)
-
-    def _add_and_normalize(
-        self, x: Tensor, residual: Tensor, activation: Activation | None, dropout_p: float
-    ) -> tuple[Tensor, Tensor]:
-        function = functools.partial(add_sync_batch_norm, group=self._group())
-        return self._call(function, x, residual, activation=activation, dropout_p=dropout_p)
+    def _call(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
+        return super()._call(function, *inputs, group=self._group(), **keywords)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
