@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import counted, environment, tables
-from .peers import COMPARED, COMPILED, EAGER, LIGER, OURS, OURS_COMPILED
+from .peers import COMPARED, COMPILED, EAGER, LIBRARIES, OURS, OURS_COMPILED
 from .records import Measurement, Ratio, Row, Run
 from .tables import Column, call_columns, mebibytes, three_digits
 
@@ -89,7 +89,7 @@ RATIO_HEADINGS = {
     (OURS, EAGER): "ours/eager",
     (OURS, COMPILED): "ours/compile",
     (OURS_COMPILED, COMPILED): "both compiled",
-    (OURS, LIGER): "ours/liger",
+    **{(OURS, library.NAME): f"ours/{library.NAME}" for library in LIBRARIES},
 }
 
 

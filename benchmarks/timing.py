@@ -166,7 +166,8 @@ def _capture(run: Run) -> torch.cuda.CUDAGraph:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A collection may free what an earlier row left, a graph or an event, which ends a capture with an error.
+    with _without_collection(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(CALLS_A_GRAPH):
             run()
     graph.replay()
