@@ -28,22 +28,41 @@ def sum_in_groups(values, PLANES: tl.constexpr):
 
 
 @triton.jit
+def centered(square, shift, correction):
+    """The sum of squared deviations from a mean, from those from a number near it: their sum, `shift`, which is count *
+    correction, and that of their squares. Infinite where that overflowed."""
+    m2 = tl.maximum(square - shift * correction, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(square == float("inf"), square, m2)
+
+
+@triton.jit
+def rough_moments(x, in_span, inv_count, PLANES: tl.constexpr, AXIS: tl.constexpr):
+    """(rough mean, its error, m2, differences from the rough mean) of rows, as of `tile_moments`: the mean is the sum
+    of the first two.
+
+    x is scaled before summing, so that values near the type's maximum do not overflow. The rounding of that first mean
+    is what the differences from it sum to: without it the error is twice torch's at a mean of 1e4 and a deviation of
+    1e-2. It is small beside the deviation, so that m2, too, follows from sums about the rough mean.
+    """
+    rough_mean = sum_in_groups(tl.sum(x * inv_count, axis=AXIS), PLANES)
+    rough = tl.where(in_span, x - tl.expand_dims(rough_mean, AXIS), 0.0)
+    shift = sum_in_groups(tl.sum(rough, axis=AXIS), PLANES)
+    square = sum_in_groups(tl.sum(rough * rough, axis=AXIS), PLANES)
+    correction = shift * inv_count
+    return rough_mean, correction, centered(square, shift, correction), rough
+
+
+@triton.jit
 def tile_moments(x, in_span, inv_count, SUBTRACT_MEAN: tl.constexpr, PLANES: tl.constexpr = 1, AXIS: tl.constexpr = 1):
     """Moments of each row of a tile in registers, or of each PLANES neighbouring ones: ``(mean, m2, deviation)``.
 
     x and in_span are [rows, span], or with AXIS 0 [span, rows]; x is 0 where in_span is false, inv_count is 1 / (lanes
     that count). mean and m2 (the sum of squared deviations) are [rows]; without SUBTRACT_MEAN, mean is 0 and deviation
-    is x.
+    is x. Outside of in_span the deviation is anything.
     """
     if SUBTRACT_MEAN:
-        # Scaled before summing, so that values near the type's maximum do not overflow. The rounding of that first mean
-        # is then added back: without it the error is twice torch's at a mean of 1e4 and a deviation of 1e-2.
-        rough_mean = sum_in_groups(tl.sum(x * inv_count, axis=AXIS), PLANES)
-        rough = tl.where(in_span, x - tl.expand_dims(rough_mean, AXIS), 0.0)
-        correction = sum_in_groups(tl.sum(rough * inv_count, axis=AXIS), PLANES)
-        deviation = tl.where(in_span, rough - tl.expand_dims(correction, AXIS), 0.0)
-        m2 = sum_in_groups(tl.sum(deviation * deviation, axis=AXIS), PLANES)
-        return rough_mean + correction, m2, deviation
+        rough_mean, correction, m2, rough = rough_moments(x, in_span, inv_count, PLANES, AXIS)
+        return rough_mean + correction, m2, rough - tl.expand_dims(correction, AXIS)
     else:
         m2 = sum_in_groups(tl.sum(x * x, axis=AXIS), PLANES)
         return tl.zeros_like(m2), m2, x
@@ -60,16 +79,20 @@ def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 
 @triton.jit
-def merge_places(count, origin, mean, m2):
-    """(origin, mean, m2) of each row of [rows, places] from those of its places, means as differences from origins;
-    count is [1, places], 0 where nothing was."""
-    share = count / tl.sum(count, axis=1, keep_dims=True)
-    rough_mean = tl.sum((origin + mean) * share, axis=1, keep_dims=True)
-    rough = tl.where(count > 0, (origin - rough_mean) + mean, 0.0)
-    correction = tl.sum(rough * share, axis=1, keep_dims=True)
-    deviation = tl.where(count > 0, rough - correction, 0.0)
-    m2 = tl.sum(m2 + count * (deviation * deviation), axis=1)
-    return tl.reshape(rough_mean, m2.shape), tl.reshape(correction, m2.shape), m2
+def merge_places(count, origin, shift, square):
+    """(rough mean, its error, m2) of each row of [rows, places], as of `rough_moments`, from the sums of differences
+    from an origin at each place, and of their squares; count is [1, places], 0 where nothing was.
+
+    An origin far from the others costs its own place digits, but no more than it adds to m2.
+    """
+    inv_count = 1.0 / tl.sum(count, axis=1, keep_dims=True)
+    rough_mean = tl.sum((origin * count + shift) * inv_count, axis=1, keep_dims=True)
+    from_rough = tl.where(count > 0, origin - rough_mean, 0.0)
+    added = count * from_rough
+    square = tl.sum(square + from_rough * (2 * shift + added), axis=1)
+    shift = tl.sum(shift + added, axis=1)
+    correction = shift * tl.reshape(inv_count, [1])
+    return tl.reshape(rough_mean, correction.shape), correction, centered(square, shift, correction)
 
 
 @triton.jit

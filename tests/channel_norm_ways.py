@@ -23,8 +23,8 @@ MODULES = (forward_module, backward_module, column_sum_module)
 # Channels of a group, positions, groups. Hardly a size is a power of two.
 SHAPES = {
     "whole": (3, (7, 9), 3),
-    # Planes that are no multiples of 16 bytes, but four groups are: a tile moves them as one run.
-    "joined": (3, (7, 6), 4),
+    # Planes that begin between 16-byte boundaries.
+    "ragged": (3, (7, 6), 4),
     # Pieces so small that a test's few elements are many of them, some partly beyond the planes or the channels.
     "small pieces": (3, (15, 14), 4),
     "channels_last": (3, (15, 14), 4),
@@ -49,7 +49,7 @@ class Way:
 
     def shape(self, function: str, dtype: torch.dtype = torch.float32, samples: int | None = None) -> tuple[int, ...]:
         channels, positions, groups = SHAPES[self.name]
-        enough = SAMPLES if self.name in ("whole", "joined") else SAMPLES_IN_PIECES
+        enough = SAMPLES if self.name in ("whole", "ragged") else SAMPLES_IN_PIECES
         return (samples or enough[dtype], groups * (channels if "group" in function else 1), *positions)
 
     def case(

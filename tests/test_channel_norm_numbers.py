@@ -242,7 +242,7 @@ def with_data(case: ChannelCase, data: Callable[[Tensor], Tensor]) -> ChannelCas
 QUICK_DATA = [
     (large_mean, torch.float32, "channels_last"),
     (large_mean, torch.float32, "small pieces"),
-    (outlier, torch.float16, "joined"),
+    (outlier, torch.float16, "ragged"),
 ]
 HARD_CALLS = [
     pytest.param(
@@ -302,7 +302,7 @@ def test_constant_groups_without_eps_are_nan(function: str, way: Way) -> None:
     check(with_data(way.case(function, dtype=torch.float16, eps=0.0), torch.zeros_like))
 
 
-@in_ways("whole", "joined", "channels_last")
+@in_ways("whole", "ragged", "channels_last")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=short)
 def test_constant_groups_are_their_bias(dtype: torch.dtype, way: Way) -> None:
     case = with_data(way.case("group_norm", dtype=dtype, samples=2), constant_rows)
@@ -370,7 +370,7 @@ def test_non_finite_parameter(operand: str, value: float, way: Way) -> None:
 
 
 @non_finite
-@in_ways("whole", "joined")
+@in_ways("whole", "ragged")
 @every_dtype
 def test_overflow_leaves_other_groups_alone(dtype: torch.dtype, way: Way) -> None:
     clean = way.case("group_norm", dtype=dtype, samples=2)

@@ -200,7 +200,7 @@ def test_the_same_call_has_the_same_bits_whatever_the_order_of_programs(way: Way
         assert_same_bits(run_fused(case), in_order)
 
 
-@pytest.mark.parametrize("way", ["whole", "joined"], indirect=True)
+@pytest.mark.parametrize("way", ["whole", "ragged"], indirect=True)
 def test_dx_of_a_whole_group_alone_has_the_bits_it_has_in_a_batch(way: Way) -> None:
     case = way.case("group_norm", samples=3, activation="gelu")
     batch = run_fused(case).gradients["dx"]

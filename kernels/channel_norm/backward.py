@@ -118,7 +118,7 @@ def _schedule(*fields: Any) -> Schedule:
         tile = with_dropout(tile)
     block_groups = tile.block_groups
     constants = (kind.channels, kind.groups, kind.plane[0], kind.vec, kind.add_first, kind.needs_dx, *kind.slope)
-    block = (block_groups, tile.block_planes, tile.block_plane, tile.run)
+    block = (block_groups, tile.block_planes, tile.block_plane)
     launch = Launcher(
         channel_norm_backward_kernel, tile.num_warps, *constants, *block, most_registers=tile.most_registers
     )

@@ -23,7 +23,6 @@ from .planes import (
     owners,
     piece_of_planes,
     places,
-    places_in_run,
     plane_length,
     samples_of_launch,
     steps_of,
@@ -50,7 +49,7 @@ def channel_norm_backward_kernel(
     threshold: tl.int64, positions: tl.int64, factor: tl.float64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, ADD_FIRST: tl.constexpr,
     NEEDS_DX: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr, BLOCK_PLANES: tl.constexpr, BLOCK_PLANE: tl.constexpr, RUN: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, BLOCK_PLANES: tl.constexpr, BLOCK_PLANE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_GROUPS whole groups a program, as in the forward; partial sums [samples, CHANNELS]."""
     COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -62,39 +61,26 @@ def channel_norm_backward_kernel(
     sample = group // GROUPS
     channel = group % GROUPS * GROUP_CHANNELS + index % BLOCK_PLANES
     plane_index = sample * CHANNELS + channel
-    AXIS: tl.constexpr = 0 if RUN > 0 else 1  # of the positions in a tile
-    col = tl.expand_dims(tl.arange(0, BLOCK_PLANE), 1 - AXIS)
-    mask = tl.expand_dims(in_planes, AXIS) & (col < plane)
+    col = tl.arange(0, BLOCK_PLANE)[None, :]
+    mask = in_planes[:, None] & (col < plane)
 
-    slot = None
     base = (sample * CHANNELS + channel) * plane
     dy_base, dtotal_base = sample * dy_stride * VEC + channel * plane, sample * dtotal_stride * VEC + channel * plane
     x_base, residual_base = sample * x_stride * VEC + channel * plane, sample * residual_stride * VEC + channel * plane
-    if RUN > 0:
-        SLOTS: tl.constexpr = triton.next_power_of_2(RUN)
-        col, slot = places_in_run(PLANE, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_PLANES, BLOCK_PLANE, SLOTS)
-        RUNS: tl.constexpr = GROUPS // BLOCK_GROUPS  # of a sample
-        run_sample = tl.program_id(0).to(tl.int64) // RUNS
-        run = (tl.program_id(0) % RUNS).to(tl.int64) * RUN
-        base = run_sample * (CHANNELS * PLANE) + run
-        dy_base, dtotal_base = run_sample * dy_stride * VEC + run, run_sample * dtotal_stride * VEC + run
-        x_base, residual_base = run_sample * x_stride * VEC + run, run_sample * residual_stride * VEC + run
-    mean = load_of_channels(Mean_ptr, group, in_planes, COMPUTE, AXIS)
-    rstd = load_of_channels(Rstd_ptr, group, in_planes, COMPUTE, AXIS)
-    weight = load_of_channels(Weight_ptr, channel, in_planes, COMPUTE, AXIS)
-    bias = load_of_channels(Bias_ptr, channel, in_planes, COMPUTE, AXIS)
+    mean = load_of_channels(Mean_ptr, group, in_planes, COMPUTE)
+    rstd = load_of_channels(Rstd_ptr, group, in_planes, COMPUTE)
+    weight = load_of_channels(Weight_ptr, channel, in_planes, COMPUTE)
+    bias = load_of_channels(Bias_ptr, channel, in_planes, COMPUTE)
     passes = load_bits(Bits_ptr, plane_index, 0, in_planes, (plane + 7) // 8, BLOCK_PLANE)
-    if passes is not None and AXIS == 0:
-        passes = tl.trans(passes)
     x_hat, dz = load_gradients(
         DY_ptr, X_ptr, Residual_ptr, passes, mean, rstd, weight, bias, dy_base, x_base, residual_base, col, mask,
-        alpha, beta, SLOPE, PASSES, COMPUTE, slot, RUN,
+        alpha, beta, SLOPE, PASSES, COMPUTE,
     )  # fmt: skip
-    sum_dz = tl.sum(dz, axis=AXIS)
+    sum_dz = tl.sum(dz, axis=1)
     store_sums(PartialDBias_ptr, sum_dz, plane_index, in_planes)
     dx = None
     if X_ptr is not None:
-        sum_dz_x_hat = tl.sum(dz * x_hat, axis=AXIS)
+        sum_dz_x_hat = tl.sum(dz * x_hat, axis=1)
         store_sums(PartialDWeight_ptr, sum_dz_x_hat, plane_index, in_planes)
         if NEEDS_DX:
             g = dz
@@ -103,16 +89,13 @@ def channel_norm_backward_kernel(
                 sum_dz = sum_dz * tl.reshape(weight, sum_dz.shape)
                 sum_dz_x_hat = sum_dz_x_hat * tl.reshape(weight, sum_dz.shape)
             inv_count = 1.0 / scalar(plane * GROUP_CHANNELS, COMPUTE)
-            mean_g = tl.expand_dims(sum_in_groups(sum_dz, BLOCK_PLANES) * inv_count, AXIS)
-            mean_g_x_hat = tl.expand_dims(sum_in_groups(sum_dz_x_hat, BLOCK_PLANES) * inv_count, AXIS)
+            mean_g = (sum_in_groups(sum_dz, BLOCK_PLANES) * inv_count)[:, None]
+            mean_g_x_hat = (sum_in_groups(sum_dz_x_hat, BLOCK_PLANES) * inv_count)[:, None]
             dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
     drops = plane_factor(
-        Seed_ptr, tl.expand_dims(sample, AXIS), tl.expand_dims(channel, AXIS),
-        tl.expand_dims(tl.arange(0, BLOCK_PLANE), 1 - AXIS), plane, positions, threshold, factor, CHANNELS, COMPUTE,
-    )  # fmt: skip
-    store_gradients(
-        DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, base, dtotal_base, col, mask, drops, ADD_FIRST, COMPUTE, slot, RUN
-    )  # fmt: skip
+        Seed_ptr, sample[:, None], channel[:, None], col, plane, positions, threshold, factor, CHANNELS, COMPUTE
+    )
+    store_gradients(DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, base, dtotal_base, col, mask, drops, ADD_FIRST, COMPUTE)
 
 
 @triton.jit(

@@ -67,7 +67,7 @@ class BackwardKind(NamedTuple):
     @property
     def group_planes(self) -> GroupPlanes:
         """The groups, as their tile depends on them."""
-        return group_planes(self.channels, self.groups, self.plane, self.dy.itemsize)
+        return group_planes(self.channels, self.groups, self.plane)
 
     @property
     def needs_dx(self) -> bool:

@@ -51,8 +51,6 @@ class GroupTile:
     block_plane: int
     num_warps: int
     most_registers: int | None
-    # Elements of a tile that is moved as one run (see `kernels.tiles`), otherwise 0.
-    run: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,19 +83,15 @@ def _padded(length: int) -> int:
 
 
 class GroupPlanes(NamedTuple):
-    """The groups of a sample: how many, and the planes of each; joinable: these are short, and begin between 16-byte
-    boundaries."""
+    """The groups of a sample whose planes lie one after the other: the planes of each, and their length."""
 
-    groups: int
     channels: int
     plane: int
-    joinable: bool
 
 
-def group_planes(channels: int, groups: int, kind: PlaneKind, itemsize: int) -> GroupPlanes:
-    """The groups of a sample whose planes lie one after the other."""
-    plane = longest_of(kind)
-    return GroupPlanes(groups, channels // groups, plane, kind[0] is not None and plane * itemsize % 16 != 0)
+def group_planes(channels: int, groups: int, kind: PlaneKind) -> GroupPlanes:
+    """The groups of planes of a kind."""
+    return GroupPlanes(channels // groups, longest_of(kind))
 
 
 def widest_access(itemsize: int, channels: int, plane: int, channels_last: bool, *strides: int) -> int:
@@ -114,29 +108,17 @@ def _group_tile(of: GroupPlanes, itemsize: int, elements_per_thread: int, longes
     padded = block_planes * block_plane
     if padded > longest:
         return None
-    block_groups, run = max(1, 128 * elements_per_thread // padded), 0
-    if of.joinable:
-        # Every tile is whole, as the last would not be if groups were left over, and begins at 16 bytes.
-        joined = min(block_groups, of.groups & -of.groups)
-        elements = joined * of.channels * of.plane
-        if elements * itemsize % 16 == 0:
-            block_groups, run = joined, elements
+    block_groups = max(1, 128 * elements_per_thread // padded)
     num_warps = max(1, block_groups * padded // (elements_per_thread * THREADS_PER_WARP))
-    return GroupTile(block_groups, block_planes, block_plane, num_warps, _most_registers(itemsize, num_warps), run)
+    return GroupTile(block_groups, block_planes, block_plane, num_warps, _most_registers(itemsize, num_warps))
 
 
 @functools.cache
-def group_forward_tile(
-    of: GroupPlanes, itemsize: int, waiting: int, added: bool = False, drops: bool = False
-) -> GroupTile | None:
+def group_forward_tile(of: GroupPlanes, itemsize: int, waiting: int, added: bool = False) -> GroupTile | None:
     """Tile of the forward that reads a group once, or None where it has to be cut into pieces. waiting: the tensors of
-    x's size that are in registers at once, x and a residual. added: the residual is a part of what is normalized.
-    drops: elements draw whether they are kept, which beside where a joined run puts them takes too many registers."""
+    x's size that are in registers at once, x and a residual. added: the residual is a part of what is normalized."""
     longest = {2: 16384, 4: 16384 if waiting == 1 else 8192, 8: 2048}[itemsize]
-    elements_per_thread = {2: 32, 4: 16, 8: 4}[itemsize]
-    if drops and of.joinable:
-        longest, elements_per_thread = longest // 2, elements_per_thread // 2
-    tile = _group_tile(of, itemsize, elements_per_thread, longest)
+    tile = _group_tile(of, itemsize, {2: 32, 4: 16, 8: 4}[itemsize], longest)
     if tile is not None and itemsize == 2 and added and tile.num_warps == 16:
         return replace(tile, most_registers=128)  # with half of them, of two programs, ptxas spills some bytes
     return tile

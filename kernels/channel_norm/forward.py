@@ -82,15 +82,14 @@ def _schedule(*fields: Any) -> Schedule:
     tile = None
     if not kind.channels_last:
         waiting = 2 if kind.residual is not None and not kind.add_first else 1
-        drops = kind.seed is not None
-        tile = group_forward_tile(kind.group_planes, kind.x.itemsize, waiting, kind.add_first, drops)
+        tile = group_forward_tile(kind.group_planes, kind.x.itemsize, waiting, kind.add_first)
     if tile is None:
         return ForwardPieces(kind)
     if kind.seed is not None:
         tile = with_dropout(tile)
     block_groups = tile.block_groups
     constants = (kind.channels, kind.groups, kind.plane[0], kind.vec, *kind.functions)
-    block = (block_groups, tile.block_planes, tile.block_plane, tile.run)
+    block = (block_groups, tile.block_planes, tile.block_plane)
     launch = Launcher(
         channel_norm_forward_kernel, tile.num_warps, *constants, *block, most_registers=tile.most_registers
     )

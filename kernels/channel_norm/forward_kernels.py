@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..dropout import plane_factor
 from ..epilogue import activate, pre_activation, store_bits
-from ..moments import merge_places, reciprocal_deviation, tile_moments
+from ..moments import merge_places, reciprocal_deviation, rough_moments, tile_moments
 from ..tiles import load_added_residual, load_input, scalar, store_tile
 from .mixture import mixed_statistics
 from .planes import (
@@ -21,7 +21,6 @@ from .planes import (
     owners,
     piece_of_planes,
     places,
-    places_in_run,
     plane_length,
     samples_of_launch,
     steps_of,
@@ -37,10 +36,9 @@ def channel_norm_forward_kernel(
     eps: tl.float64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, ACTIVATION: tl.constexpr,
     PASSES: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_PLANES: tl.constexpr, BLOCK_PLANE: tl.constexpr,
-    RUN: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_GROUPS whole groups a program, each padded to BLOCK_PLANES planes. Strides and plane_units are in units of
-    VEC elements; PLANE is None where a plane's length is known at run time alone. With a RUN, see `kernels.tiles`."""
+    VEC elements; PLANE is None where a plane's length is known at run time alone."""
     COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
     GROUP_CHANNELS: tl.constexpr = CHANNELS // GROUPS
     plane = plane_length(plane_units, PLANE, VEC, False)
@@ -49,47 +47,35 @@ def channel_norm_forward_kernel(
     in_planes = (group < groups_in_all) & (index % BLOCK_PLANES < GROUP_CHANNELS)
     sample = group // GROUPS
     channel = group % GROUPS * GROUP_CHANNELS + index % BLOCK_PLANES
-    AXIS: tl.constexpr = 0 if RUN > 0 else 1  # of the positions in a tile
-    col = tl.expand_dims(tl.arange(0, BLOCK_PLANE), 1 - AXIS)
-    mask = tl.expand_dims(in_planes, AXIS) & (col < plane)
+    col = tl.arange(0, BLOCK_PLANE)[None, :]
+    mask = in_planes[:, None] & (col < plane)
 
-    slot = None
     y_base = (sample * CHANNELS + channel) * plane
     x_base = sample * x_stride * VEC + channel * plane
     residual_base = sample * residual_stride * VEC + channel * plane
-    if RUN > 0:
-        SLOTS: tl.constexpr = triton.next_power_of_2(RUN)
-        col, slot = places_in_run(PLANE, GROUP_CHANNELS, BLOCK_GROUPS, BLOCK_PLANES, BLOCK_PLANE, SLOTS)
-        RUNS: tl.constexpr = GROUPS // BLOCK_GROUPS  # of a sample
-        run_sample = tl.program_id(0).to(tl.int64) // RUNS
-        run = (tl.program_id(0) % RUNS).to(tl.int64) * RUN
-        y_base = run_sample * (CHANNELS * PLANE) + run
-        x_base, residual_base = run_sample * x_stride * VEC + run, run_sample * residual_stride * VEC + run
     drops = plane_factor(
-        Seed_ptr, tl.expand_dims(sample, AXIS), tl.expand_dims(channel, AXIS),
-        tl.expand_dims(tl.arange(0, BLOCK_PLANE), 1 - AXIS), plane, positions, threshold, factor, CHANNELS, COMPUTE,
-    )  # fmt: skip
-    x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, mask, drops, COMPUTE, slot, RUN)
-    store_tile(Total_ptr, x, y_base, col, mask, slot, RUN)
+        Seed_ptr, sample[:, None], channel[:, None], col, plane, positions, threshold, factor, CHANNELS, COMPUTE
+    )
+    x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, mask, drops, COMPUTE)
+    store_tile(Total_ptr, x, y_base, col, mask)
     # Everything that will be needed is asked for before the reduction waits for x.
-    weight = load_of_channels(Weight_ptr, channel, in_planes, COMPUTE, AXIS)
-    bias = load_of_channels(Bias_ptr, channel, in_planes, COMPUTE, AXIS)
-    residual = load_added_residual(Residual_ptr, Total_ptr, residual_base, col, mask, COMPUTE, slot, RUN)
+    weight = load_of_channels(Weight_ptr, channel, in_planes, COMPUTE)
+    bias = load_of_channels(Bias_ptr, channel, in_planes, COMPUTE)
+    residual = load_added_residual(Residual_ptr, Total_ptr, residual_base, col, mask, COMPUTE)
 
     count = scalar(plane * GROUP_CHANNELS, COMPUTE)
-    mean, m2, deviation = tile_moments(x, mask, 1.0 / count, True, BLOCK_PLANES, AXIS)
+    mean, m2, deviation = tile_moments(x, mask, 1.0 / count, True, BLOCK_PLANES)
     rstd = reciprocal_deviation(m2, count, scalar(eps, COMPUTE))
-    z = pre_activation(deviation * tl.expand_dims(rstd, AXIS), weight, bias, residual)
+    z = pre_activation(deviation * rstd[:, None], weight, bias, residual)
     y = activate(z, ACTIVATION, scalar(alpha, COMPUTE), scalar(beta, COMPUTE))
 
-    store_tile(Y_ptr, y, y_base, col, mask, slot, RUN)
+    store_tile(Y_ptr, y, y_base, col, mask)
     if Mean_ptr is not None:
         first_plane = in_planes & (index % BLOCK_PLANES == 0)
         tl.store(Mean_ptr + group, mean, mask=first_plane)
         tl.store(Rstd_ptr + group, rstd, mask=first_plane)
     if Bits_ptr is not None:
-        flags = PASSES(z) if AXIS == 1 else tl.trans(PASSES(z))
-        store_bits(Bits_ptr, flags, sample * CHANNELS + channel, 0, in_planes, (plane + 7) // 8)
+        store_bits(Bits_ptr, PASSES(z), sample * CHANNELS + channel, 0, in_planes, (plane + 7) // 8)
 
 
 @triton.jit
@@ -124,8 +110,8 @@ def channel_moments_kernel(
     goes.
 
     The mean is in two parts, Origins_ptr and the difference from it, Means_ptr: as one number it would be rounded to
-    what is no small part of a small deviation. Each place of a tile has moments of its own (Welford's), taken from the
-    first value there, and merged at the end: to merge those of whole tiles, threads would wait for one another at each.
+    what is no small part of a small deviation. Each place of a tile has sums of its own, of differences from the first
+    value there, and merged at the end: to merge those of whole tiles, threads would wait for one another at each.
     """
     COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
     plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
@@ -136,17 +122,18 @@ def channel_moments_kernel(
 
     first = piece * steps * BLOCK_PLANE
     place = tl.arange(0, BLOCK_PLANE)[None, :]
-    mean = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
-    m2 = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
-    if STAGES == 0:  # a place has one value
-        count = tl.where(first + place < plane, 1.0, 0.0).to(COMPUTE)
-        origin = load_input_of_planes(
+    if STAGES == 0:
+        x = load_input_of_planes(
             X_ptr, Residual_ptr, Seed_ptr, Total_ptr, x_base, residual_base, sample, channel, in_channels,
             first + place, plane, threshold, positions, factor, CHANNELS, CHANNELS_LAST, COMPUTE,
         )  # fmt: skip
+        inv_count = 1.0 / scalar(tl.minimum(plane - first, BLOCK_PLANE), COMPUTE)
+        origin, mean, m2, _ = rough_moments(x, first + place < plane, inv_count, 1, 1)
     else:
         tiles = steps_of(piece, plane, steps, BLOCK_PLANE, STAGES)
         origin = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
+        shift = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
+        square = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
         for step in tl.range(tiles, num_stages=STAGES):
             position = first + step * BLOCK_PLANE + place
             x = load_input_of_planes(
@@ -155,12 +142,12 @@ def channel_moments_kernel(
             )  # fmt: skip
             origin = tl.where(step == 0, x, origin)
             # A place that has a value has had one in each tile before: what ends is the plane.
-            above = tl.where(in_channels[:, None] & (position < plane), (x - origin) - mean, 0.0)
-            mean += above * (1.0 / scalar(step + 1, COMPUTE))
-            m2 += above * ((x - origin) - mean)
+            above = tl.where(position < plane, x - origin, 0.0)
+            shift += above
+            square += above * above
         left = tl.minimum(plane - first, tiles * BLOCK_PLANE).to(tl.int32)
         count = (tl.maximum(left - place + (BLOCK_PLANE - 1), 0) // BLOCK_PLANE).to(COMPUTE)
-    origin, mean, m2 = merge_places(count, origin, mean, m2)
+        origin, mean, m2 = merge_places(count, origin, shift, square)
     partial = (sample * pieces + piece) * CHANNELS + channel
     tl.store(Origins_ptr + partial, origin, mask=in_channels)
     tl.store(Means_ptr + partial, mean, mask=in_channels)

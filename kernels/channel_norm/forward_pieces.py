@@ -64,7 +64,7 @@ class ForwardKind(NamedTuple):
     @property
     def group_planes(self) -> GroupPlanes:
         """The groups, as their tile depends on them."""
-        return group_planes(self.channels, self.groups, self.plane, self.x.itemsize)
+        return group_planes(self.channels, self.groups, self.plane)
 
     @property
     def functions(self) -> tuple[Any, Any]:

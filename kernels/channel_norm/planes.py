@@ -58,25 +58,6 @@ def places(channel, position, plane, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.c
 
 
 @triton.jit
-def places_in_run(
-    PLANE: tl.constexpr, GROUP_CHANNELS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_PLANES: tl.constexpr,
-    BLOCK_PLANE: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """(col, slot) of a tile [positions, planes] of whole groups, each padded to BLOCK_PLANES planes of BLOCK_PLANE
-    elements, that is moved as the one run that it is (see `kernels.tiles`). With the planes last, a thread has few of
-    them, and so few of their parameters."""
-    index = tl.arange(0, BLOCK_GROUPS * BLOCK_PLANES)[None, :]
-    plane = index // BLOCK_PLANES * GROUP_CHANNELS + index % BLOCK_PLANES
-    position = tl.arange(0, BLOCK_PLANE)[:, None]
-    inside = (index % BLOCK_PLANES < GROUP_CHANNELS) & (position < PLANE)
-    col = tl.where(inside, plane * PLANE + position, 0)
-    plane = tl.arange(0, SLOTS) // PLANE
-    padded = plane // GROUP_CHANNELS * BLOCK_PLANES + plane % GROUP_CHANNELS
-    place = tl.arange(0, SLOTS) % PLANE * (BLOCK_GROUPS * BLOCK_PLANES) + padded
-    return col, tl.where(plane < BLOCK_GROUPS * GROUP_CHANNELS, place, 0)
-
-
-@triton.jit
 def owners(sample, channel, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, POOLED: tl.constexpr):
     """(statistics, parameter): which of each a channel has. POOLED, the samples share both, and so do the channels of a
     group, which are then columns of one channel (see `views.pooled_planes`)."""
