@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +98,7 @@ def _fill(
 ) -> None:
     found: dict[str, Measurement] = {}
     runs: dict[str, timing.Run] = {}
+    captured: dict[str, timing.Run] = {}
     for contender in contenders:
         if contender.call is None:
             found[contender.name] = Measurement(contender.name, contender.status, contender.reason)
@@ -109,12 +110,13 @@ def _fill(
         if found[contender.name].status == "timed":
             run = correctness.run_forward if direction == "forward" else correctness.run_forward_backward
             runs[contender.name] = functools.partial(run, contender.call, case)
+            captured[contender.name] = functools.partial(_on_new_leaves, run, contender.call, case)
     samples: dict[str, list[float]] = {}
     if runs:
         if settings.device.type == "cpu":
             samples = _time_on_cpu(runs, found, settings)
         else:
-            samples = _time_on_gpu(runs, found, settings, workload.launch_bound)
+            samples = _time_on_gpu(runs, captured, found, settings, workload.launch_bound)
     row.measurements.extend(found.values())
     row.ratios.extend(ratios(samples, paired=settings.device.type == "cpu"))
 
@@ -167,15 +169,23 @@ def _time_on_cpu(
     return samples
 
 
+def _on_new_leaves(run: Callable[[Call, Case], object], call: Call, case: Case) -> object:
+    return run(call, case.on_new_leaves())
+
+
 def _time_on_gpu(
-    runs: dict[str, timing.Run], found: dict[str, Measurement], settings: Settings, launch_bound: bool
+    runs: dict[str, timing.Run],
+    captured: dict[str, timing.Run],
+    found: dict[str, Measurement],
+    settings: Settings,
+    launch_bound: bool,
 ) -> dict[str, list[float]]:
     flush = timing.CacheFlush(settings.device)
     small = launch_bound or timing.is_small(runs, flush)
     turns: dict[str, timing.Turn] = {}
     for name, run in runs.items():
         try:
-            turns[name] = timing.graph_turn(run, flush) if small else timing.event_turn(run, flush)
+            turns[name] = timing.graph_turn(captured[name], flush) if small else timing.event_turn(run, flush)
         except RuntimeError as error:  # what a capture raises
             found[name] = Measurement(name, "failed", f"no CUDA graph of it: {first_line(error)}")
     samples = timing.interleave(turns, settings.seconds, settings.patience)

@@ -91,16 +91,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [(workload, dtype) for workload in workloads for dtype in dtypes(device, options.full)]
     started = time.perf_counter()
     rows: list[Row] = []
+    json_path = options.output / f"rows-{environment.stamp(described)}.json"
     with tqdm(total=len(cases) * len(DIRECTIONS), unit="row") as bar:
         for workload, dtype in cases:
             bar.set_description(workload.name)
             for row in measure(workload, dtype, settings):
                 rows.append(row)
+                Run(described, rows).write(json_path)  # what is done stays, if the run is cut off
                 bar.write(progress(row))
                 bar.update()
     described["seconds"] = round(time.perf_counter() - started, 1)
     run = Run(described, rows, *count_without_gpu(device, workloads, options.full))
-    json_path = options.output / f"rows-{environment.stamp(described)}.json"
     run.write(json_path)
     plot_path = json_path.with_suffix(".png")
     draw(run, plot_path)

@@ -64,11 +64,11 @@ def store_bits(Bits_ptr, flags, row, first_byte, in_rows, row_bytes, end_byte=No
 
 
 @triton.jit
-def load_bits(Bits_ptr, row, first_byte, in_rows, row_bytes, BLOCK_SPAN: tl.constexpr, end_byte=None):
+def load_bits(Bits_ptr, row, first_byte, in_rows, row_bytes, BLOCK_SPAN: tl.constexpr):
     """The flags [rows, BLOCK_SPAN] that `store_bits` packed, or None where there is no mask."""
     if Bits_ptr is not None:
         ROWS: tl.constexpr = row.shape[0]
-        offsets, exists = _bit_bytes(row, first_byte, in_rows, row_bytes, end_byte, BLOCK_SPAN // 8)
+        offsets, exists = _bit_bytes(row, first_byte, in_rows, row_bytes, None, BLOCK_SPAN // 8)
         packed = tl.load(Bits_ptr + offsets, mask=exists, other=0).to(tl.int32)
         bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
         return tl.reshape(bits, [ROWS, BLOCK_SPAN]) != 0

@@ -85,7 +85,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def timed_on_gpu(launch_bound: bool, *kinds: str) -> dict[str, Measurement]:
     runs: dict[str, timing.Run] = {kind: functools.partial(str, kind) for kind in kinds}
     found = {kind: Measurement(kind, "timed", peak_bytes=7) for kind in kinds}
-    _time_on_gpu(runs, found, Settings(torch.device("cuda"), "full", seconds=0.0), launch_bound)
+    _time_on_gpu(runs, runs, found, Settings(torch.device("cuda"), "full", seconds=0.0), launch_bound)
     return found
 
 

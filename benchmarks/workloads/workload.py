@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -33,6 +33,15 @@ class Case:
     def arguments(self) -> dict[str, Tensor]:
         """Everything that the call takes."""
         return {**self.inputs, **self.state}
+
+    def on_new_leaves(self) -> Case:
+        """The same tensors, but for inputs that autograd has not seen yet.
+
+        It remembers the stream that an input was first used on, for as long as anything holds a graph with it, and
+        would wait for that stream within a capture, which ends one with an error.
+        """
+        inputs = {name: tensor.detach().requires_grad_() for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs)
 
     def to(self, dtype: torch.dtype) -> Case:
         """The same values in another type."""

@@ -1,7 +1,8 @@
 """Batch norm of channels that fit on chip: each is read once.
 
 x is a matrix [rows, COLUMNS] (see `views.pooled_planes`), each channel SPREAD = COLUMNS // CHANNELS neighbouring
-columns of it. A program holds all rows of the columns of BLOCK_CHANNELS channels.
+columns of it. A program holds all rows of the columns of BLOCK_CHANNELS channels, in a tile in which each channel has
+a power of two of columns: what is summed over a channel is then a group of neighbours.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..dropout import plane_factor
-from ..epilogue import activate, load_bits, pre_activation, store_bits
+from ..epilogue import activate, pre_activation, store_bits
 from ..moments import input_gradient, reciprocal_deviation, sum_in_groups, tile_moments
 from ..tiles import load_added_residual, load_gradients, load_input, scalar, store_gradients, store_tile
 from .forward_kernels import move_statistic
@@ -23,10 +24,11 @@ def columns_of_program(
 ):
     """(column, in_columns, channel, is_first), each [BLOCK_COLUMNS]; is_first: of its channel."""
     SPREAD: tl.constexpr = COLUMNS // CHANNELS
+    PADDED: tl.constexpr = BLOCK_COLUMNS // BLOCK_CHANNELS
     index = tl.arange(0, BLOCK_COLUMNS)
-    column = tl.program_id(0).to(tl.int64) * (BLOCK_CHANNELS * SPREAD) + index
-    in_columns = (index < BLOCK_CHANNELS * SPREAD) & (column < COLUMNS)
-    return column, in_columns, column // SPREAD, in_columns & (index % SPREAD == 0)
+    channel = tl.program_id(0).to(tl.int64) * BLOCK_CHANNELS + index // PADDED
+    in_columns = (index % PADDED < SPREAD) & (channel < CHANNELS)
+    return channel * SPREAD + index % PADDED, in_columns, channel, in_columns & (index % PADDED == 0)
 
 
 @triton.jit
@@ -37,10 +39,26 @@ def store_first(ptr, values, channel, is_first):
 
 
 @triton.jit
-def bytes_of_program(COLUMNS: tl.constexpr, OWNED: tl.constexpr):
-    """(first byte, bytes of a row, end) of the bits of this program's columns."""
+def store_column_bits(
+    Bits_ptr, flags, row, in_rows, COLUMNS: tl.constexpr, SPREAD: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
+):
+    """Packs the flags [rows, columns] of this program along the columns that exist."""
+    OWNED: tl.constexpr = BLOCK_CHANNELS * SPREAD
+    PADDED: tl.constexpr = flags.shape[1] // BLOCK_CHANNELS
+    if PADDED > SPREAD:
+        place = tl.arange(0, flags.shape[1])
+        index = tl.where(place < OWNED, place // SPREAD * PADDED + place % SPREAD, 0)[None, :]
+        flags = tl.gather(flags.to(tl.int32), tl.broadcast_to(index, flags.shape), 1) != 0
     first = tl.program_id(0).to(tl.int64) * (OWNED // 8)
-    return first, (COLUMNS + 7) // 8, first + (OWNED + 7) // 8
+    store_bits(Bits_ptr, flags, row, first, in_rows, (COLUMNS + 7) // 8, first + (OWNED + 7) // 8)
+
+
+@triton.jit
+def load_column_bits(Bits_ptr, row, column, mask, COLUMNS: tl.constexpr):
+    """The flags of a tile that `store_column_bits` packed, or None where there is no mask."""
+    if Bits_ptr is not None:
+        byte = tl.load(Bits_ptr + row[:, None] * ((COLUMNS + 7) // 8) + column[None, :] // 8, mask=mask, other=0)
+        return (byte.to(tl.int32) >> (column % 8).to(tl.int32)[None, :]) & 1 != 0
 
 
 @triton.jit(do_not_specialize=["rows", "threshold", "positions"])
@@ -72,7 +90,7 @@ def batch_norm_forward_kernel(
     residual = load_added_residual(Residual_ptr, Total_ptr, base, col, mask, COMPUTE)
 
     count = scalar(rows * SPREAD, COMPUTE)
-    mean, m2, deviation = tile_moments(x, mask, 1.0 / count, True, SPREAD, 0)
+    mean, m2, deviation = tile_moments(x, mask, 1.0 / count, True, BLOCK_COLUMNS // BLOCK_CHANNELS, 0)
     rstd = reciprocal_deviation(m2, count, scalar(eps, COMPUTE))
     z = pre_activation(deviation * rstd[None, :], weight, bias, residual)
     y = activate(z, ACTIVATION, scalar(alpha, COMPUTE), scalar(beta, COMPUTE))
@@ -83,8 +101,7 @@ def batch_norm_forward_kernel(
     move_statistic(RunningMean_ptr, mean, channel, is_first, scalar(momentum, COMPUTE), COMPUTE)
     move_statistic(RunningVar_ptr, m2 / (count - 1.0), channel, is_first, scalar(momentum, COMPUTE), COMPUTE)
     if Bits_ptr is not None:
-        first_byte, row_bytes, end_byte = bytes_of_program(COLUMNS, BLOCK_CHANNELS * SPREAD)
-        store_bits(Bits_ptr, PASSES(z), row, first_byte, in_rows, row_bytes, end_byte)
+        store_column_bits(Bits_ptr, PASSES(z), row, in_rows, COLUMNS, SPREAD, BLOCK_CHANNELS)
 
 
 @triton.jit(do_not_specialize=["rows", "threshold", "positions"])
@@ -109,17 +126,17 @@ def batch_norm_backward_kernel(
     rstd = load_of_channels(Rstd_ptr, channel, in_columns, COMPUTE, 0)
     weight = load_of_channels(Weight_ptr, channel, in_columns, COMPUTE, 0)
     bias = load_of_channels(Bias_ptr, channel, in_columns, COMPUTE, 0)
-    first_byte, row_bytes, end_byte = bytes_of_program(COLUMNS, BLOCK_CHANNELS * SPREAD)
-    passes = load_bits(Bits_ptr, row, first_byte, in_rows, row_bytes, BLOCK_COLUMNS, end_byte)
+    passes = load_column_bits(Bits_ptr, row, column, mask, COLUMNS)
     x_hat, dz = load_gradients(
         DY_ptr, X_ptr, Residual_ptr, passes, mean, rstd, weight, bias, base, base, base, col, mask, alpha, beta,
         SLOPE, PASSES, COMPUTE,
     )  # fmt: skip
-    sum_dz = sum_in_groups(tl.sum(dz, axis=0), SPREAD)
+    PADDED: tl.constexpr = BLOCK_COLUMNS // BLOCK_CHANNELS
+    sum_dz = sum_in_groups(tl.sum(dz, axis=0), PADDED)
     store_first(DBias_ptr, sum_dz, channel, is_first)
     dx = None
     if X_ptr is not None:
-        sum_dz_x_hat = sum_in_groups(tl.sum(dz * x_hat, axis=0), SPREAD)
+        sum_dz_x_hat = sum_in_groups(tl.sum(dz * x_hat, axis=0), PADDED)
         store_first(DWeight_ptr, sum_dz_x_hat, channel, is_first)
         if NEEDS_DX:
             inv_count = 1.0 / scalar(rows * SPREAD, COMPUTE)

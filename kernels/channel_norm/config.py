@@ -137,7 +137,8 @@ def group_backward_tile(of: GroupPlanes, itemsize: int, residual: bool = False) 
 
 @dataclass(frozen=True)
 class ChannelTile:
-    """All rows, padded to block_rows, of the columns of block_channels channels, padded to block_columns."""
+    """All rows, padded to block_rows, of the columns of block_channels channels, those of each padded to a power of
+    two: block_columns together."""
 
     block_channels: int
     block_rows: int
@@ -151,7 +152,7 @@ def _channel_tile(rows: int, spread: int, itemsize: int, elements_per_thread: in
     block_channels = 8 // math.gcd(8, spread) if spread > 1 else max(8, 32 // itemsize)
     block_rows = triton.next_power_of_2(rows)
     while True:
-        block_columns = triton.next_power_of_2(block_channels * spread)
+        block_columns = block_channels * triton.next_power_of_2(spread)
         elements = block_rows * block_columns
         if 2 * elements > 128 * elements_per_thread:
             break

@@ -101,7 +101,7 @@ def load_input_of_planes(
 )  # fmt: skip
 def channel_moments_kernel(
     X_ptr, Residual_ptr, Seed_ptr, Total_ptr, Origins_ptr, Means_ptr, M2s_ptr,
-    x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int64, steps: tl.int64,
+    x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int32, steps: tl.int64,
     threshold: tl.int64, positions: tl.int64, factor: tl.float64,
     CHANNELS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
@@ -292,7 +292,7 @@ def combine_moments_kernel(
 def channel_apply_kernel(
     X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, GivenMean_ptr, GivenVar_ptr, MeanWeight_ptr, VarWeight_ptr,
     Seed_ptr, Y_ptr, Total_ptr, Bits_ptr, Mean_ptr, Rstd_ptr,
-    x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int64, steps: tl.int64,
+    x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int32, steps: tl.int64,
     threshold: tl.int64, positions: tl.int64, factor: tl.float64, 
     eps: tl.float64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,

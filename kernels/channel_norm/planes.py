@@ -26,17 +26,18 @@ def plane_length(plane_units, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_L
 
 @triton.jit
 def piece_of_planes(program, pieces, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """(sample, first channel, piece): a program takes one piece of the planes of a block of channels."""
+    """(sample, first channel, piece): a program takes one piece of the planes of a block of channels. Programs and
+    pieces are int32: a division of int64 takes a hundred instructions."""
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
-    block = program.to(tl.int64) // pieces
-    return block // BLOCKS, block % BLOCKS * BLOCK_CHANNELS, program % pieces
+    block = program // pieces
+    return (block // BLOCKS).to(tl.int64), (block % BLOCKS).to(tl.int64) * BLOCK_CHANNELS, program % pieces
 
 
 @triton.jit
 def samples_of_launch(pieces, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
     """How many samples the programs of `piece_of_planes` have between them."""
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
-    return tl.num_programs(0) // (pieces * BLOCKS)
+    return (tl.num_programs(0) // (pieces * BLOCKS)).to(tl.int64)
 
 
 @triton.jit
