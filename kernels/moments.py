@@ -79,19 +79,19 @@ def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 
 @triton.jit
-def merge_places(count, origin, shift, square):
+def merge_places(count, inv_count, origin, shift, square):
     """(rough mean, its error, m2) of each row of [rows, places], as of `rough_moments`, from the sums of differences
-    from an origin at each place, and of their squares; count is [1, places], 0 where nothing was.
+    from an origin at each place, and of their squares; count is [1, places], 0 where nothing was, inv_count 1 / their
+    sum, a scalar: summed here, each thread would compute all of them.
 
     An origin far from the others costs its own place digits, but no more than it adds to m2.
     """
-    inv_count = 1.0 / tl.sum(count, axis=1, keep_dims=True)
     rough_mean = tl.sum((origin * count + shift) * inv_count, axis=1, keep_dims=True)
     from_rough = tl.where(count > 0, origin - rough_mean, 0.0)
     added = count * from_rough
     square = tl.sum(square + from_rough * (2 * shift + added), axis=1)
     shift = tl.sum(shift + added, axis=1)
-    correction = shift * tl.reshape(inv_count, [1])
+    correction = shift * inv_count
     return tl.reshape(rough_mean, correction.shape), correction, centered(square, shift, correction)
 
 

@@ -66,15 +66,12 @@ def compile_workload(name: str, dtype_name: str, target_name: str) -> Compiled:
     return Compiled(launches, compilations, found)
 
 
-LONGEST_JOINED = 1024  # positions: shorter planes are moved with their neighbours, longer ones each by itself
-
-
 def widest_access(workload: Workload, shape: Shape, itemsize: int) -> int:
-    """Bytes that every run of neighbours which is moved by itself lets a thread move at a time, 16 at most."""
-    plane = elements(shape[2:])
-    if not workload.of.by_channel or workload.channels_last or plane < LONGEST_JOINED:
+    """Bytes that every run of neighbours lets a thread move at a time, 16 at most: contiguous planes each begin where
+    the one before ends."""
+    if not workload.of.by_channel or workload.channels_last:
         return WIDEST_ACCESS
-    return math.gcd(WIDEST_ACCESS, plane * itemsize)
+    return math.gcd(WIDEST_ACCESS, elements(shape[2:]) * itemsize)
 
 
 def count_workload(name: str, dtype_name: str, target_name: str) -> dict[Direction, Counted]:

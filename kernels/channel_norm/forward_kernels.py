@@ -147,7 +147,7 @@ def channel_moments_kernel(
             square += above * above
         left = tl.minimum(plane - first, tiles * BLOCK_PLANE).to(tl.int32)
         count = (tl.maximum(left - place + (BLOCK_PLANE - 1), 0) // BLOCK_PLANE).to(COMPUTE)
-        origin, mean, m2 = merge_places(count, origin, shift, square)
+        origin, mean, m2 = merge_places(count, 1.0 / scalar(left, COMPUTE), origin, shift, square)
     partial = (sample * pieces + piece) * CHANNELS + channel
     tl.store(Origins_ptr + partial, origin, mask=in_channels)
     tl.store(Means_ptr + partial, mean, mask=in_channels)
