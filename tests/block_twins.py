@@ -218,7 +218,7 @@ def drawn(module: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for tensor in module.state_dict().values():
             if tensor.is_floating_point():
-                tensor.add_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64), alpha=0.3)
+                tensor.add_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor), alpha=0.3)
     return module.to(DEVICE)
 
 

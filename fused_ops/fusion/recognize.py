@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import modules as m
 from ..activation import KNOWN, Activation, resolve
+from ..backend import use_backend
 from ..fallback import activate
 from ..modules.base import Added, Normalizing
 from .kinds import ChannelsFirstLayerNorm, FrozenBatchNorm
@@ -92,17 +93,17 @@ def recognize(module: nn.Module) -> Recognized:
     if isinstance(module, Normalizing):
         activation: Any = module.activation
         return _site(norm_site(type(module), type(module)), activation, {})
-    ours = _TORCH_NORMS.get(_forward_of(module))
-    if ours is not None:
-        return _site(norm_site(ours, type(module)), None, {})
+    for base, ours in _TORCH_NORMS.items():
+        if isinstance(module, base) and _forward_of(type(module)) is _forward_of(base):
+            return _site(norm_site(ours, type(module)), None, {})
     if isinstance(module, m.WSConv1d | m.WSConv2d | m.WSConv3d):
         return Recognized(reason="it is one of fused_ops' already")
     return _probed(module)
 
 
-def _forward_of(module: nn.Module) -> type[nn.Module]:
-    """The class whose forward the module runs."""
-    return next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+def _forward_of(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class whose forward its modules run."""
+    return next(base for base in cls.__mro__ if "forward" in vars(base))
 
 
 def _site(cls: type[Replaced], activation: Activation | None, attributes: dict[str, Any]) -> Recognized:
@@ -209,13 +210,14 @@ def _possible_eps(module: nn.Module, usual: Sequence[float] = _USUAL_EPS) -> lis
 def _agree(module: nn.Module, candidate: Recognized, shape: tuple[int, ...]) -> bool:
     """Whether ours returns what the module does, to float32's rounding, and of 16 bits is as near to the truth."""
     for training in (False, True):
-        ours, theirs, exact = (
-            {
-                dtype: _result(module, cls, candidate.attributes, shape, dtype, compute or dtype, training)
-                for dtype in _TYPES
-            }
-            for cls, compute in ((candidate.cls, None), (None, None), (None, torch.float64))
-        )
+        with use_backend("torch"):  # a probe lies on the CPU
+            ours, theirs, exact = (
+                {
+                    dtype: _result(module, cls, candidate.attributes, shape, dtype, compute or dtype, training)
+                    for dtype in _TYPES
+                }
+                for cls, compute in ((candidate.cls, None), (None, None), (None, torch.float64))
+            )
         for dtype, tolerance in _TYPES.items():
             found, given, truth = ours[dtype], theirs[dtype], exact[dtype]
             if found is None or given is None or found.dtype != given.dtype or found.shape != given.shape:

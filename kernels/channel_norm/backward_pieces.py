@@ -70,6 +70,11 @@ class BackwardKind(NamedTuple):
         return group_planes(self.channels, self.groups, self.plane)
 
     @property
+    def is_spread(self) -> bool:
+        """Whether several columns of a matrix are one channel's."""
+        return self.pooled and self.channels != self.groups
+
+    @property
     def needs_dx(self) -> bool:
         return self.wanted.dx or (self.add_first and self.wanted.dresidual)
 
@@ -96,7 +101,7 @@ class BackwardPieces:
         mixed = kind.x is not None and kind.x.itemsize > kind.dy.itemsize
         self.tile = tile = piece_tile(
             kind.channels, longest_of(kind.plane), kind.dy.itemsize, kind.channels_last, mixed, kind.frozen,
-            kind.seed is not None,
+            kind.seed is not None, kind.is_spread,
         )  # fmt: skip
         self.blocks = cdiv(kind.channels, tile.block_channels)
         # Where dresidual is wanted it is dz, which the sums leave there: read again, it is all that dx needs of dy.

@@ -67,6 +67,11 @@ class ForwardKind(NamedTuple):
         return group_planes(self.channels, self.groups, self.plane)
 
     @property
+    def is_spread(self) -> bool:
+        """Whether several columns of a matrix are one channel's."""
+        return self.pooled and self.channels != self.groups
+
+    @property
     def functions(self) -> tuple[Any, Any]:
         """The activation's value, and which of its slope's two values an element has."""
         functions = ACTIVATIONS[self.activation]
@@ -81,7 +86,9 @@ class ForwardPieces:
         length, _ = kind.plane
         drops = kind.seed is not None
         longest, itemsize = longest_of(kind.plane), kind.x.itemsize
-        self.tile = tile = piece_tile(kind.channels, longest, itemsize, kind.channels_last, drops=drops)
+        self.tile = tile = piece_tile(
+            kind.channels, longest, itemsize, kind.channels_last, drops=drops, spread=kind.is_spread
+        )
         block = (tile.block_channels, tile.block_plane, tile.stages)
         self.blocks = cdiv(kind.channels, tile.block_channels)
 
