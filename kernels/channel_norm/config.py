@@ -114,11 +114,18 @@ def _group_tile(of: GroupPlanes, itemsize: int, elements_per_thread: int, longes
 
 
 @functools.cache
-def group_forward_tile(of: GroupPlanes, itemsize: int, waiting: int, added: bool = False) -> GroupTile | None:
+def group_forward_tile(
+    of: GroupPlanes, itemsize: int, waiting: int, added: bool = False, drops: bool = False
+) -> GroupTile | None:
     """Tile of the forward that reads a group once, or None where it has to be cut into pieces. waiting: the tensors of
-    x's size that are in registers at once, x and a residual. added: the residual is a part of what is normalized."""
+    x's size that are in registers at once, x and a residual. added: the residual is a part of what is normalized.
+    drops: elements draw whether they are kept. Elements with addresses of their own, and those that draw beside masks
+    of their own, take so many registers that a thread has half as many."""
     longest = {2: 16384, 4: 16384 if waiting == 1 else 8192, 8: 2048}[itemsize]
-    tile = _group_tile(of, itemsize, {2: 32, 4: 16, 8: 4}[itemsize], longest)
+    elements_per_thread = {2: 32, 4: 16, 8: 4}[itemsize]
+    if of.plane * itemsize % (16 if drops else 4):
+        longest, elements_per_thread = longest // 2, elements_per_thread // 2
+    tile = _group_tile(of, itemsize, elements_per_thread, longest)
     if tile is not None and itemsize == 2 and added and tile.num_warps == 16:
         return replace(tile, most_registers=128)  # with half of them, of two programs, ptxas spills some bytes
     return tile

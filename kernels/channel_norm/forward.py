@@ -82,7 +82,8 @@ def _schedule(*fields: Any) -> Schedule:
     tile = None
     if not kind.channels_last:
         waiting = 2 if kind.residual is not None and not kind.add_first else 1
-        tile = group_forward_tile(kind.group_planes, kind.x.itemsize, waiting, kind.add_first)
+        drops = kind.seed is not None
+        tile = group_forward_tile(kind.group_planes, kind.x.itemsize, waiting, kind.add_first, drops)
     if tile is None:
         return ForwardPieces(kind)
     if kind.seed is not None:

@@ -79,15 +79,15 @@ def test_long_planes_compile_once_for_each_power_of_two(channels_last, kinds, sm
     assert max(compilations(sm_90).values()) <= kinds
 
 
-@pytest.mark.parametrize("plane", [7, 14])
+@pytest.mark.parametrize(("plane", "widest"), [(7, 2), (14, 8)])
 @pytest.mark.parametrize("groups", [8, 64])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_planes_between_16_byte_boundaries_are_moved_16_bytes_at_a_time(plane, groups, activation, sm_90):
+def test_planes_between_16_byte_boundaries_are_moved_as_wide_as_they_begin(plane, widest, groups, activation, sm_90):
     forward_and_backward((4, 64, plane, plane), groups, activation=activation)
     for launch in sm_90[:2]:
         described = describe(launch, TARGETS["sm_90"])
         assert described.spilled_bytes == 0
-        assert described.wide_share > 0.7, f"{launch.kernel}: {described.widths}"
+        assert described.share_at(widest) >= 0.6, f"{launch.kernel}: {described.widths}"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
