@@ -12,7 +12,8 @@ from .targets import Device
 # Statistics and masks are narrower by nature, a few values beside rows of x: at spans of 256 they are a quarter of the
 # bytes, and there are as many of their accesses as of wide ones; beside planes of 256 that have a weight and a bias of
 # their own a third, and two for each. An operand that is read narrow has many more.
-LEAST_WIDE_SHARE = 0.6
+LEAST_WIDE_SHARE = 0.65
+LEAST_WIDE_SHARE_BETWEEN = 0.6  # beside runs that begin between 16-byte boundaries, whose own accesses are half as wide
 MOST_NARROW = 2.5  # accesses, for each wide one
 # Accesses are counted in the code, where those of once a program weigh as those of a loop.
 LEAST_WIDE_SHARE_MIXING, MOST_NARROW_MIXING = 0.4, 7.0
@@ -75,6 +76,8 @@ def of_launch(
     least_wide, most_narrow = (
         (LEAST_WIDE_SHARE_MIXING, MOST_NARROW_MIXING) if mixes else (LEAST_WIDE_SHARE, MOST_NARROW)
     )
+    if widest < WIDEST_ACCESS:
+        least_wide = min(least_wide, LEAST_WIDE_SHARE_BETWEEN)
     if (wide_share := launch.share_at(widest)) < least_wide:
         share, least = f"{wide_share:.0%} of the bytes {widest} at a time", f"{least_wide:.0%}"
         found.append(finding("narrow accesses", share, least))

@@ -5,12 +5,13 @@ Here its functions are called themselves, since a registration would be torch ea
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from typing import Any
 
 from ..workloads import EPS, Call, Tensor, Workload, finish
-from .peer import KernelPair, Peer, library_peer
+from .peer import KernelPair, Peer, finishing, library_peer
 
 Needed = tuple[bool, ...]
 Gradients = tuple["Tensor | None", ...]
@@ -34,13 +35,7 @@ def _layer_norm(workload: Workload) -> Call:
         gradients: Gradients = kernels.layer_norm_backward(dy, x, weight.shape, mean, rstd, weight, bias, needed)
         return gradients
 
-    norm = KernelPair(forward, backward)
-
-    def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = norm(x.reshape(-1, x.shape[-1]), weight, bias).reshape(x.shape)
-        return finish(y, residual, workload.activation)
-
-    return call
+    return finishing(workload, KernelPair(forward, backward).of_rows)
 
 
 def _rms_norm(workload: Workload) -> Call:
@@ -68,21 +63,11 @@ def _group_norm(workload: Workload) -> Call:
         gradients: Gradients = kernels.group_norm_backward(dy, x, mean, rstd, weight, *sizes(x), needed)
         return gradients
 
-    norm = KernelPair(forward, backward)
-
-    def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-        return finish(norm(x, weight, bias), residual, workload.activation)
-
-    return call
+    return finishing(workload, KernelPair(forward, backward))
 
 
 def _instance_norm(workload: Workload) -> Call:
-    norm = _functions("fused.instance_norm").instance_norm
-
-    def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-        return finish(norm(x, weight, bias, eps=EPS), residual, workload.activation)
-
-    return call
+    return finishing(workload, functools.partial(_functions("fused.instance_norm").instance_norm, eps=EPS))
 
 
 def _batch_norm(workload: Workload) -> Call:

@@ -7,7 +7,7 @@ import importlib
 from typing import Any
 
 from ..workloads import EPS, Call, Tensor, Workload, finish
-from .peer import Peer, library_peer
+from .peer import Peer, finishing, library_peer
 
 
 def _functions() -> Any:
@@ -16,11 +16,7 @@ def _functions() -> Any:
 
 def _layer_norm(workload: Workload) -> Call:
     norm = _functions().liger_layer_norm
-
-    def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-        return finish(norm(x, weight, bias, EPS), residual, workload.activation)
-
-    return call
+    return finishing(workload, lambda x, weight, bias: norm(x, weight, bias, EPS))
 
 
 # in_place=False: otherwise liger's backward overwrites the gradient that it is given.
@@ -45,12 +41,7 @@ def _add_rms_norm(workload: Workload) -> Call:
 
 def _group_norm(workload: Workload) -> Call:
     norm = _functions().liger_group_norm
-
-    def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = norm(x, weight, bias, x.shape[1], workload.groups, EPS)
-        return finish(y, residual, workload.activation)
-
-    return call
+    return finishing(workload, lambda x, weight, bias: norm(x, weight, bias, x.shape[1], workload.groups, EPS))
 
 
 NAME = "liger"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..workloads import Call, Tensor, Workload
+from ..workloads import Call, Tensor, Workload, finish
 
 Build = Callable[[Workload], Call]
 
@@ -40,6 +40,15 @@ def library_peer(name: str, module: str, calls: Mapping[str, Build], reasons: Ma
     return Peer(name, lambda workload: calls[workload.function](workload), gap)
 
 
+def finishing(workload: Workload, norm: Callable[..., Tensor]) -> Call:
+    """The call of a norm(x, weight, bias), the add and the activation behind it in torch."""
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        return finish(norm(x, weight, bias), residual, workload.activation)
+
+    return call
+
+
 @dataclass(frozen=True)
 class KernelPair:
     """A norm that its library offers as two functions without autograd.
@@ -54,6 +63,10 @@ class KernelPair:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         y: Tensor = _Pair.apply(self, x, weight, bias)
         return y
+
+    def of_rows(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """For a library that takes matrices alone."""
+        return self(x.reshape(-1, x.shape[-1]), weight, bias).reshape(x.shape)
 
 
 class _Pair(torch.autograd.Function):

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from ..workloads import EPS, Call, Tensor, Workload, finish
-from .peer import KernelPair, Peer, library_peer
+from .peer import KernelPair, Peer, finishing, library_peer
 
 
 def _kernels() -> Any:
@@ -28,13 +28,7 @@ def _layer_norm(workload: Workload) -> Call:
         dx, dweight, dbias = kernels.layernorm_bwd(x, weight.float(), dy.contiguous(), rstd, mean)
         return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
-    norm = KernelPair(forward, backward)
-
-    def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = norm(x.reshape(-1, x.shape[-1]), weight, bias).reshape(x.shape)
-        return finish(y, residual, workload.activation)
-
-    return call
+    return finishing(workload, KernelPair(forward, backward).of_rows)
 
 
 def _rms_norm(workload: Workload) -> Call:
