@@ -69,7 +69,8 @@ def check(case: Case, world: int, found: list[dict[str, Any]]) -> None:
         elif name in SUMMED:
             got, terms = torch.stack(parts).sum(0), samples * want.numel()
         else:
-            got, terms = torch.cat(parts), 1
+            # Of what float64 judges float64 by, one process adds up at once, several in as many parts.
+            got, terms = torch.cat(parts), world if case.dtype == torch.float64 else 1
         learns = torch.cat([torch.full((case.batches[i],), name != "dx" or i not in case.frozen) for i in range(world)])
         of_samples = name not in SUMMED and name not in OF_EACH
         compared, torchs = (tensor[learns] if of_samples else tensor for tensor in (want.cpu(), eager[name].cpu()))
