@@ -143,22 +143,27 @@ def _loads_ahead(block_span: int, loaded_bytes: int, shared_bytes: int) -> bool:
 def row_forward_config(
     span: int,
     itemsize: int,
-    operands: int,
+    waiting: int,
+    parameters: int,
     parameter_itemsize: int = 0,
-    activation: bool = True,
+    added: bool = False,
     wide_residual: bool = False,
 ) -> RowConfig | None:
     """Tile of the forward kernel that holds whole rows, or None where a row has to be cut into chunks.
 
-    operands counts what waits in registers for the statistics: x or the total, a residual that is added afterwards,
-    weight and bias. parameter_itemsize is the wider of weight's and bias's, 0 without either. wide_residual: it has a
-    wider type than x, and so has the total.
+    Until the statistics are there, registers hold `waiting` tensors of x's size, x or the total and a residual that is
+    added afterwards, and `parameters` ones, weight and bias, parameter_itemsize being the wider one's, 0 without
+    either. added: a residual is a part of what is normalized. wide_residual: it has a wider type than x, and so has the
+    total.
     """
+    crowded = waiting + parameters == 4
+    wide_parameters = parameter_itemsize > itemsize
     if itemsize == 2:
-        wide = parameter_itemsize > itemsize
-        longest = 32768 if operands == 1 and not activation else 8192 if operands == 4 and wide else 16384
+        longest = 8192 if crowded and wide_parameters else 16384
+        if waiting + parameters >= 3 and not added:  # above, only one program fits: a walk takes two thirds of its time
+            longest = min(longest, 12288)
     else:
-        longest = {4: 8192 if operands == 4 else 16384, 8: 2048}[itemsize]
+        longest = {4: 8192 if crowded else 16384, 8: 2048}[itemsize]
     ragged = _ragged(span, itemsize)
     if ragged:
         longest = min(longest, 8192)
@@ -169,17 +174,19 @@ def row_forward_config(
         return _row_tile(span, elements_per_thread=4, most_registers=128)
     # A tile reads weight and bias once. With two rows a tile, and weights no wider than x, that is half of what x and
     # y move; wider weights move as much as x and y, where one row a tile would move twice that. Above, two rows leave
-    # only one program a multiprocessor.
-    two_rows = span <= 4096 or (span <= 8192 and parameter_itemsize > itemsize and not ragged)
+    # only one program a multiprocessor. A residual makes two of it, and what waits twice as much, too.
+    two_rows = span <= 4096 or (span <= 8192 and wide_parameters and not ragged)
     two_rows = two_rows and not wide_residual  # which moves three times as much, and takes twice the registers
-    # 64 bytes of x a thread: with the two programs that fit, 32 KB and more in flight on a multiprocessor. 16 elements
-    # where each has an address and a mask of its own.
-    elements_per_thread = 16 if ragged and span <= 1024 else 64 // itemsize
+    # 64 bytes of x a thread: with the two programs that fit, 32 KB and more in flight on a multiprocessor. Half of that
+    # where a residual waits beside it, or where each element has an address and a mask of its own.
+    small = span <= 4096 and waiting == 2 and itemsize == 2
+    elements_per_thread = 16 if small or (ragged and span <= 1024) else 64 // itemsize
+    two_rows = two_rows and (wide_parameters or not small)
     tile = _row_tile(span, elements_per_thread, least_rows=2 if two_rows else 1)
     if ragged or wide_residual:
         most_registers = 255 if ragged else 168
         return replace(tile, most_registers=registers_a_thread(tile.num_warps, most_registers))
-    if itemsize == 2 and operands >= 3 and tile.num_warps == 4:
+    if elements_per_thread == 32 and waiting + parameters >= 3 and tile.num_warps == 4:
         return replace(tile, most_registers=112)  # without, ptxas spills some bytes to fit one more of six programs
     return tile
 
@@ -259,11 +266,14 @@ def chunk_config(span: int, itemsize: int, loaded_itemsize: int) -> ChunkConfig:
     """Chunks of a row that is too long for the forward to hold: the same whether one program walks them or several
     share them. loaded_itemsize: bytes of an element of x and of a residual to be added.
 
-    32 KB; 16 KB where a row takes up to 64 KB, so that several programs overlap their phases; also of float64 and of
-    ragged rows, which spill with the 64 registers that 32 warps leave a thread.
+    A row of up to 64 KB is one chunk of 8 KB tiles, which one program walks beside others. Above, 32 KB; 16 KB of
+    float64 and of ragged rows, which spill with the 64 registers that 32 warps leave a thread.
     """
-    wide = span * loaded_itemsize > 65536 and itemsize < 8 and not _ragged(span, itemsize)
-    return _chunks(span, itemsize, num_warps=32 if wide else 16)
+    if itemsize == 8 or _ragged(span, itemsize):
+        return _chunks(span, itemsize, num_warps=16)
+    if span * loaded_itemsize <= 65536:
+        return _chunks(span, itemsize, num_warps=8, least_steps=cdiv(span * itemsize, 8192))
+    return _chunks(span, itemsize, num_warps=32)
 
 
 def walk_stages(config: ChunkConfig, loaded_itemsize: int, shared_bytes: int) -> int:
@@ -280,17 +290,9 @@ def backward_chunk_config(span: int, itemsize: int) -> ChunkConfig:
     return _chunks(span, itemsize, num_warps=4, most_registers=168, least_steps=2)
 
 
-def backward_walk_config(span: int, itemsize: int, loaded_bytes: int, shared_bytes: int) -> RowConfig:
-    """Tile of the backward that walks along a row: 16 KB, loaded ahead where there is room, or less where registers are
-    short, by a program that has a multiprocessor for itself. loaded_bytes: of an element of every tensor that it reads,
-    weight and bias included."""
-    if _ragged(span, itemsize) or itemsize == 8:  # elements with masks and addresses of their own, or twice as wide
-        crowded = itemsize == 2 and loaded_bytes > 12
-        return RowConfig(1, (4096 if crowded else 8192) // itemsize, num_warps=8, most_registers=255)
-    crowded = itemsize == 2 and loaded_bytes > 16
-    block_span = (8192 if crowded else 16384) // itemsize
-    stages = 3 if _loads_ahead(block_span, 2 * loaded_bytes, shared_bytes) else 1  # in each of the two walks
-    return RowConfig(1, block_span, num_warps=16, stages=stages, most_registers=128)
+def backward_walk_config(itemsize: int) -> RowConfig:
+    """Tile of the backward that walks along a row: 4 KB, so that several programs overlap their walks."""
+    return RowConfig(1, 4096 // itemsize, num_warps=8, most_registers=128)
 
 
 def walks_gradients(rows: int, span: int, loaded_bytes: int, facts: DeviceFacts) -> bool:

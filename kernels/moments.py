@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .tiles import scalar
+
 
 @triton.jit
 def sum_in_groups(values, PLANES: tl.constexpr):
@@ -69,23 +71,26 @@ def tile_moments(x, in_span, inv_count, SUBTRACT_MEAN: tl.constexpr, PLANES: tl.
 
 
 @triton.jit
-def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
-    """Chan's merge of two sets of (count, mean, m2); an empty set changes nothing."""
-    count = count_a + count_b
-    share_b = count_b / tl.maximum(count, 1.0)
-    delta = mean_b - mean_a
-    # In this order a square does not overflow that an empty set would then multiply by 0.
-    return count, mean_a + delta * share_b, m2_a + m2_b + delta * (delta * (count_a * share_b))
+def add_to_places(x, exists, is_first, origin, shift, square):
+    """(origin, shift, square), for each place of a tile, with those of one tile more: the first value that was there,
+    the sums of differences from it and of their squares. A place that has a value has had one in each tile before."""
+    origin = tl.where(is_first, x, origin)
+    above = tl.where(exists, x - origin, 0.0)
+    return origin, shift + above, square + above * above
 
 
 @triton.jit
-def merge_places(count, inv_count, origin, shift, square):
-    """(rough mean, its error, m2) of each row of [rows, places], as of `rough_moments`, from the sums of differences
-    from an origin at each place, and of their squares; count is [1, places], 0 where nothing was, inv_count 1 / their
-    sum, a scalar: summed here, each thread would compute all of them.
+def merge_places(length, origin, shift, square):
+    """(rough mean, its error, m2) of each row of [rows, places], as of `rough_moments`, from the sums at each place;
+    of each row there were `length` elements, tile after tile.
 
-    An origin far from the others costs its own place digits, but no more than it adds to m2.
+    Merged once, at the end: to merge the moments of whole tiles, threads would wait for one another at each. An origin
+    far from the others costs its own place digits, but no more than it adds to m2.
     """
+    PLACES: tl.constexpr = origin.shape[1]
+    place = tl.arange(0, PLACES)[None, :]
+    count = (tl.maximum(length - place + (PLACES - 1), 0) // PLACES).to(origin.dtype)
+    inv_count = 1.0 / scalar(length, origin.dtype)  # a scalar: of the sum of counts, each thread would add up all
     rough_mean = tl.sum((origin * count + shift) * inv_count, axis=1, keep_dims=True)
     from_rough = tl.where(count > 0, origin - rough_mean, 0.0)
     added = count * from_rough

@@ -88,8 +88,8 @@ def in_pieces(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forward_module, "group_forward_tile", lambda *sizes: None)
         patch.setattr(backward_module, "group_backward_tile", lambda *sizes: None)
-        for module in (forward_pieces, backward_pieces):
-            patch.setattr(module, "piece_tile", tile(module.piece_tile))
+        for module, name in ((forward_pieces, "forward_piece_tile"), (backward_pieces, "backward_piece_tile")):
+            patch.setattr(module, name, tile(getattr(module, name)))
             patch.setattr(module, "backward_steps", lambda *sizes: backward_steps or steps)
         patch.setattr(forward_pieces, "forward_steps", lambda *sizes: steps)
         forget_schedules()

@@ -17,11 +17,11 @@ from .config import (
     MERGE_REGISTERS,
     GroupPlanes,
     PlaneKind,
+    backward_piece_tile,
     backward_steps,
     combine_tile,
     group_planes,
     longest_of,
-    piece_tile,
     plane_units,
 )
 
@@ -99,7 +99,7 @@ class BackwardPieces:
         self.kind = kind
         length = kind.plane[0]
         mixed = kind.x is not None and kind.x.itemsize > kind.dy.itemsize
-        self.tile = tile = piece_tile(
+        self.tile = tile = backward_piece_tile(
             kind.channels, longest_of(kind.plane), kind.dy.itemsize, kind.channels_last, mixed, kind.frozen,
             kind.seed is not None, kind.is_spread,
         )  # fmt: skip

@@ -200,8 +200,51 @@ BACKWARD_PROGRAMS = 16  # a multiprocessor, where there is work for so many
 MERGE_REGISTERS = 255  # what merges partial results; left alone, ptxas spills some bytes to fit one program more
 
 
+def _piece_tile(
+    channels: int, plane: int, itemsize: int, channels_last: bool, tile_bytes: int, thread_bytes: int
+) -> PieceTile:
+    """A tile of so many bytes of a tensor, so many of them a thread.
+
+    channels_last, a thread has eight channels and the values of each, which takes registers: smaller programs, of which
+    more fit, and which load tiles ahead.
+    """
+    elements = tile_bytes // itemsize
+    if channels_last:
+        block_channels = _block_of_channels(channels, itemsize)
+        block_plane = max(8, elements // block_channels)
+    else:
+        block_plane = min(_padded(plane), elements)
+        block_channels = min(elements // block_plane, triton.next_power_of_2(channels))
+    threads = block_channels * block_plane * itemsize // thread_bytes
+    num_warps = max(1, threads // THREADS_PER_WARP)
+    stages = 0 if plane <= block_plane else 4 if channels_last else 1
+    most_registers = 144 if channels_last else _most_registers(itemsize, num_warps)
+    return PieceTile(block_channels, block_plane, num_warps, most_registers, stages)
+
+
+# Of the channels that are columns of a matrix, several of each channel (see `views.pooled_planes`): of smaller programs
+# more overlap, a sixth faster on an H200.
+_SPREAD_TILE_BYTES = 2048
+
+
 @functools.cache
-def piece_tile(
+def forward_piece_tile(
+    channels: int, plane: int, itemsize: int, channels_last: bool, drops: bool = False, spread: bool = False
+) -> PieceTile:
+    """Tile of the forward's passes over pieces, as fast as were found on an H200: of planes up to 8 KB one tile, 64
+    bytes a thread; of longer ones many small programs. drops: each element draws whether it is kept, which takes so
+    many registers that a thread has a quarter as many elements. spread: channels are several columns each."""
+    one_tile = not channels_last and plane * itemsize <= 8192
+    tile_bytes = _SPREAD_TILE_BYTES if spread else 8192 if one_tile else 4096 if channels_last else 2048
+    thread_bytes = 64 if (one_tile or channels_last) and not spread and itemsize < 8 else 32
+    if drops:
+        tile_bytes, thread_bytes = tile_bytes // 2, 16
+    tile = _piece_tile(channels, plane, itemsize, channels_last, tile_bytes, thread_bytes)
+    return replace(tile, most_registers=registers_a_thread(tile.num_warps)) if drops else tile
+
+
+@functools.cache
+def backward_piece_tile(
     channels: int,
     plane: int,
     itemsize: int,
@@ -211,36 +254,25 @@ def piece_tile(
     drops: bool = False,
     spread: bool = False,
 ) -> PieceTile:
-    """Tile of the passes over pieces: 8 KB of a tensor, 4 KB where registers are short, 32 bytes a thread.
+    """Tile of the backward's passes over pieces: 8 KB of a tensor, 4 KB where registers are short, 32 bytes a thread.
 
-    channels_last, a thread has eight channels and the values of each, which takes registers: smaller programs, of which
-    more fit, and which load tiles ahead. mixed: beside 16-bit tensors float32 ones are read, which take more, too.
-    crowded: tensors are written, and sums kept, in one pass. drops: each element draws whether it is kept, which takes
-    so many registers that a thread has half as many elements. spread: the channels are columns of a matrix, several of
-    each channel (see `views.pooled_planes`); of smaller programs more overlap, a sixth faster on an H200.
+    mixed: beside 16-bit tensors float32 ones are read, which take more of them. crowded: tensors are written, and sums
+    kept, in one pass. drops and spread as in `forward_piece_tile`.
     """
-    tile = (2048 if spread else 4096 if channels_last or mixed else 8192) // itemsize
-    elements_per_thread = 32 // itemsize
+    tile_bytes = _SPREAD_TILE_BYTES if spread else 4096 if channels_last or mixed else 8192
+    thread_bytes = 32
     if drops:
-        tile, elements_per_thread = tile // 2, elements_per_thread // 2
-    if channels_last:
-        block_channels = _block_of_channels(channels, itemsize)
-        block_plane = max(8, tile // block_channels)
-    else:
-        block_plane = min(_padded(plane), tile)
-        block_channels = min(tile // block_plane, triton.next_power_of_2(channels))
-    threads = block_channels * block_plane // elements_per_thread
-    stages = 0 if plane <= block_plane else 4 if channels_last else 1
-    num_warps = max(1, threads // THREADS_PER_WARP)
-    most_registers = (168 if crowded else 144) if channels_last else _most_registers(itemsize, num_warps)
+        tile_bytes, thread_bytes = tile_bytes // 2, 16
+    tile = _piece_tile(channels, plane, itemsize, channels_last, tile_bytes, thread_bytes)
+    most_registers = 168 if crowded and channels_last else tile.most_registers
     ragged = channels * itemsize % 16 != 0
     if crowded and channels_last and ragged:
         most_registers = 224
     if mixed:
         most_registers = 184 if channels_last and not ragged else 255
     if drops:
-        most_registers = registers_a_thread(num_warps)
-    return PieceTile(block_channels, block_plane, num_warps, most_registers, stages)
+        most_registers = registers_a_thread(tile.num_warps)
+    return replace(tile, most_registers=most_registers)
 
 
 def forward_steps(plane: int, itemsize: int, tile: PieceTile) -> int:

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..dropout import plane_factor
 from ..epilogue import activate, pre_activation, store_bits
-from ..moments import merge_places, reciprocal_deviation, rough_moments, tile_moments
+from ..moments import add_to_places, merge_places, reciprocal_deviation, rough_moments, tile_moments
 from ..tiles import load_added_residual, load_input, scalar, store_tile
 from .mixture import mixed_statistics
 from .planes import (
@@ -110,8 +110,7 @@ def channel_moments_kernel(
     goes.
 
     The mean is in two parts, Origins_ptr and the difference from it, Means_ptr: as one number it would be rounded to
-    what is no small part of a small deviation. Each place of a tile has sums of its own, of differences from the first
-    value there, and merged at the end: to merge those of whole tiles, threads would wait for one another at each.
+    what is no small part of a small deviation.
     """
     COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
     plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
@@ -140,14 +139,9 @@ def channel_moments_kernel(
                 X_ptr, Residual_ptr, Seed_ptr, Total_ptr, x_base, residual_base, sample, channel, in_channels,
                 position, plane, threshold, positions, factor, CHANNELS, CHANNELS_LAST, COMPUTE,
             )  # fmt: skip
-            origin = tl.where(step == 0, x, origin)
-            # A place that has a value has had one in each tile before: what ends is the plane.
-            above = tl.where(position < plane, x - origin, 0.0)
-            shift += above
-            square += above * above
-        left = tl.minimum(plane - first, tiles * BLOCK_PLANE).to(tl.int32)
-        count = (tl.maximum(left - place + (BLOCK_PLANE - 1), 0) // BLOCK_PLANE).to(COMPUTE)
-        origin, mean, m2 = merge_places(count, 1.0 / scalar(left, COMPUTE), origin, shift, square)
+            origin, shift, square = add_to_places(x, position < plane, step == 0, origin, shift, square)
+        length = tl.minimum(plane - first, tiles * BLOCK_PLANE).to(tl.int32)
+        origin, mean, m2 = merge_places(length, origin, shift, square)
     partial = (sample * pieces + piece) * CHANNELS + channel
     tl.store(Origins_ptr + partial, origin, mask=in_channels)
     tl.store(Means_ptr + partial, mean, mask=in_channels)

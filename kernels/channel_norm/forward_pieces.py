@@ -19,10 +19,10 @@ from .config import (
     PlaneKind,
     backward_steps,
     combine_tile,
+    forward_piece_tile,
     forward_steps,
     group_planes,
     longest_of,
-    piece_tile,
     plane_units,
 )
 from .forward_kernels import channel_apply_kernel, channel_moments_kernel, combine_moments_kernel
@@ -86,7 +86,7 @@ class ForwardPieces:
         length, _ = kind.plane
         drops = kind.seed is not None
         longest, itemsize = longest_of(kind.plane), kind.x.itemsize
-        self.tile = tile = piece_tile(
+        self.tile = tile = forward_piece_tile(
             kind.channels, longest, itemsize, kind.channels_last, drops=drops, spread=kind.is_spread
         )
         block = (tile.block_channels, tile.block_plane, tile.stages)

@@ -161,7 +161,7 @@ def _schedule(shared_bytes: int, *fields: Any) -> Schedule:
     operands = sum(dtype is not None for dtype in (kind.bits, kind.weight, kind.bias)) + sum(kind.wanted[2:])
     config = row_backward_config(kind.span, kind.dy.itemsize, operands, kind.loaded_bytes, shared_bytes)
     if config is None:
-        return _LongRows(kind, shared_bytes)
+        return _LongRows(kind)
     if kind.seed is not None:  # what draws what is dropped takes registers, too
         most = max(168, config.most_registers or 0)
         config = replace(config, most_registers=registers_a_thread(config.num_warps, most))
@@ -185,10 +185,9 @@ class _LongRows:
     """A row a program, walked twice; or, where rows are few or too long for the L2, or have partial sums, the sums of
     each chunk of each row, then a block of columns a program, down the rows with those sums."""
 
-    def __init__(self, kind: _Kind, shared_bytes: int) -> None:
+    def __init__(self, kind: _Kind) -> None:
         self.kind = kind
-        parameter_bytes = sum(dtype.itemsize for dtype in (kind.weight, kind.bias) if dtype is not None)
-        walk = backward_walk_config(kind.span, kind.dy.itemsize, kind.loaded_bytes + parameter_bytes, shared_bytes)
+        walk = backward_walk_config(kind.dy.itemsize)
         walked = (walk.block_span, cdiv(kind.span, walk.block_span), walk.stages)
         constants = (kind.span, kind.vec, kind.subtract_mean, kind.add_first, *kind.slope, *walked)
         self.walk = Launcher(row_walk_backward_kernel, walk.num_warps, *constants, most_registers=walk.most_registers)

@@ -129,17 +129,17 @@ def sum_row_gradients(
     BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Sums [1] of g = dL/dx_hat and of g * x_hat over one chunk of a row: STEPS tiles of BLOCK_SPAN."""
-    sum_g = tl.zeros([1], COMPUTE)
-    sum_g_x_hat = tl.zeros([1], COMPUTE)
+    sum_g = tl.zeros([1, BLOCK_SPAN], COMPUTE)
+    sum_g_x_hat = tl.zeros([1, BLOCK_SPAN], COMPUTE)
     for step in tl.range(tiles_of_chunk(chunk, SPAN, BLOCK_SPAN, STEPS), num_stages=STAGES):
         first = (scalar(chunk, tl.int64) * STEPS + step) * BLOCK_SPAN
         _, _, x_hat, _, g, _ = load_part_of_row(
             DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Weight_ptr, Bias_ptr, Mean_ptr, Rstd_ptr, row, first,
             dy_stride, x_stride, residual_stride, alpha, beta, SPAN, VEC, SLOPE, PASSES, BLOCK_SPAN, COMPUTE,
         )  # fmt: skip
-        sum_g += tl.sum(g, axis=1)
-        sum_g_x_hat += tl.sum(g * x_hat, axis=1)
-    return sum_g, sum_g_x_hat
+        sum_g += g
+        sum_g_x_hat += g * x_hat
+    return tl.sum(sum_g, axis=1), tl.sum(sum_g_x_hat, axis=1)
 
 
 @triton.jit(do_not_specialize=["dy_stride", "dtotal_stride", "x_stride", "residual_stride", "threshold"])

@@ -102,12 +102,12 @@ class _Kind(NamedTuple):
 @functools.cache
 def _schedule(*fields: Any) -> Schedule:
     kind = _Kind(*fields)
-    operands = sum(dtype is not None for dtype in (kind.x, kind.residual, kind.weight, kind.bias)) - kind.add_first
-    widest = max(kind.parameter_itemsizes, default=0)
+    parameters = kind.parameter_itemsizes
     wide_residual = kind.residual is not None and kind.residual.itemsize > kind.x.itemsize
     config = row_forward_config(
-        kind.span, kind.x.itemsize, operands, widest, kind.activation is not None, wide_residual
-    )
+        kind.span, kind.x.itemsize, 1 + (kind.residual is not None and not kind.add_first), len(parameters),
+        max(parameters, default=0), kind.add_first, wide_residual,
+    )  # fmt: skip
     if config is None:
         return _LongRows(kind)
     constants = (*kind.constants, config.block_rows, config.block_span)
@@ -151,7 +151,8 @@ class _LongRows:
     def __call__(self, rows: int, given: Tensors, out: Forward, strides: Strides, floats: Floats) -> None:
         facts = device_facts(out.y.device)
         span, itemsize = self.kind.span, self.kind.x.itemsize
-        if self._may_walk(given) and walks_rows(rows, span, itemsize, self.loaded_itemsize, facts):
+        alone = self.config.chunks == 1
+        if alone or (self._may_walk(given) and walks_rows(rows, span, itemsize, self.loaded_itemsize, facts)):
             y, total, mean, rstd, bits = out
             walk = self.walk(walk_stages(self.config, self.loaded_itemsize, facts.shared_bytes))
             walk(rows, y.device, given, (y, total, bits, mean, rstd), *strides, *floats)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..dropout import row_factor
 from ..epilogue import activate, pre_activation, store_bits
-from ..moments import merge_chunks, merge_moments, reciprocal_deviation, tile_moments
+from ..moments import add_to_places, merge_chunks, merge_places, reciprocal_deviation, tile_moments
 from ..tiles import load_added_residual, load_input, scalar, store_tile
 
 
@@ -78,29 +78,53 @@ def tiles_of_chunk(chunk, SPAN: tl.constexpr, BLOCK_SPAN: tl.constexpr, STEPS: t
 
 
 @triton.jit
+def load_part_of_input(
+    X_ptr, Residual_ptr, Total_ptr, Seed_ptr, row, x_base, residual_base, first, threshold, factor,
+    SPAN: tl.constexpr, BLOCK_SPAN: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """(x, in_span): what is normalized of BLOCK_SPAN elements of a row, from column `first` on. A total is stored."""
+    col = first + tl.arange(0, BLOCK_SPAN)[None, :]
+    in_span = col < SPAN
+    drops = row_factor(Seed_ptr, row, first, threshold, factor, SPAN, BLOCK_SPAN, COMPUTE)
+    x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, in_span, drops, COMPUTE)
+    store_tile(Total_ptr, x, row * SPAN, col, in_span)
+    return x, in_span
+
+
+@triton.jit
 def chunk_moments(
     X_ptr, Residual_ptr, Total_ptr, Seed_ptr, row, x_base, residual_base, chunk, threshold, factor,
     SPAN: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    STAGES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """(mean, m2), each [1], of one chunk: STEPS tiles of BLOCK_SPAN, merged in order. Stores the total as it goes."""
-    count = tl.zeros([1], COMPUTE)
-    mean = tl.zeros([1], COMPUTE)
-    m2 = tl.zeros([1], COMPUTE)
-    for step in tl.range(tiles_of_chunk(chunk, SPAN, BLOCK_SPAN, STEPS)):
-        first = (scalar(chunk, tl.int64) * STEPS + step) * BLOCK_SPAN
-        col = first + tl.arange(0, BLOCK_SPAN)[None, :]
-        in_span = col < SPAN
-        drops = row_factor(Seed_ptr, row, first, threshold, factor, SPAN, BLOCK_SPAN, COMPUTE)
-        x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, in_span, drops, COMPUTE)
-        store_tile(Total_ptr, x, row * SPAN, col, in_span)
-        tile_count = tl.minimum(tl.maximum(SPAN - first, 0), BLOCK_SPAN).to(COMPUTE)
-        tile_mean, tile_m2, _ = tile_moments(x, in_span, 1.0 / tl.maximum(tile_count, 1.0), SUBTRACT_MEAN)
+    """(mean, m2), each [1], of one chunk: STEPS tiles of BLOCK_SPAN."""
+    first = scalar(chunk, tl.int64) * STEPS * BLOCK_SPAN
+    length = tl.minimum(SPAN - first, STEPS * BLOCK_SPAN).to(tl.int32)
+    if STEPS == 1:
+        x, in_span = load_part_of_input(
+            X_ptr, Residual_ptr, Total_ptr, Seed_ptr, row, x_base, residual_base, first, threshold, factor,
+            SPAN, BLOCK_SPAN, COMPUTE,
+        )  # fmt: skip
+        mean, m2, _ = tile_moments(x, in_span, 1.0 / scalar(length, COMPUTE), SUBTRACT_MEAN)
+        return mean, m2
+    else:
+        origin = tl.zeros([1, BLOCK_SPAN], COMPUTE)
+        shift = tl.zeros([1, BLOCK_SPAN], COMPUTE)
+        square = tl.zeros([1, BLOCK_SPAN], COMPUTE)
+        for step in tl.range(tiles_of_chunk(chunk, SPAN, BLOCK_SPAN, STEPS), num_stages=STAGES):
+            x, in_span = load_part_of_input(
+                X_ptr, Residual_ptr, Total_ptr, Seed_ptr, row, x_base, residual_base, first + step * BLOCK_SPAN,
+                threshold, factor, SPAN, BLOCK_SPAN, COMPUTE,
+            )  # fmt: skip
+            if SUBTRACT_MEAN:
+                origin, shift, square = add_to_places(x, in_span, step == 0, origin, shift, square)
+            else:
+                square += x * x
         if SUBTRACT_MEAN:
-            count, mean, m2 = merge_moments(count, mean, m2, tile_count, tile_mean, tile_m2)
+            mean, correction, m2 = merge_places(length, origin, shift, square)
+            return mean + correction, m2
         else:
-            m2 += tile_m2
-    return mean, m2
+            return tl.zeros([1], COMPUTE), tl.sum(square, axis=1)
 
 
 @triton.jit
@@ -110,9 +134,11 @@ def apply_chunk(
     SPAN: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr, BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Normalizes and finishes one chunk, given the row's mean (or None) and rstd. A total is not stored again."""
-    for step in tl.range(tiles_of_chunk(chunk, SPAN, BLOCK_SPAN, STEPS)):
-        first = (scalar(chunk, tl.int64) * STEPS + step) * BLOCK_SPAN
+    """Normalizes and finishes one chunk, given the row's mean (or None) and rstd, its last tile first. A total is not
+    stored again."""
+    tiles = tiles_of_chunk(chunk, SPAN, BLOCK_SPAN, STEPS)
+    for step in tl.range(tiles):
+        first = (scalar(chunk, tl.int64) * STEPS + tiles - 1 - step) * BLOCK_SPAN
         col = first + tl.arange(0, BLOCK_SPAN)[None, :]
         in_span = col < SPAN
         drops = row_factor(Seed_ptr, row, first, threshold, factor, SPAN, BLOCK_SPAN, COMPUTE)
@@ -151,7 +177,7 @@ def row_walk_forward_kernel(
     for chunk in tl.range(CHUNKS, num_stages=STAGES):
         mean, m2 = chunk_moments(
             X_ptr, Residual_ptr, Total_ptr, Seed_ptr, row, x_base, residual_base, chunk, threshold, factor,
-            SPAN, SUBTRACT_MEAN, BLOCK_SPAN, STEPS, COMPUTE,
+            SPAN, SUBTRACT_MEAN, BLOCK_SPAN, STEPS, STAGES, COMPUTE,
         )  # fmt: skip
         means = tl.where(index == chunk, mean, means)
         m2s = tl.where(index == chunk, m2, m2s)
@@ -179,7 +205,7 @@ def row_moments_kernel(
     row = program // CHUNKS
     mean, m2 = chunk_moments(
         X_ptr, Residual_ptr, Total_ptr, Seed_ptr, row, row * x_stride * VEC, row * residual_stride * VEC,
-        tl.program_id(0) % CHUNKS, threshold, factor, SPAN, SUBTRACT_MEAN, BLOCK_SPAN, STEPS, COMPUTE,
+        tl.program_id(0) % CHUNKS, threshold, factor, SPAN, SUBTRACT_MEAN, BLOCK_SPAN, STEPS, 1, COMPUTE,
     )  # fmt: skip
     store_statistics(Means_ptr, M2s_ptr, program, mean, m2, row >= 0)
 
