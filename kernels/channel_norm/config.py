@@ -189,8 +189,10 @@ def batch_backward_tile(rows: int, spread: int, itemsize: int, residual: bool) -
     return tile
 
 
-# Bytes of a tensor a piece at least, and of each of its channels, whose partial results then weigh little beside them.
-LEAST_PIECE_BYTES = 16384
+# Of a piece at least: tiles of the forward's, bytes of a tensor of the backward's; and bytes of each of its channels,
+# whose partial results then weigh little beside them.
+LEAST_FORWARD_TILES = 4
+LEAST_BACKWARD_BYTES = 16384
 LEAST_CHANNEL_BYTES = 256
 # Of a sample: enough to fill a device with one, few enough to be merged by one program a group.
 MOST_PIECES = 2048
@@ -277,18 +279,18 @@ def backward_piece_tile(
 
 def forward_steps(plane: int, itemsize: int, tile: PieceTile) -> int:
     """Tiles of a piece: of the plane's length alone, so that a sample's bits do not depend on the batch."""
-    return _steps(plane, itemsize, tile, MOST_PIECES)
+    return _steps(plane, itemsize, tile, LEAST_FORWARD_TILES, MOST_PIECES)
 
 
 def backward_steps(plane: int, itemsize: int, tile: PieceTile, blocks: int, facts: DeviceFacts) -> int:
     """Tiles of a piece, where there are as many blocks of channels in all samples."""
-    return _steps(plane, itemsize, tile, cdiv(BACKWARD_PROGRAMS * facts.multiprocessors, blocks))
+    least = cdiv(LEAST_BACKWARD_BYTES, tile.block_channels * tile.block_plane * itemsize)
+    return _steps(plane, itemsize, tile, least, cdiv(BACKWARD_PROGRAMS * facts.multiprocessors, blocks))
 
 
-def _steps(plane: int, itemsize: int, tile: PieceTile, most_pieces: int) -> int:
-    of_channel = tile.block_plane * itemsize
-    least = max(cdiv(LEAST_PIECE_BYTES, tile.block_channels * of_channel), cdiv(LEAST_CHANNEL_BYTES, of_channel))
-    return max(least, cdiv(cdiv(plane, tile.block_plane), most_pieces))
+def _steps(plane: int, itemsize: int, tile: PieceTile, least: int, most_pieces: int) -> int:
+    of_channel = cdiv(LEAST_CHANNEL_BYTES, tile.block_plane * itemsize)
+    return max(least, of_channel, cdiv(cdiv(plane, tile.block_plane), most_pieces))
 
 
 class Merged(NamedTuple):
