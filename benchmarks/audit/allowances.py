@@ -128,6 +128,8 @@ def _may_share_forward(workload: Workload, case: Case, facts: DeviceFacts) -> bo
     if span <= HELD_FORWARD[x.itemsize]:
         return False
     row_bytes = span * (x.itemsize + (case.inputs["residual"].itemsize if workload.adds_first else 0))
+    if row_bytes <= 65536 and x.itemsize < 8 and span * x.itemsize % 16 == 0:
+        return False  # one chunk, always walked
     # Rows over 64 KB have a multiprocessor for themselves; three of the others share one.
     resident = facts.multiprocessors * (1 if row_bytes > 65536 else 3)
     return x.numel() // span < facts.multiprocessors or resident * row_bytes > facts.l2_bytes // 2
