@@ -40,6 +40,31 @@ class ResidualBlock(nn.Module):
         return self.relu(out)
 
 
+class ConvNorm(nn.Module):
+    """As transformers' ResNetConvLayer: the norm of a block that adds elsewhere, and does so in place."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class BlockOfParts(nn.Module):
+    """As transformers' ResNetBasicLayer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(ConvNorm(nn.ReLU()), ConvNorm(nn.Identity()))
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x)
+        out += x
+        return self.act(out)
+
+
 class PreNorm(nn.Module):
     """As a Transformer's block, with an option that its callers may leave out."""
 
@@ -94,6 +119,16 @@ MODELS: dict[str, tuple[Any, tuple[int, ...], list[tuple[str, str]]]] = {
             ("1.bn1", "norm+relu"),
             ("1.bn2", "norm+add+relu"),
             ("1.shortcut.1", "norm"),
+        ],
+    ),
+    "a norm in a part, the add outside": (
+        lambda: nn.Sequential(BlockOfParts(), BlockOfParts()),
+        (2, 4, 5, 5),
+        [
+            ("0.layer.0.norm", "norm+relu"),
+            ("0.layer.1.norm", "norm+add+relu"),
+            ("1.layer.0.norm", "norm+relu"),
+            ("1.layer.1.norm", "norm+add+relu"),
         ],
     ),
     "Transformer": (
@@ -227,6 +262,47 @@ def test_a_hook_sees_what_it_saw_whenever_it_comes() -> None:
     model[1].register_forward_hook(lambda module, args, y: seen.append(y))
     model(x)
     torch.testing.assert_close(seen, [expected])
+
+
+@pytest.mark.parametrize("part", ["layer", "layer.1", "layer.1.norm"])
+def test_a_hook_on_a_part_sees_what_it_saw(part: str) -> None:
+    torch.manual_seed(0)
+    model, x = BlockOfParts().to(DEVICE), normal(2, 4, 5, 5)
+    seen: list[Tensor] = []
+    for fused in (False, True):
+        if fused:
+            fuse(model)
+        handle = model.get_submodule(part).register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+        model.eval()(x)
+        handle.remove()
+    torch.testing.assert_close(*seen)
+
+
+def test_a_part_that_changed_since_runs_as_it_is() -> None:
+    torch.manual_seed(0)
+    model, x = BlockOfParts().to(DEVICE), normal(2, 4, 5, 5)
+    expected = copy.deepcopy(model)
+    fuse(model)
+    for each in (model, expected):
+        each.layer[1] = nn.Tanh()
+    torch.testing.assert_close(model(x), expected(x))
+    for each in (model, expected):
+        each.layer[1] = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False).to(DEVICE).requires_grad_(False), nn.Identity())
+        nn.init.ones_(each.layer[1][0].weight)
+    torch.testing.assert_close(model(x), expected(x))
+
+
+class GoesByTheClass(ConvNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[0] if isinstance(x, tuple) else x)
+
+
+def test_a_part_that_goes_by_what_it_is_given_stays_a_part() -> None:
+    torch.manual_seed(0)
+    model = BlockOfParts()
+    model.layer[1] = GoesByTheClass(nn.Identity())
+    patterns = [entry.pattern for entry in fusion_report(fuse(model.to(DEVICE)))]
+    assert patterns == ["norm+relu", "norm", "add+relu"]
 
 
 def test_other_calls_than_those_that_were_traced_run_as_they_did() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .check import Example, Results, disagreeing
+from .inlining import inline
 from .patterns import Site, fuse_graph
 from .plans import Plan, can_be_kept
 from .recognize import is_norm, is_standardizing, may_be_norm, recognize
@@ -163,9 +164,19 @@ def _plan(module: nn.Module, given: Mapping[str, Given]) -> Plan | None:
     traced, without = (trace(module, given, grad=grad) for grad in (True, False))
     if traced.graph.python_code("self").src != without.graph.python_code("self").src:
         raise Untraceable("its forward goes by whether gradients are on")
+    inlined = inline(traced.graph, module)
     sites = fuse_graph(traced.graph, module)
-    plan = Plan(module, traced, given, sites) if sites else None
+    of_use = [child for child in inlined if any(_joins_what_follows(site, child.name) for site in sites)]
+    if len(of_use) < len(inlined):
+        traced = trace(module, given)
+        inlined = inline(traced.graph, module, frozenset(child.name for child in of_use))
+        sites = fuse_graph(traced.graph, module)
+    plan = Plan(module, traced, given, sites, inlined) if sites else None
     return plan if plan is not None and can_be_kept(plan) else None
+
+
+def _joins_what_follows(site: Site, child: str) -> bool:
+    return site.pattern.startswith("norm+") and site.norm.startswith(f"{child}.")
 
 
 # --- the report ----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..activation import Activation
+from .inlining import Inlined
 from .patterns import Site
 from .sites import NormSite, has_hooks
 from .tracing import Given, Traced
@@ -24,10 +25,17 @@ class Plan:
 
     given: what each parameter of forward is given; attributes: scalars of the module that its branches went by;
     children: the names of its modules; skipped: those that are not called, by their class; norms: those that are
-    called with more than they were.
+    called with more than they were; inlined: those whose forward is in the graph.
     """
 
-    def __init__(self, module: nn.Module, traced: Traced, given: Mapping[str, Given], sites: Sequence[Site]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        traced: Traced,
+        given: Mapping[str, Given],
+        sites: Sequence[Site],
+        inlined: Sequence[Inlined] = (),
+    ) -> None:
         parameters = inspect.signature(module.forward).parameters
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self.sites = tuple(sites)
@@ -45,6 +53,7 @@ class Plan:
         skipped = [(name, type(module.get_submodule(name))) for site in sites for name in site.skipped]
         self.skipped = tuple(dict.fromkeys(skipped))
         self.norms = tuple(dict.fromkeys(site.norm for site in sites if site.norm))
+        self.inlined = tuple(inlined)
         code = traced.graph.python_code("self")
         self.source = code.src
         scope = {**code.globals, "Activation": Activation}
@@ -74,6 +83,8 @@ class Plan:
         for name, value in self.attributes.items():
             if getattr(module, name, ...) != value:
                 return None
+        if not all(child.holds(module) for child in self.inlined):
+            return None
         for name in self.norms:
             norm = module.get_submodule(name)
             if not isinstance(norm, NormSite) or has_hooks(norm):

@@ -27,7 +27,8 @@ class Untraceable(Exception):
 
 
 class Given(NamedTuple):
-    """What a call gives to a parameter of forward: something of this class, or nothing but this constant."""
+    """What a call gives to a parameter of forward: something of this class (of any: object), or nothing but this
+    constant."""
 
     of_class: type | None
     constant: Any = None
@@ -127,7 +128,7 @@ class _OneForward(Tracer):
 
     def _placeholder(self, name: str, of_class: type) -> Proxy:
         node = self.create_node("placeholder", name, (), {})
-        return _StandIn(node, self, of_class)
+        return _StandIn(node, self, None if of_class is object else of_class)
 
     def proxy(self, node: Any) -> Proxy:
         return _StandIn(node, self, None)

@@ -1,0 +1,111 @@
+"""Children that end in a norm, put into the graph of a forward that goes on from there.
+
+A forward's graph has its children as single nodes. Where one is a chain that ends in a norm, and its parent adds to the
+result or activates it (the convolution and norm of one class, the block's add in another), the child's own graph takes
+its node's place, so that the norm and what follows stand side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.fx import Graph, Node
+
+from .sites import NormSite, Replaced, has_hooks
+from .tracing import Given, Traced, Untraceable, given_by_default, trace
+
+
+class Inlined(NamedTuple):
+    """A child whose forward stands in another's graph, and what has to hold of it in a call."""
+
+    name: str
+    cls: type[nn.Module]
+    attributes: dict[str, Any]
+    children: tuple[str, ...]
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the child of a module is still what it was, and nobody listens to its calls."""
+        child = module.get_submodule(self.name)
+        return (
+            class_before(child) is self.cls
+            and "forward" not in vars(child)
+            and not has_hooks(child)
+            and tuple(child._modules) == self.children
+            and all(getattr(child, name, ...) == value for name, value in self.attributes.items())
+        )
+
+
+def class_before(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before it was fused."""
+    return module._class_before if isinstance(module, Replaced) else type(module)
+
+
+def inline(graph: Graph, module: nn.Module, chosen: frozenset[str] | None = None) -> list[Inlined]:
+    """Puts children that end in a norm into the graph of the module's forward: all, or those with a chosen name."""
+    found: list[Inlined] = []
+    nodes = list(graph.nodes)
+    while nodes:
+        node = nodes.pop()
+        if node.op != "call_module" or (chosen is not None and node.target not in chosen):
+            continue
+        traced = _ending_in_a_norm(node, module)
+        if traced is not None:
+            name = str(node.target)
+            child = module.get_submodule(name)
+            found.append(Inlined(name, class_before(child), dict(traced.attributes), tuple(child._modules)))
+            nodes.append(_put(traced.graph, graph, node))
+    return found
+
+
+def _ending_in_a_norm(node: Node, module: nn.Module) -> Traced | None:
+    """The forward of the module that a node calls with one tensor, if its result is one of a norm."""
+    child = module.get_submodule(str(node.target))
+    if isinstance(child, Replaced) or not child._modules or len(node.args) != 1 or node.kwargs or has_hooks(child):
+        return None
+    if type(child).__module__.startswith("torch.") and type(child) is not nn.Sequential:
+        return None
+    if "forward" in vars(child) or not isinstance(node.args[0], Node):
+        return None
+    try:
+        names = ("input",) if type(child) is nn.Sequential else tuple(given_by_default(child))
+        given = dict.fromkeys(names, Given(object))
+        traced, without = (trace(child, given, grad=grad) for grad in (True, False))
+    except (Untraceable, TypeError, ValueError):
+        return None
+    same = traced.graph.python_code("self").src == without.graph.python_code("self").src
+    if len(names) != 1 or not same or "training" in traced.attributes:
+        return None
+    return traced if _ends_in_a_norm(traced.graph, child) else None
+
+
+def _ends_in_a_norm(graph: Graph, module: nn.Module) -> bool:
+    result = _result(graph)
+    while isinstance(result, Node) and result.op == "call_module":
+        called = module.get_submodule(str(result.target))
+        if type(called) is not nn.Identity:
+            return isinstance(called, NormSite) or _ending_in_a_norm(result, module) is not None
+        result = result.args[0]
+    return False
+
+
+def _result(graph: Graph) -> Any:
+    (result,) = next(node for node in graph.nodes if node.op == "output").args
+    return result
+
+
+def _put(inner: Graph, graph: Graph, node: Node) -> Node:
+    """Puts a graph into another in the place of a node, and returns what its result is there."""
+    values: dict[Node, Any] = {}
+    with graph.inserting_before(node):
+        for part in inner.nodes:
+            if part.op == "placeholder":
+                values[part] = node.args[0]
+            elif part.op != "output":
+                copy = values[part] = graph.node_copy(part, values.__getitem__)
+                if part.op in ("call_module", "get_attr"):
+                    copy.target = f"{node.target}.{part.target}"
+    result: Node = values[_result(inner)]
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    return result
