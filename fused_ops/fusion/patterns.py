@@ -14,11 +14,13 @@ from torch.nn import functional as TF
 from .. import functional as F
 from ..activation import Activation
 from ..fallback import activate
+from .in_place import IN_PLACE
 from .recognize import activation_of
-from .sites import NormSite, has_hooks, joins
+from .sites import NormSite, has_hooks, joins, summed
 
-_ADDS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
-_WRITING_OPERATORS = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem})
+_ADDS_IN_PLACE = frozenset({IN_PLACE["iadd"], "add_"})
+_ADDS = frozenset({operator.add, torch.add, "add"}) | _ADDS_IN_PLACE
+_WRITING_OPERATORS = frozenset({*IN_PLACE.values(), operator.setitem})
 # Functions and methods that are activations, and what may follow their input.
 _ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys((TF.relu, torch.relu, torch.relu_, TF.relu_, "relu", "relu_"), ("relu", ("inplace",))),
@@ -47,11 +49,11 @@ class Site(NamedTuple):
     """Names of the modules that it is called instead of."""
 
 
-def add_then_activate(x: Any, residual: Any, activation: Activation) -> Tensor:
-    """``activation(x + residual)``, by kernel where they are of one shape and type."""
+def add_then_activate(x: Any, residual: Any, activation: Activation, into: str | None = None) -> Tensor:
+    """``activation(x + residual)``, by kernel where they are of one shape and type; into as of `summed`."""
     if joins(x, residual):
         return F.residual_add(x, residual, activation=activation)
-    return activate(x + residual, activation)
+    return activate(summed(x, residual, into), activation)
 
 
 def fuse_graph(graph: Graph, module: nn.Module) -> list[Site]:
@@ -85,7 +87,9 @@ class _Fusing:
         x, chain = node.args[0], [node]
         value, follower = self._follow(node, chain)
         residual = None if follower is None else self._added(follower, value)
+        into = None
         if residual is not None and follower is not None:
+            into = self._into(follower, value)
             chain.append(follower)
             value, follower = self._follow(follower, chain)
         activation = None if follower is None else self._activation(follower, value)
@@ -98,7 +102,7 @@ class _Fusing:
         if self._is_written_between(chain, (x, residual)):
             return None
         with self.graph.inserting_before(chain[-1]):
-            keywords = {"residual": residual, "activation": activation}
+            keywords = {"residual": residual, "activation": activation, "into": into}
             given = {name: value for name, value in keywords.items() if value is not None}
             fused = self.graph.call_module(node.target, (x,), given)  # type: ignore[arg-type]
         chain[-1].replace_all_uses_with(fused)
@@ -125,7 +129,8 @@ class _Fusing:
         if self._is_written_between(chain, (*operands, total)):
             return None
         with self.graph.inserting_before(total):
-            given = {"add_first": True} | ({} if activation is None else {"activation": activation})
+            keywords = {"add_first": True, "activation": activation, "into": self._into(total, operands[0])}
+            given = {name: value for name, value in keywords.items() if value is not None}
             both = self.graph.call_module(node.target, operands, given)  # type: ignore[arg-type]
             y = self.graph.call_function(operator.getitem, (both, 0))
             kept = self.graph.call_function(operator.getitem, (both, 1))
@@ -147,7 +152,9 @@ class _Fusing:
         if self._is_written_between(chain, operands):
             return None
         with self.graph.inserting_before(follower):
-            fused = self.graph.call_function(add_then_activate, (*operands, activation))  # type: ignore[arg-type]
+            into = self._into(node, operands[0])
+            given = {} if into is None else {"into": into}
+            fused = self.graph.call_function(add_then_activate, (*operands, activation), given)  # type: ignore[arg-type]
         follower.replace_all_uses_with(fused)
         return self._site(["add", activation], None, chain)
 
@@ -200,14 +207,22 @@ class _Fusing:
         x, residual = node.args
         if not (isinstance(x, Node) and isinstance(residual, Node)) or x is residual:
             return None
-        if node.target in (operator.iadd, "add_") and not self._is_made_for(node, x):
+        if node.target in _ADDS_IN_PLACE and not self._is_made_for(node, x):
             return None
         return x, residual
 
+    def _into(self, node: Node, x: Node) -> str | None:
+        """Which of x and the residual an add writes into, if any."""
+        if node.target not in _ADDS_IN_PLACE:
+            return None
+        return "x" if node.args[0] is x else "residual"
+
     def _is_made_for(self, node: Node, value: Node) -> bool:
         """Whether `value` is a tensor that only `node` sees."""
-        computed = value.op == "call_module" or value.target in _ADDS
-        return computed and not self._is_identity(value) and list(value.users) == [node]
+        origin = self._precede(value, [])
+        computed = origin.op == "call_module" or origin.target in _ADDS
+        is_passed_on = self._is_identity(origin)  # to others as well
+        return computed and not is_passed_on and len(origin.users) == 1 and list(value.users) == [node]
 
     def _added(self, node: Node, value: Node) -> Node | None:
         """What a node adds to `value`."""

@@ -83,6 +83,12 @@ def joins(x: Any, residual: Any) -> bool:
     )
 
 
+def summed(x: Any, residual: Any, into: str | None) -> Any:
+    """``x + residual``; an add in place, `into` either ("x", "residual"), keeps that one's type."""
+    total = x + residual
+    return total if into is None else total.to((x if into == "x" else residual).dtype)
+
+
 class NormSite(Replaced, Normalizing):
     """Mixin before one of our norms: a call may bring the add and the activation beside it along.
 
@@ -98,22 +104,26 @@ class NormSite(Replaced, Normalizing):
         *,
         activation: Activation | None = None,
         add_first: bool = False,
+        into: str | None = None,
     ) -> Any:
-        """``activation(norm(x) + residual)``, or with `add_first` ``(activation(norm(total)), total)``."""
+        """``activation(norm(x) + residual)``, or with `add_first` ``(activation(norm(total)), total)``. into: what an
+        add in place writes into, "residual", or "x": the norm's result, or x itself with `add_first`."""
         if not self._takes(x) or not (residual is None or joins(x, residual)):
-            return self._composed(x, residual, activation, add_first)
+            return self._composed(x, residual, activation, add_first, into)
         activation = self._own_activation if activation is None else activation
         if add_first:
             return self._add_and_normalize(x, residual, activation, 0.0)
         return self._normalize(x, residual, activation)
 
-    def _composed(self, x: Tensor, residual: Any, activation: Activation | None, add_first: bool) -> Any:
+    def _composed(
+        self, x: Tensor, residual: Any, activation: Activation | None, add_first: bool, into: str | None
+    ) -> Any:
         """The same in steps: what is added may broadcast, have a type of its own, or be a number."""
-        total = x + residual if add_first else x
+        total = summed(x, residual, into) if add_first else x
         y = self._alone(total)
         if add_first:
             return activate(y, activation), total
-        return activate(y if residual is None else y + residual, activation)
+        return activate(y if residual is None else summed(y, residual, into), activation)
 
     def _takes(self, x: Tensor) -> bool:
         return True

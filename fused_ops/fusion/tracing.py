@@ -18,6 +18,8 @@ from torch import nn
 from torch.fx import Graph, Proxy, Tracer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .in_place import IN_PLACE
+
 # Read by a forward, and cheap to compare in every call.
 _SCALARS = (bool, int, float, str, type(None), torch.dtype)
 
@@ -161,6 +163,14 @@ class _StandIn(Proxy):
         if of_class is None:
             raise Untraceable("its forward goes by the class of what it computes")
         return of_class
+
+
+def _in_place(operation: Any) -> Any:
+    return lambda self, other: self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+
+for _name, _operation in IN_PLACE.items():
+    setattr(_StandIn, f"__{_name}__", _in_place(_operation))
 
 
 def _asked_by(*names: str, levels: int = 2) -> bool:
