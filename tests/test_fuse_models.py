@@ -261,7 +261,13 @@ def trained(model: torch.nn.Module, given: Any) -> list[Tensor]:
     return [*(tensor.detach() for tensor in left), torch.rand(2)]
 
 
-LONG = ("timm bit", "torchvision resnet50", "torchvision swin")  # what is in them is in smaller ones
+LONG = (
+    "timm bit",
+    "transformers vit",
+    "torchvision resnet18",
+    "torchvision resnet50",
+    "torchvision swin",
+)  # what is in them is in smaller ones
 
 
 @pytest.mark.parametrize(
