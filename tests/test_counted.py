@@ -195,7 +195,7 @@ SMALL_DEVICE = H200._replace(multiprocessors=2, l2_bytes=H200.l2_bytes // 66)
     [
         (after_relu((200, 1024)), SMALL_DEVICE, "row_norm_forward_kernel"),
         (workload((8, 20480), "rms_norm"), SMALL_DEVICE, "row_walk_forward_kernel"),
-        (workload((8, 20480), "layer_norm"), SMALL_DEVICE._replace(l2_bytes=2**18), "row_moments_kernel"),
+        (workload((8, 40960), "layer_norm"), SMALL_DEVICE._replace(l2_bytes=2**18), "row_moments_kernel"),
     ],
     ids=["whole rows", "walked rows", "shared rows"],
 )

@@ -183,7 +183,7 @@ def test_a_part_that_goes_by_what_it_is_given_stays_a_part() -> None:
     model = BlockOfParts()
     model.layer[1] = GoesByTheClass(nn.Identity())
     patterns = [entry.pattern for entry in fusion_report(fuse(model.to(DEVICE)))]
-    assert patterns == ["norm+relu", "norm", "add+relu"]
+    assert patterns == ["norm+relu", "norm"]  # and an add in place onto what it may have been given is left
 
 
 def test_other_calls_than_those_that_were_traced_run_as_they_did() -> None:
@@ -226,6 +226,68 @@ def test_what_changes_in_place_changes_for_all_its_names() -> None:
     expected = model(x)
     assert [entry.pattern for entry in fusion_report(fuse(model))] == ["norm+relu"]
     torch.testing.assert_close(model(x), expected)
+
+
+class KeepsTwice(ChangesWhatItKeeps):
+    """Adds in place onto the result of an add in place, and of a module that hands on what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        out = kept = self.conv(x)
+        out += x
+        out += x
+        before = self.conv(x)
+        after = self.drop(before)
+        after += x
+        return torch.relu(out), kept, self.norm(after), before
+
+
+def test_an_add_onto_another_name_is_left() -> None:
+    torch.manual_seed(0)
+    model, x = KeepsTwice().to(DEVICE).eval(), normal(2, 4, 5, 5)
+    expected = model(x)
+    torch.testing.assert_close(fuse(model)(x), expected)
+
+
+class PartByKeyword(ConvNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(input=self.norm(self.conv(x)))
+
+
+class Called(ConvNorm):
+    calls = 0
+
+    def __call__(self, *args: Any) -> Any:
+        type(self).calls += 1
+        return super().__call__(*args)
+
+
+def test_a_part_with_a_call_of_its_own_is_called() -> None:
+    for part in (PartByKeyword, Called):
+        torch.manual_seed(0)
+        model, x = BlockOfParts(), normal(2, 4, 5, 5)
+        model.layer = part(nn.Identity())
+        model.to(DEVICE)
+        expected = model.eval()(x)
+        before = Called.calls
+        torch.testing.assert_close(fuse(model)(x), expected)
+        assert part is PartByKeyword or Called.calls > before
+
+
+def test_a_part_whose_class_cannot_be_pickled_costs_nothing_else() -> None:
+    class Local(ConvNorm):
+        pass
+
+    class Adds(BlockOfParts):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.layer(x) + x)
+
+    model = Adds()
+    model.layer = nn.Sequential(Local(nn.Identity()))
+    assert [entry.pattern for entry in fusion_report(fuse(model.to(DEVICE)))] == ["norm", "add+relu"]
 
 
 class Broadcasts(nn.Module):

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from .check import Example, Results, disagreeing
-from .inlining import inline
+from .inlining import Inlined, inline
 from .patterns import Site, fuse_graph
 from .plans import Plan, can_be_kept
 from .recognize import is_norm, is_standardizing, may_be_norm, recognize
 from .report import Entry, FusionReport
 from .sites import FusedForward, NormSite, Replaced, fused_forward, replace, restore
-from .tracing import Given, Untraceable, given_by, given_by_default, trace, training_set_to
+from .tracing import Given, Traced, Untraceable, given_by, given_by_default, trace, training_set_to
 
 _MOST_PLANS = 8  # of a module, which looks through them in every call
 
@@ -171,6 +171,16 @@ def _plan(module: nn.Module, given: Mapping[str, Given]) -> Plan | None:
         traced = trace(module, given)
         inlined = inline(traced.graph, module, frozenset(child.name for child in of_use))
         sites = fuse_graph(traced.graph, module)
+    plan = _kept(module, traced, given, sites, inlined)
+    if plan is None and inlined:  # a class of a part cannot be pickled
+        traced = trace(module, given)
+        plan = _kept(module, traced, given, fuse_graph(traced.graph, module), [])
+    return plan
+
+
+def _kept(
+    module: nn.Module, traced: Traced, given: Mapping[str, Given], sites: list[Site], inlined: list[Inlined]
+) -> Plan | None:
     plan = Plan(module, traced, given, sites, inlined) if sites else None
     return plan if plan is not None and can_be_kept(plan) else None
 

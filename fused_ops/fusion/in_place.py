@@ -10,7 +10,10 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-NAMES = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
+NAMES = (
+    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul",
+    "iand", "ior", "ixor", "ilshift", "irshift",
+)  # fmt: skip
 
 
 def _named(name: str) -> Callable[[Any, Any], Any]:

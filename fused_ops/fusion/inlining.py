@@ -29,7 +29,7 @@ class Inlined(NamedTuple):
         child = module.get_submodule(self.name)
         return (
             class_before(child) is self.cls
-            and "forward" not in vars(child)
+            and is_called_plainly(child)
             and not has_hooks(child)
             and tuple(child._modules) == self.children
             and all(getattr(child, name, ...) == value for name, value in self.attributes.items())
@@ -39,6 +39,12 @@ class Inlined(NamedTuple):
 def class_before(module: nn.Module) -> type[nn.Module]:
     """The class that a module had before it was fused."""
     return module._class_before if isinstance(module, Replaced) else type(module)
+
+
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether a call of the module is a call of its class's forward."""
+    by_class = type(module).__call__ is nn.Module.__call__ and "forward" not in vars(module)
+    return by_class and getattr(module, "_compiled_call_impl", None) is None
 
 
 def inline(graph: Graph, module: nn.Module, chosen: frozenset[str] | None = None) -> list[Inlined]:
@@ -65,7 +71,7 @@ def _ending_in_a_norm(node: Node, module: nn.Module) -> Traced | None:
         return None
     if type(child).__module__.startswith("torch.") and type(child) is not nn.Sequential:
         return None
-    if "forward" in vars(child) or not isinstance(node.args[0], Node):
+    if not is_called_plainly(child) or not isinstance(node.args[0], Node):
         return None
     try:
         names = ("input",) if type(child) is nn.Sequential else tuple(given_by_default(child))
@@ -85,6 +91,8 @@ def _ends_in_a_norm(graph: Graph, module: nn.Module) -> bool:
         called = module.get_submodule(str(result.target))
         if type(called) is not nn.Identity:
             return isinstance(called, NormSite) or _ending_in_a_norm(result, module) is not None
+        if len(result.args) != 1:
+            return False
         result = result.args[0]
     return False
 

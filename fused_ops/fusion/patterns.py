@@ -21,6 +21,8 @@ from .sites import NormSite, has_hooks, joins, summed
 _ADDS_IN_PLACE = frozenset({IN_PLACE["iadd"], "add_"})
 _ADDS = frozenset({operator.add, torch.add, "add"}) | _ADDS_IN_PLACE
 _WRITING_OPERATORS = frozenset({*IN_PLACE.values(), operator.setitem})
+# Modules whose result is a tensor that they made.
+_MAKING = (NormSite, nn.Linear, nn.modules.conv._ConvNd)
 # Functions and methods that are activations, and what may follow their input.
 _ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys((TF.relu, torch.relu, torch.relu_, TF.relu_, "relu", "relu_"), ("relu", ("inplace",))),
@@ -219,10 +221,19 @@ class _Fusing:
 
     def _is_made_for(self, node: Node, value: Node) -> bool:
         """Whether `value` is a tensor that only `node` sees."""
-        origin = self._precede(value, [])
-        computed = origin.op == "call_module" or origin.target in _ADDS
-        is_passed_on = self._is_identity(origin)  # to others as well
-        return computed and not is_passed_on and len(origin.users) == 1 and list(value.users) == [node]
+        if list(value.users) != [node] or value.op == "placeholder":
+            return False
+        if value.op == "call_module":
+            called = self.module.get_submodule(str(value.target))
+            if isinstance(called, _MAKING):
+                return True
+        elif value.op != "call_function" or value.target not in _ADDS:
+            return False
+        elif value.target not in _ADDS_IN_PLACE:
+            return True
+        # Perhaps what it was given, by another name.
+        given = value.args[0] if len(value.args) > 0 else None
+        return isinstance(given, Node) and self._is_made_for(value, given)
 
     def _added(self, node: Node, value: Node) -> Node | None:
         """What a node adds to `value`."""

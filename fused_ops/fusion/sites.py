@@ -85,8 +85,10 @@ def joins(x: Any, residual: Any) -> bool:
 
 def summed(x: Any, residual: Any, into: str | None) -> Any:
     """``x + residual``; an add in place, `into` either ("x", "residual"), keeps that one's type."""
-    total = x + residual
-    return total if into is None else total.to((x if into == "x" else residual).dtype)
+    if into is None:
+        return x + residual
+    target, other = (x, residual) if into == "x" else (residual, x)
+    return target.clone().add_(other)  # which refuses what it refused
 
 
 class NormSite(Replaced, Normalizing):
