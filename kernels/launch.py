@@ -266,8 +266,8 @@ def chunk_config(span: int, itemsize: int, loaded_itemsize: int) -> ChunkConfig:
     """Chunks of a row that is too long for the forward to hold: the same whether one program walks them or several
     share them. loaded_itemsize: bytes of an element of x and of a residual to be added.
 
-    A row of up to 64 KB is one chunk of 8 KB tiles, which one program walks beside others. Above, 32 KB; 16 KB of
-    float64 and of ragged rows, which spill with the 64 registers that 32 warps leave a thread.
+    A row of up to 64 KB is one chunk of 8 KB tiles, which one program walks beside others; above, chunks of 32 KB. Of
+    float64 and of ragged rows 16 KB always: they spill with the 64 registers that 32 warps leave a thread.
     """
     if itemsize == 8 or _ragged(span, itemsize):
         return _chunks(span, itemsize, num_warps=16)

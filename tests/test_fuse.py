@@ -252,6 +252,30 @@ def test_an_add_onto_another_name_is_left() -> None:
     torch.testing.assert_close(fuse(model)(x), expected)
 
 
+class GoesThroughAList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layers = nn.LayerNorm(8), nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return torch.relu(self.norm(x))
+
+
+def test_a_list_may_grow_and_shrink() -> None:
+    torch.manual_seed(0)
+    model, x = GoesThroughAList().to(DEVICE), normal(3, 8)
+    original = copy.deepcopy(model)
+    fuse(model)
+    for each in (model, original):
+        each.layers.append(copy.deepcopy(each.layers[0]))
+    torch.testing.assert_close(model(x), original(x))
+    for each in (model, original):
+        del each.layers[1:]
+    torch.testing.assert_close(model(x), original(x))
+
+
 class PartByKeyword(ConvNorm):
     def forward(self, x: Tensor) -> Tensor:
         return self.act(input=self.norm(self.conv(x)))

@@ -51,7 +51,8 @@ def results(model: Any, x: Tensor, parameters: Any = None) -> list[Tensor]:
     learning = list(model.parameters() if parameters is None else parameters)
     y = model(x)
     weight = torch.linspace(0, 7, y.numel(), device=y.device).cos().view_as(y).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad((y * weight).sum(), [x, *learning])]
+    gradients = torch.autograd.grad((y * weight).sum(), [x, *learning])
+    return [y.detach(), *gradients, *(buffer.clone() for buffer in model.buffers())]
 
 
 def assert_as_original(found: list[Tensor], expected: list[Tensor], **tolerance: float) -> None:

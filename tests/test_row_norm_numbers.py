@@ -220,7 +220,7 @@ def test_large_mean_of_long_rows(span: int) -> None:
 @non_finite  # the squares of what rounding leaves do overflow
 @pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=short)
-@pytest.mark.parametrize("span", [8, 100, 1024])
+@pytest.mark.parametrize("span", [8, 100, 1024, 20480])
 def test_mean_of_rows_at_the_largest_number_does_not_overflow(dtype: torch.dtype, span: int) -> None:
     """torch's own sum overflows here, so its error would allow anything."""
     largest = 0.99 * torch.finfo(dtype).max

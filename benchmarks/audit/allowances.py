@@ -39,8 +39,8 @@ TOLERANCE = 1.05
 MOST_ASKED = (2.0, 3.0)
 
 
-# Spans, by the size of an element, up to which a program has to hold its row on chip: section 5 of the design. Crowded:
-# where z is computed again, with weight and bias beside their sums.
+# Spans, by the size of an element, up to which a program has to read a row from memory once, held on chip or walked
+# within the L2: section 5 of the design. Crowded: where z is computed again, with weight and bias beside their sums.
 HELD_FORWARD = {2: 16384, 4: 8192, 8: 2048}
 HELD_BACKWARD = {2: 8192, 4: 8192, 8: 1024}
 HELD_BACKWARD_CROWDED = {2: 4096, 4: 4096, 8: 1024}
@@ -130,7 +130,7 @@ def _may_share_forward(workload: Workload, case: Case, facts: DeviceFacts) -> bo
     row_bytes = span * (x.itemsize + (case.inputs["residual"].itemsize if workload.adds_first else 0))
     if row_bytes <= 65536 and x.itemsize < 8 and span * x.itemsize % 16 == 0:
         return False  # one chunk, always walked
-    # Rows over 64 KB have a multiprocessor for themselves; three of the others share one.
+    # Rows over 64 KB have a multiprocessor for themselves; three of the others, float64 or ragged, share one.
     resident = facts.multiprocessors * (1 if row_bytes > 65536 else 3)
     return x.numel() // span < facts.multiprocessors or resident * row_bytes > facts.l2_bytes // 2
 

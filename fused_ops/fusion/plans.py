@@ -49,7 +49,7 @@ class Plan:
         for name, default in self.defaults.items():
             self.given.setdefault(name, Given(None, default))
         self.attributes = dict(traced.attributes)
-        self.children = tuple(module._modules)
+        self.children = children_of(module)
         skipped = [(name, type(module.get_submodule(name))) for site in sites for name in site.skipped]
         self.skipped = tuple(dict.fromkeys(skipped))
         self.norms = tuple(dict.fromkeys(site.norm for site in sites if site.norm))
@@ -78,7 +78,7 @@ class Plan:
 
     def match(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | None:
         """The arguments of `run` for a call of the module, or None where it has to be run as it was."""
-        if len(args) > len(self.positional) or tuple(module._modules) != self.children:
+        if len(args) > len(self.positional) or children_of(module) != self.children:
             return None
         for name, value in self.attributes.items():
             if getattr(module, name, ...) != value:
@@ -103,6 +103,15 @@ class Plan:
             if given.of_class is not None:
                 values.append(value)
         return None if found else values
+
+
+def children_of(module: nn.Module) -> tuple[Any, ...]:
+    """The names of a module's children, and of those of its lists and dicts, which a forward may go through."""
+    return tuple((name, _names_in(child)) for name, child in module._modules.items())
+
+
+def _names_in(child: nn.Module | None) -> tuple[str, ...]:
+    return tuple(child._modules) if isinstance(child, nn.ModuleList | nn.ModuleDict) else ()
 
 
 def _names(code: CodeType) -> set[str]:

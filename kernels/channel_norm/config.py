@@ -236,7 +236,7 @@ def forward_piece_tile(
 ) -> PieceTile:
     """Tile of the forward's passes over pieces, as fast as were found on an H200: of planes up to 8 KB one tile, 64
     bytes a thread; of longer ones many small programs. drops: each element draws whether it is kept, which takes so
-    many registers that a thread has a quarter as many elements. spread: channels are several columns each."""
+    many registers that a thread has 16 bytes. spread: channels are several columns each."""
     one_tile = not channels_last and plane * itemsize <= 8192
     tile_bytes = _SPREAD_TILE_BYTES if spread else 8192 if one_tile else 4096 if channels_last else 2048
     thread_bytes = 64 if (one_tile or channels_last) and not spread and itemsize < 8 else 32
