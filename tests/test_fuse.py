@@ -252,6 +252,38 @@ def test_an_add_onto_another_name_is_left() -> None:
     torch.testing.assert_close(fuse(model)(x), expected)
 
 
+class AddsWithin(nn.Module):
+    """A part with everything: its own norm and activation, its own sum, and a norm at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv, self.last = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x))
+        return self.last(self.conv(torch.relu(self.conv(y) + y)))
+
+
+@pytest.mark.parametrize("activates", [True, False])
+def test_what_is_within_a_part_is_reported_once(activates: bool) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.conv = AddsWithin(), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.part(x)
+            return torch.relu(y) if activates else self.conv(y)
+
+    torch.manual_seed(0)
+    model, x = Outer().to(DEVICE).eval(), normal(2, 4, 5, 5)
+    expected = model(x)
+    report = [(entry.name, entry.pattern) for entry in fusion_report(fuse(model))]
+    last = "norm+relu" if activates else "norm"
+    assert report == [("part.first", "norm+relu"), ("part.last", last), ("part", "add+relu")]
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
 class GoesThroughAList(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -166,7 +166,8 @@ def _plan(module: nn.Module, given: Mapping[str, Given]) -> Plan | None:
         raise Untraceable("its forward goes by whether gradients are on")
     inlined = inline(traced.graph, module)
     sites = fuse_graph(traced.graph, module)
-    of_use = [child for child in inlined if any(_joins_what_follows(site, child.name) for site in sites)]
+    joined = {site.norm for site in sites if site.pattern.startswith("norm+")}
+    of_use = [child for child in inlined if child.norm in joined]
     if len(of_use) < len(inlined):
         traced = trace(module, given)
         inlined = inline(traced.graph, module, frozenset(child.name for child in of_use))
@@ -185,10 +186,6 @@ def _kept(
     return plan if plan is not None and can_be_kept(plan) else None
 
 
-def _joins_what_follows(site: Site, child: str) -> bool:
-    return site.pattern.startswith("norm+") and site.norm.startswith(f"{child}.")
-
-
 # --- the report ----------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +196,8 @@ def _report(model: nn.Module, reasons: Mapping[nn.Module, str]) -> FusionReport:
         if not isinstance(module, FusedForward):
             continue
         for site in _sites(module):
+            if site.of_a_part:
+                continue
             if not site.norm:
                 without_norm.append(Entry(name, True, site.pattern))
                 continue

@@ -15,11 +15,15 @@ from torch.fx import Graph, Node
 from .sites import NormSite, Replaced, has_hooks
 from .tracing import Given, Traced, Untraceable, given_by_default, trace
 
+OF_A_PART = "of a part"  # in the meta of nodes that were a child's
+
 
 class Inlined(NamedTuple):
-    """A child whose forward stands in another's graph, and what has to hold of it in a call."""
+    """A child whose forward stands in another's graph, and what has to hold of it in a call; norm: the one that it
+    ends in."""
 
     name: str
+    norm: str
     cls: type[nn.Module]
     attributes: dict[str, Any]
     children: tuple[str, ...]
@@ -59,7 +63,8 @@ def inline(graph: Graph, module: nn.Module, chosen: frozenset[str] | None = None
         if traced is not None:
             name = str(node.target)
             child = module.get_submodule(name)
-            found.append(Inlined(name, class_before(child), dict(traced.attributes), tuple(child._modules)))
+            norm = f"{name}.{_norm_at_the_end(traced.graph, child)}"
+            found.append(Inlined(name, norm, class_before(child), dict(traced.attributes), tuple(child._modules)))
             nodes.append(_put(traced.graph, graph, node))
     return found
 
@@ -82,19 +87,23 @@ def _ending_in_a_norm(node: Node, module: nn.Module) -> Traced | None:
     same = traced.graph.python_code("self").src == without.graph.python_code("self").src
     if len(names) != 1 or not same or "training" in traced.attributes:
         return None
-    return traced if _ends_in_a_norm(traced.graph, child) else None
+    return traced if _norm_at_the_end(traced.graph, child) else None
 
 
-def _ends_in_a_norm(graph: Graph, module: nn.Module) -> bool:
+def _norm_at_the_end(graph: Graph, module: nn.Module) -> str:
+    """The name of the norm whose result a graph returns, or nothing."""
     result = _result(graph)
     while isinstance(result, Node) and result.op == "call_module":
         called = module.get_submodule(str(result.target))
+        if isinstance(called, NormSite):
+            return str(result.target)
         if type(called) is not nn.Identity:
-            return isinstance(called, NormSite) or _ending_in_a_norm(result, module) is not None
+            traced = _ending_in_a_norm(result, module)
+            return "" if traced is None else f"{result.target}.{_norm_at_the_end(traced.graph, called)}"
         if len(result.args) != 1:
-            return False
+            return ""
         result = result.args[0]
-    return False
+    return ""
 
 
 def _result(graph: Graph) -> Any:
@@ -111,6 +120,7 @@ def _put(inner: Graph, graph: Graph, node: Node) -> Node:
                 values[part] = node.args[0]
             elif part.op != "output":
                 copy = values[part] = graph.node_copy(part, values.__getitem__)
+                copy.meta[OF_A_PART] = True
                 if part.op in ("call_module", "get_attr"):
                     copy.target = f"{node.target}.{part.target}"
     result: Node = values[_result(inner)]

@@ -15,6 +15,7 @@ from .. import functional as F
 from ..activation import Activation
 from ..fallback import activate
 from .in_place import IN_PLACE
+from .inlining import OF_A_PART
 from .recognize import activation_of
 from .sites import NormSite, has_hooks, joins, summed
 
@@ -49,6 +50,8 @@ class Site(NamedTuple):
     """The norm's name within the module whose forward it is in; empty where there is none."""
     skipped: tuple[str, ...]
     """Names of the modules that it is called instead of."""
+    of_a_part: bool = False
+    """Whether it is a sum in a child's forward, which has it too."""
 
 
 def add_then_activate(x: Any, residual: Any, activation: Activation, into: str | None = None) -> Tensor:
@@ -165,7 +168,8 @@ class _Fusing:
             self.graph.erase_node(node)
         names = [part.name if isinstance(part, Activation) else part for part in parts if part]
         skipped = tuple(str(node.target) for node in chain if node.op == "call_module" and node is not norm)
-        return Site("+".join(names), "" if norm is None else str(norm.target), skipped)
+        of_a_part = norm is None and all(OF_A_PART in node.meta for node in chain)
+        return Site("+".join(names), "" if norm is None else str(norm.target), skipped, of_a_part)
 
     # --- what a node is --------------------------------------------------------------------------------------------
 
