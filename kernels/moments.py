@@ -71,13 +71,12 @@ def tile_moments(x, in_span, inv_count, SUBTRACT_MEAN: tl.constexpr, PLANES: tl.
 
 
 @triton.jit
-def add_to_places(x, exists, is_first, inv_length, origin, shift, square):
+def add_to_places(x, exists, is_first, origin, shift, square):
     """(origin, shift, square), for each place of a tile, with those of one tile more: the first value that was there,
-    the sums of differences from it, divided by all the row's length so that they do not overflow, and of their squares.
-    A place that has a value has had one in each tile before."""
+    the sums of differences from it and of their squares. A place that has a value has had one in each tile before."""
     origin = tl.where(is_first, x, origin)
     above = tl.where(exists, x - origin, 0.0)
-    return origin, shift + above * inv_length, square + above * above
+    return origin, shift + above, square + above * above
 
 
 @triton.jit
@@ -91,14 +90,16 @@ def merge_places(length, origin, shift, square):
     PLACES: tl.constexpr = origin.shape[1]
     place = tl.arange(0, PLACES)[None, :]
     count = (tl.maximum(length - place + (PLACES - 1), 0) // PLACES).to(origin.dtype)
-    length = scalar(length, origin.dtype)
-    share = count * (1.0 / length)  # of a scalar: of the sum of counts, each thread would add up all
-    rough_mean = tl.sum(origin * share + shift, axis=1, keep_dims=True)
+    inv_length = 1.0 / scalar(length, origin.dtype)  # a scalar: of the sum of counts, each thread would add up all
+    # These sums overflow only where differences come near the largest number; m2 is infinite long before.
+    rough_mean = tl.sum(origin * (count * inv_length) + shift * inv_length, axis=1, keep_dims=True)
     from_rough = tl.where(count > 0, origin - rough_mean, 0.0)
-    moved = square + from_rough * (2 * (shift * length) + count * from_rough)
+    added = count * from_rough
+    moved = square + from_rough * (2 * shift + added)
     square = tl.sum(tl.where(square == float("inf"), square, moved), axis=1)
-    correction = tl.sum(shift + from_rough * share, axis=1)
-    return tl.reshape(rough_mean, correction.shape), correction, centered(square, correction * length, correction)
+    shift = tl.sum(shift + added, axis=1)
+    correction = shift * inv_length
+    return tl.reshape(rough_mean, correction.shape), correction, centered(square, shift, correction)
 
 
 @triton.jit

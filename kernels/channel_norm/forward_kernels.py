@@ -130,8 +130,6 @@ def channel_moments_kernel(
         origin, mean, m2, _ = rough_moments(x, first + place < plane, inv_count, 1, 1)
     else:
         tiles = steps_of(piece, plane, steps, BLOCK_PLANE, STAGES)
-        length = tl.minimum(plane - first, tiles * BLOCK_PLANE).to(tl.int32)
-        inv_length = 1.0 / scalar(length, COMPUTE)
         origin = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
         shift = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
         square = tl.zeros([BLOCK_CHANNELS, BLOCK_PLANE], COMPUTE)
@@ -141,7 +139,8 @@ def channel_moments_kernel(
                 X_ptr, Residual_ptr, Seed_ptr, Total_ptr, x_base, residual_base, sample, channel, in_channels,
                 position, plane, threshold, positions, factor, CHANNELS, CHANNELS_LAST, COMPUTE,
             )  # fmt: skip
-            origin, shift, square = add_to_places(x, position < plane, step == 0, inv_length, origin, shift, square)
+            origin, shift, square = add_to_places(x, position < plane, step == 0, origin, shift, square)
+        length = tl.minimum(plane - first, tiles * BLOCK_PLANE).to(tl.int32)
         origin, mean, m2 = merge_places(length, origin, shift, square)
     partial = (sample * pieces + piece) * CHANNELS + channel
     tl.store(Origins_ptr + partial, origin, mask=in_channels)

@@ -100,13 +100,12 @@ def chunk_moments(
     """(mean, m2), each [1], of one chunk: STEPS tiles of BLOCK_SPAN."""
     first = scalar(chunk, tl.int64) * STEPS * BLOCK_SPAN
     length = tl.minimum(SPAN - first, STEPS * BLOCK_SPAN).to(tl.int32)
-    inv_length = 1.0 / scalar(length, COMPUTE)
     if STEPS == 1:
         x, in_span = load_part_of_input(
             X_ptr, Residual_ptr, Total_ptr, Seed_ptr, row, x_base, residual_base, first, threshold, factor,
             SPAN, BLOCK_SPAN, COMPUTE,
         )  # fmt: skip
-        mean, m2, _ = tile_moments(x, in_span, inv_length, SUBTRACT_MEAN)
+        mean, m2, _ = tile_moments(x, in_span, 1.0 / scalar(length, COMPUTE), SUBTRACT_MEAN)
         return mean, m2
     else:
         origin = tl.zeros([1, BLOCK_SPAN], COMPUTE)
@@ -118,7 +117,7 @@ def chunk_moments(
                 threshold, factor, SPAN, BLOCK_SPAN, COMPUTE,
             )  # fmt: skip
             if SUBTRACT_MEAN:
-                origin, shift, square = add_to_places(x, in_span, step == 0, inv_length, origin, shift, square)
+                origin, shift, square = add_to_places(x, in_span, step == 0, origin, shift, square)
             else:
                 square += x * x
         if SUBTRACT_MEAN:
