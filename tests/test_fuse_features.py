@@ -45,6 +45,11 @@ def pair(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
     return fuse(copy.deepcopy(model)), model, x
 
 
+def pair_in_evaluation(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
+    fused, original, x = pair(name)
+    return fused.eval(), original.eval(), x
+
+
 def results(model: Any, x: Tensor, parameters: Any = None) -> list[Tensor]:
     """The output and every gradient of a loss, and the buffers."""
     x = x.clone().requires_grad_()
@@ -75,8 +80,7 @@ def test_it_compiles_without_a_graph_break(name: str, training: bool) -> None:
 @pytest.mark.one_in(4)
 @without_draws
 def test_batch_sizes_do_not_compile_again(name: str) -> None:
-    fused, original, x = pair(name)
-    fused.eval(), original.eval()
+    fused, original, x = pair_in_evaluation(name)
     compiled = torch.compile(fused, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
         for samples in (6, 9, 7):  # other than the other sizes: those that are equal once compile anew
@@ -96,8 +100,7 @@ def test_inductor_compiles_it(mode: str) -> None:
 @pytest.mark.one_in(3)
 @without_draws
 def test_it_is_exported_for_any_batch_size(name: str) -> None:
-    fused, original, x = pair(name)
-    fused.eval(), original.eval()
+    fused, original, x = pair_in_evaluation(name)
     dynamic = ({0: torch.export.Dim("batch", min=2, max=64)},)
     program = torch.export.export(fused, (x,), dynamic_shapes=dynamic)
     other = normal(5, *x.shape[1:])
@@ -107,8 +110,7 @@ def test_it_is_exported_for_any_batch_size(name: str) -> None:
 @pytest.mark.one_in(2)
 @without_draws
 def test_make_fx_traces_it(name: str) -> None:
-    fused, original, x = pair(name)
-    fused.eval(), original.eval()
+    fused, original, x = pair_in_evaluation(name)
     graph = make_fx(fused, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x)
     torch.testing.assert_close(graph(x), original(x), rtol=1e-4, atol=1e-4)
 
@@ -126,8 +128,7 @@ def test_it_is_captured_in_a_cuda_graph() -> None:
 
 @every_model
 def test_autocast_is_the_originals(name: str) -> None:
-    fused, original, x = pair(name)
-    fused.eval(), original.eval()
+    fused, original, x = pair_in_evaluation(name)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         found, expected = fused(x), original(x)
     assert found.dtype == expected.dtype
@@ -137,8 +138,7 @@ def test_autocast_is_the_originals(name: str) -> None:
 @pytest.mark.one_in(2)
 @without_draws
 def test_transforms_of_functional_calls(name: str) -> None:
-    fused, original, x = pair(name)
-    fused.eval(), original.eval()
+    fused, original, x = pair_in_evaluation(name)
 
     def transformed(model: nn.Module) -> list[Tensor]:
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -177,7 +177,7 @@ def test_deterministic_algorithms_have_nothing_to_refuse() -> None:
     fused, original, x = pair("ResNet")
     torch.use_deterministic_algorithms(True)
     try:
-        found, again = results(fused, x), results(fused, x)
+        found, again = (results(copy.deepcopy(fused), x) for _ in range(2))  # each moves the running statistics
     finally:
         torch.use_deterministic_algorithms(False)
     assert_as_original(found, results(original, x))

@@ -16,7 +16,7 @@ from .plans import Plan, can_be_kept
 from .recognize import is_norm, is_standardizing, may_be_norm, recognize
 from .report import Entry, FusionReport
 from .sites import FusedForward, NormSite, Replaced, fused_forward, replace, restore
-from .tracing import Given, Traced, Untraceable, given_by, given_by_default, trace, training_set_to
+from .tracing import Given, Traced, Untraceable, given_by, given_by_default, trace, trace_whatever_grad, training_set_to
 
 _MOST_PLANS = 8  # of a module, which looks through them in every call
 
@@ -161,9 +161,7 @@ def _plans(module: nn.Module, seen: list[dict[str, Given]] | None) -> Iterator[P
 
 
 def _plan(module: nn.Module, given: Mapping[str, Given]) -> Plan | None:
-    traced, without = (trace(module, given, grad=grad) for grad in (True, False))
-    if traced.graph.python_code("self").src != without.graph.python_code("self").src:
-        raise Untraceable("its forward goes by whether gradients are on")
+    traced = trace_whatever_grad(module, given)
     inlined = inline(traced.graph, module)
     sites = fuse_graph(traced.graph, module)
     joined = {site.norm for site in sites if site.pattern.startswith("norm+")}

@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from .sites import NormSite, Replaced, has_hooks
-from .tracing import Given, Traced, Untraceable, given_by_default, trace
+from .tracing import Given, Traced, Untraceable, given_by_default, trace_whatever_grad
 
 OF_A_PART = "of a part"  # in the meta of nodes that were a child's
 
@@ -81,11 +81,10 @@ def _ending_in_a_norm(node: Node, module: nn.Module) -> Traced | None:
     try:
         names = ("input",) if type(child) is nn.Sequential else tuple(given_by_default(child))
         given = dict.fromkeys(names, Given(object))
-        traced, without = (trace(child, given, grad=grad) for grad in (True, False))
+        traced = trace_whatever_grad(child, given)
     except (Untraceable, TypeError, ValueError):
         return None
-    same = traced.graph.python_code("self").src == without.graph.python_code("self").src
-    if len(names) != 1 or not same or "training" in traced.attributes:
+    if len(names) != 1 or "training" in traced.attributes:
         return None
     return traced if _norm_at_the_end(traced.graph, child) else None
 

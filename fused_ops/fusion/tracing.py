@@ -100,6 +100,14 @@ def trace(module: nn.Module, given: Mapping[str, Given], grad: bool = True) -> T
     return Traced(graph, attributes)
 
 
+def trace_whatever_grad(module: nn.Module, given: Mapping[str, Given]) -> Traced:
+    """As `trace`, of a forward that is one graph whether gradients are on or not."""
+    traced, without = (trace(module, given, grad=grad) for grad in (True, False))
+    if traced.graph.python_code("self").src != without.graph.python_code("self").src:
+        raise Untraceable("its forward goes by whether gradients are on")
+    return traced
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

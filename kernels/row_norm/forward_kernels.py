@@ -2,8 +2,8 @@
 
 `row_norm_forward_kernel` holds whole rows in registers and reads them once. A longer row is cut into chunks: one
 program walks them all, or several share them (`row_moments_kernel`, then `row_apply_kernel`). Both ways reduce each
-chunk with `chunk_moments` and merge the chunks with `merge_chunks`, so a row has the same bits
-whichever way it went."""
+chunk with `chunk_moments` and merge the chunks with `merge_chunks`, so a row has the same bits whichever way it
+went."""
 
 from __future__ import annotations
 
