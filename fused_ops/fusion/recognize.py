@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ _CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv3d: m.WSConv3d,
 }
 _NORM_CLASSES = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d, Normalizing)
-_USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
+_USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-10, 1e-12)
 
 
 class Recognized(NamedTuple):
@@ -72,12 +72,17 @@ def may_be_norm(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     scales = weight is not None and weight.dim() == 1 and module._parameters.keys() <= {"weight", "bias"}
     of_torch = type(module).__module__.startswith("torch.")
-    return scales and not of_torch and bool(_possible_eps(module, ())) and not module._modules
+    return scales and not of_torch and not module._modules
 
 
 def is_standardizing(module: Any) -> bool:
-    """Whether the module may be a convolution that standardizes its weight."""
-    return isinstance(module, tuple(_CONVOLUTIONS)) and type(module) not in _CONVOLUTIONS and hasattr(module, "eps")
+    """Whether a report names the module as a convolution that standardizes its weight."""
+    return may_standardize(module) and (hasattr(module, "eps") or isinstance(module, Replaced))
+
+
+def may_standardize(module: nn.Module) -> bool:
+    """Whether the module is a convolution that does something of its own."""
+    return isinstance(module, tuple(_CONVOLUTIONS)) and _forward_of(type(module)) not in _CONVOLUTIONS
 
 
 def recognize(module: nn.Module) -> Recognized:
@@ -153,12 +158,14 @@ def _tried(module: nn.Module) -> Recognized:
 def _candidates(module: Any) -> Iterator[tuple[Recognized, tuple[int, ...]]]:
     """What the module may be, by what it holds, and the shape of an input to try it on."""
     before = type(module)
-    if is_standardizing(module):
+    if may_standardize(module):
         for base, ours in _CONVOLUTIONS.items():
             if isinstance(module, base):
                 kernel: Any = module.kernel_size
                 image = (1, module.in_channels, *(size + 1 for size in kernel))
-                yield Recognized(convolution_site(ours, before)), image
+                for eps in _possible_eps(module):
+                    attributes = {} if hasattr(module, "eps") else {"eps": eps}
+                    yield Recognized(convolution_site(ours, before), attributes), image
         return
     activations = [found for child in module.children() if (found := activation_of(child)) is not None]
     activation = activations[0] if len(activations) == 1 else None
@@ -202,18 +209,18 @@ def _usual_shape(module: Any) -> tuple[int, ...]:
     return (2, channels, *(5, 4, 3)[:dims])
 
 
-def _possible_eps(module: nn.Module, usual: Sequence[float] = _USUAL_EPS) -> list[float]:
+def _possible_eps(module: nn.Module) -> list[float]:
     held = [value for value in vars(module).values() if isinstance(value, float) and 0.0 < value < 0.1]
-    return [*dict.fromkeys((*held, *(() if held else usual)))]
+    return [*dict.fromkeys(held or _USUAL_EPS)]
 
 
 def _agree(module: nn.Module, candidate: Recognized, shape: tuple[int, ...]) -> bool:
     """Whether ours returns what the module does, to float32's rounding, and of 16 bits is as near to the truth."""
-    for training in (False, True):
+    for training, scale in itertools.product((False, True), _SCALES):
         with use_backend("torch"):  # a probe lies on the CPU
             ours, theirs, exact = (
                 {
-                    dtype: _result(module, cls, candidate.attributes, shape, dtype, compute or dtype, training)
+                    dtype: _result(module, cls, candidate.attributes, shape, dtype, compute or dtype, training, scale)
                     for dtype in _TYPES
                 }
                 for cls, compute in ((candidate.cls, None), (None, None), (None, torch.float64))
@@ -229,6 +236,8 @@ def _agree(module: nn.Module, candidate: Recognized, shape: tuple[int, ...]) -> 
 
 
 _TYPES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+# At the second a variance is of the size of what is added to it, which a module may hold nowhere but in its forward.
+_SCALES = (1.0, 1e-5)
 
 
 def _apart(a: Tensor, b: Tensor) -> float:
@@ -243,9 +252,13 @@ def _result(
     dtype: torch.dtype,
     compute: torch.dtype,
     training: bool,
+    scale: float,
 ) -> Tensor | None:
-    """What a copy of the module, with other numbers of a type in it, computes from a probe; None where it does not."""
-    tried = copy.deepcopy(module).to("cpu", dtype).train(training)
+    """What a copy of the module, with other numbers of a type in it, computes from a probe; None where it does not.
+
+    scale: of what a norm is taken of, be it the probe or a weight, and the squares of its running statistics.
+    """
+    tried: Any = copy.deepcopy(module).to("cpu", dtype).train(training)
     for hooks in (tried._forward_hooks, tried._forward_pre_hooks):
         hooks.clear()
     generator = torch.Generator().manual_seed(0)
@@ -259,8 +272,14 @@ def _result(
         for tensor in itertools.chain(tried.parameters(), tried.buffers()):
             if tensor.is_floating_point():
                 tensor.copy_(drawn(*tensor.shape))
+        for buffer in tried.buffers():
+            if buffer.is_floating_point():
+                buffer.mul_(scale**2)
+        if may_standardize(tried):
+            tried.weight.mul_(scale)
+            scale = 1.0
         try:
-            out = tried.to(compute)((3.0 * drawn(*shape) - 2.5).to(compute))
+            out = tried.to(compute)((scale * (3.0 * drawn(*shape) - 2.5)).to(compute))
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
             return None
     return out if isinstance(out, Tensor) else None

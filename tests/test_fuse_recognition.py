@@ -1,0 +1,75 @@
+"""What a class of somebody else is taken for goes by what it computes, down to a number that stands in its forward."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import Tensor, nn
+
+from fused_ops import fuse, fusion_report
+
+
+class RootMeanSquare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class AlmostRMSNorm(RootMeanSquare):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True).sqrt() + 1e-6) * self.weight
+
+
+class MeanAndVariance(RootMeanSquare):
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+        return (x - mean) / torch.sqrt(var + 1e-12) * self.weight
+
+
+class StandardizedWeight(nn.Conv2d):
+    """As BiT's authors write it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(self.weight, dim=[1, 2, 3], keepdim=True, unbiased=False)
+        return TF.conv2d(x, (self.weight - mean) / torch.sqrt(var + 1e-10), self.bias, self.stride, self.padding)
+
+
+class PaddedBefore(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(TF.pad(x, (1, 0, 1, 0)))
+
+
+def convolution(cls: type[nn.Conv2d]) -> nn.Module:
+    return cls(3, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "patterns"),
+    [
+        (RootMeanSquare, ["norm"]),
+        (AlmostRMSNorm, [None]),
+        (MeanAndVariance, ["norm"]),
+        (lambda: convolution(StandardizedWeight), ["weight_standardize"]),
+        (lambda: convolution(PaddedBefore), []),
+    ],
+    ids=["rms", "almost rms", "layer", "standardized", "padded"],
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_what_a_class_computes_is_seen(make: Any, patterns: list[str | None], scale: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(make().double())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= scale
+    x = scale * torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected = copy.deepcopy(model)(x)
+    report = fusion_report(fuse(model))
+    assert [entry.pattern if entry.fused else None for entry in report] == patterns
+    torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=0)
