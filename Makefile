@@ -12,15 +12,31 @@ PYTEST := OMP_NUM_THREADS=1 $(IN_VENV) pytest -p no:benchmark -n auto --maxproce
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help bench audit test test-full bench-pytest lint clean
+.PHONY: help bench bench-full report compare publish-results audit test test-full bench-pytest lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' Makefile
 	@echo '  PYTHON=python3.12 chooses the interpreter; ARGS="..." goes to the benchmark, the audit or pytest.'
 
-bench: ## compare the fused calls with torch on the device that is here (ARGS=--full: every workload)
+bench: ## compare the fused calls with torch and its peers on the device that is here
 	$(MAKE_VENV) bench
 	$(IN_VENV) benchmarks.run $(ARGS)
+
+bench-full: ## the same with every workload, model, size and type, all of them compiled too: hours on a CPU
+	$(MAKE_VENV) bench
+	$(IN_VENV) benchmarks.run --full $(ARGS)
+
+report: ## tables, plots and one HTML page of a run (RUN=file; the latest)
+	$(MAKE_VENV) bench
+	$(IN_VENV) benchmarks.report $(RUN) $(ARGS)
+
+compare: ## two runs side by side, and which rows became slower (A=file B=file)
+	$(MAKE_VENV) bench
+	$(IN_VENV) benchmarks.compare $(A) $(B) $(ARGS)
+
+publish-results: ## copy a run and its plots to where results are committed (RUN=file; the latest)
+	$(MAKE_VENV) bench
+	$(IN_VENV) benchmarks.publish $(RUN) $(ARGS)
 
 # Triton reads TRITON_INTERPRET as a kernel is defined, so interpreted and compiled kernels never share a process. pytest
 # ends with 5 where it has no test to run.

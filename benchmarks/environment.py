@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,13 @@ def sentence(environment: dict[str, Any]) -> str:
     else:
         where = f"GPU {environment['device_name']}, CUDA {environment['cuda']}"
     return f"{where}; {versions}; fused_ops {environment['fused_ops']}, commit {revision}"
+
+
+def device_and_date(environment: dict[str, Any]) -> str:
+    """What a run is called by people."""
+    return f"{environment['device_name']}, {environment['time'][:10]}"
+
+
+def slug(environment: dict[str, Any]) -> str:
+    """The same for a file."""
+    return re.sub(r"[^a-z0-9]+", "-", device_and_date(environment).lower()).strip("-")

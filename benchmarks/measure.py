@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from . import correctness, memory, timing
+from . import compilations, correctness, memory, timing
 from .peers import COMPARED, PEERS, Peer, forget_compiled
 from .records import Measurement, Ratio, Row, Spread, Status
 from .traffic import DIRECTIONS, Direction, minimal_bytes
 from .workloads import Call, Case, Size, Workload
+
+MOST_CASES = timing.CALLS_A_GRAPH  # of one call, whose tensors it takes in turn
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def measure(workload: Workload, dtype: torch.dtype, settings: Settings) -> Itera
             direction,
             minimal_bytes(workload, shape, dtype, direction),
             workload.launch_bound,
+            workload.series,
         )
         if problem:
             row.measurements.extend(Measurement(contender.name, "failed", problem) for contender in contenders)
@@ -99,6 +103,7 @@ def _fill(
     found: dict[str, Measurement] = {}
     runs: dict[str, timing.Run] = {}
     captured: dict[str, timing.Run] = {}
+    cases = rotation(case, settings.device)
     for contender in contenders:
         if contender.call is None:
             found[contender.name] = Measurement(contender.name, contender.status, contender.reason)
@@ -109,16 +114,44 @@ def _fill(
             found[contender.name] = Measurement(contender.name, "failed", first_line(error))
         if found[contender.name].status == "timed":
             run = correctness.run_forward if direction == "forward" else correctness.run_forward_backward
-            runs[contender.name] = functools.partial(run, contender.call, case)
-            captured[contender.name] = functools.partial(_on_new_leaves, run, contender.call, case)
+            runs[contender.name] = rotating(functools.partial(run, contender.call), cases)
+            captured[contender.name] = rotating(functools.partial(_on_new_leaves, run, contender.call), cases)
+    finish(row, found, runs, captured, settings)
+
+
+def finish(
+    row: Row,
+    found: dict[str, Measurement],
+    runs: dict[str, timing.Run],
+    captured: dict[str, timing.Run],
+    settings: Settings,
+) -> None:
+    """Times those that may be timed, and gives the row all that is known of them.
+
+    captured: each run as a CUDA graph may hold it; without any, they are timed by events.
+    """
     samples: dict[str, list[float]] = {}
     if runs:
         if settings.device.type == "cpu":
             samples = _time_on_cpu(runs, found, settings)
         else:
-            samples = _time_on_gpu(runs, captured, found, settings, workload.launch_bound)
+            samples = _time_on_gpu(runs, captured, found, settings, row.launch_bound)
     row.measurements.extend(found.values())
     row.ratios.extend(ratios(samples, paired=settings.device.type == "cpu"))
+
+
+def rotation(case: Case, device: torch.device) -> list[Case]:
+    """Cases of the same values, so many that a call finds nothing of what the one before it left in a GPU's cache."""
+    if device.type == "cpu":
+        return [case]
+    wanted = 2 * timing.cache_bytes(device) // max(1, case.bytes)
+    return [case, *(case.copy() for _ in range(min(wanted, MOST_CASES - 1)))]
+
+
+def rotating(run: Callable[[Case], object], cases: Sequence[Case]) -> timing.Run:
+    """Runs on one case after the other."""
+    following = itertools.cycle(cases)
+    return lambda: run(next(following))
 
 
 def _admit(
@@ -132,30 +165,20 @@ def _admit(
     """What is known before the clock starts; status timed where the contender may be timed."""
     call = contender.call
     assert call is not None
+    backward = direction != "forward"
+    run = functools.partial(correctness.run_forward_backward if backward else correctness.run_forward, call, case)
+    first_seconds, compiled = compilations.first_call(run, device)
     verdict = correctness.check(workload, case, call, expected, direction)
     if verdict.reason:
         return Measurement(contender.name, "wrong", verdict.reason, error=verdict.error)
-    backward = direction != "forward"
-    run = correctness.run_forward_backward if backward else correctness.run_forward
     return Measurement(
         contender.name,
         "timed",
         error=verdict.error,
-        peak_bytes=memory.peak_bytes(functools.partial(run, call, case), device),
+        peak_bytes=memory.peak_bytes(run, device),
         kept_bytes=memory.kept_bytes(call, case) if backward else None,
-    )
-
-
-def _with_samples(measurement: Measurement, samples: list[float], method: str, host: list[float] | None) -> Measurement:
-    return Measurement(
-        measurement.contender,
-        "timed",
-        seconds=Spread.of(samples),
-        host_seconds=None if host is None else Spread.of(host),
-        method=method,
-        error=measurement.error,
-        peak_bytes=measurement.peak_bytes,
-        kept_bytes=measurement.kept_bytes,
+        first_seconds=first_seconds,
+        compilations=compiled,
     )
 
 
@@ -165,7 +188,7 @@ def _time_on_cpu(
     turns = {name: timing.cpu_turn(run) for name, run in runs.items()}
     samples = timing.interleave(turns, settings.seconds, settings.patience)
     for name, taken in samples.items():
-        found[name] = _with_samples(found[name], taken, "cpu clock", None)
+        found[name] = replace(found[name], seconds=Spread.of(taken), method="cpu clock")
     return samples
 
 
@@ -181,7 +204,7 @@ def _time_on_gpu(
     launch_bound: bool,
 ) -> dict[str, list[float]]:
     flush = timing.CacheFlush(settings.device)
-    small = launch_bound or timing.is_small(runs, flush)
+    small = bool(captured) and (launch_bound or timing.is_small(runs, flush))
     turns: dict[str, timing.Turn] = {}
     for name, run in runs.items():
         try:
@@ -191,7 +214,8 @@ def _time_on_gpu(
     samples = timing.interleave(turns, settings.seconds, settings.patience)
     for name, taken in samples.items():
         method = "graph replay, cache flushed" if small else "events, cache flushed"
-        found[name] = _with_samples(found[name], taken, method, timing.host_seconds(runs[name]))
+        host = Spread.of(timing.host_seconds(runs[name]))
+        found[name] = replace(found[name], seconds=Spread.of(taken), host_seconds=host, method=method)
     return samples
 
 

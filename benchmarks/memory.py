@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -26,20 +27,25 @@ def storage_id(tensor: Tensor) -> int:
 
 
 def kept_bytes(call: Call, case: Case) -> int:
-    """Bytes of the distinct storages that autograd holds between forward and backward, the parameters' apart.
+    """Bytes that autograd holds between forward and backward of a call, its parameters apart."""
+    return held_bytes(functools.partial(call, **case.arguments), [case.inputs[name] for name in case.parameters])
+
+
+def held_bytes(forward: Callable[[], object], parameters: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages that autograd holds behind a forward, the parameters' apart.
 
     An input that is held counts, since whoever made it could otherwise let it go.
     """
-    parameters = {storage_id(case.inputs[name]) for name in case.parameters}
+    of_model = {storage_id(parameter) for parameter in parameters}
     held: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if storage_id(tensor) not in parameters:
+        if storage_id(tensor) not in of_model:
             held[storage_id(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = call(**case.arguments)  # alive until counted, so that no storage's id is used again
+        outputs = forward()  # alive until counted, so that no storage's id is used again
     total = sum(held.values())
     del outputs
     return total

@@ -1,17 +1,23 @@
-"""What a run measured, as data: written to JSON and read back, and all that a report is made of."""
+"""What a run measured, as data: written as lines of JSON and read back, and all that a report is made of.
+
+The first line is the machine, its versions and its ceilings; each other line is a row that names the run it is from by
+device, versions and commit, so that lines of several files can be searched together.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-SCHEMA = 1
+SCHEMA = 2
 # timed, or a stated gap: unavailable (not here), skipped (not asked for), wrong (results differ), failed (it raised).
+MODEL = "model"  # the function of a row of a whole model
 Status = Literal["timed", "unavailable", "skipped", "wrong", "failed"]
 
 
@@ -23,6 +29,12 @@ class Spread:
     lower: float
     upper: float
     count: int
+
+    @property
+    def precision(self) -> float:
+        """How far off the median may be, as a share of it: the standard error of a median, 1.25 deviations / sqrt(n),
+        where the distance between the quartiles is 1.35 deviations."""
+        return 0.93 * (self.upper - self.lower) / math.sqrt(self.count) / self.median
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Spread:
@@ -38,7 +50,8 @@ class Measurement:
     """One contender on one row. Nothing but `reason` is set where it is not timed.
 
     error: the largest error of its results as a share of what is allowed. host_seconds: what the call takes on the
-    host of a GPU. peak_bytes: allocated at most during the call, beyond its inputs. kept_bytes: held for backward.
+    host of a GPU. first_seconds: the very first call, which may compile, and compilations: how many it did. peak_bytes:
+    allocated at most during the call, beyond its inputs. kept_bytes: held for backward.
     """
 
     contender: str
@@ -50,6 +63,8 @@ class Measurement:
     error: float | None = None
     peak_bytes: int | None = None
     kept_bytes: int | None = None
+    first_seconds: float | None = None
+    compilations: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,12 +91,22 @@ class Call:
 
 @dataclass(frozen=True)
 class Row(Call):
-    """A call as its contenders were measured."""
+    """A call, or a whole model's, as its contenders were measured.
 
-    minimal_bytes: int
+    minimal_bytes: the fewest that it must move; None of a model, which is bound by more than memory. series: of which
+    curve over sizes it is a point.
+    """
+
+    minimal_bytes: int | None
     launch_bound: bool = False
+    series: str = ""
     measurements: list[Measurement] = field(default_factory=list)
     ratios: list[Ratio] = field(default_factory=list)
+
+    @property
+    def of_model(self) -> bool:
+        """Whether it is a whole model's."""
+        return self.function == MODEL
 
     def measurement(self, contender: str) -> Measurement | None:
         """The contender's, or None where it was not declared for this run."""
@@ -94,7 +119,9 @@ class Row(Call):
     def gigabytes_per_second(self, contender: str) -> float | None:
         """Minimal bytes over the median time."""
         found = self.measurement(contender)
-        return None if found is None or found.seconds is None else self.minimal_bytes / found.seconds.median / 1e9
+        if self.minimal_bytes is None or found is None or found.seconds is None:
+            return None
+        return self.minimal_bytes / found.seconds.median / 1e9
 
 
 @dataclass(frozen=True)
@@ -116,7 +143,7 @@ class CountedRow(Call):
 
 @dataclass(frozen=True)
 class Run:
-    """All rows, and the machine and versions they are from.
+    """All rows, and the machine, versions and ceilings they are from.
 
     counted: on a CPU, what the same workloads would take of a GPU. uncounted: why some or all of it is missing.
     """
@@ -126,24 +153,64 @@ class Run:
     counted: list[CountedRow] = field(default_factory=list)
     uncounted: str = ""
 
+    @property
+    def key(self) -> str:
+        """Device, versions, commit and time, by which each line names its run."""
+        found = (self.environment.get(name) for name in ("device_name", "torch", "triton", "commit", "time"))
+        return " | ".join("-" if value is None else str(value)[:40] for value in found)
+
+    @property
+    def calls(self) -> list[Row]:
+        """The rows of single calls at a size that somebody uses."""
+        return [row for row in self.rows if not row.series and not row.of_model]
+
+    @property
+    def models(self) -> list[Row]:
+        """The rows of whole models."""
+        return [row for row in self.rows if row.of_model]
+
+    @property
+    def series(self) -> dict[str, list[Row]]:
+        """The rows of each curve over sizes."""
+        curves: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row.series:
+                curves.setdefault(row.series, []).append(row)
+        return curves
+
     def contenders(self) -> list[str]:
         """Names in the order of their first appearance."""
         return list(dict.fromkeys(found.contender for row in self.rows for found in row.measurements))
 
     def write(self, path: Path) -> None:
-        """As JSON."""
+        """As lines of JSON."""
+        first = {"kind": "run", "run": self.key, "schema": SCHEMA, **self.environment, "uncounted": self.uncounted}
+        lines = [first]
+        for kind, rows in (("row", self.rows), ("counted", self.counted)):
+            lines += [{"kind": kind, "run": self.key, **dataclasses.asdict(row)} for row in rows]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=1) + "\n")
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """The inverse of `write`; ValueError for another schema."""
-        data = json.loads(path.read_text())
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"{path} must have schema {SCHEMA}, but has {data.get('schema')}; run the benchmark again")
-        rows = [_row(row) for row in data["rows"]]
-        counted = [_counted_row(row) for row in data.get("counted", [])]  # files of before it was counted have none
-        return cls(data["environment"], rows, counted, data.get("uncounted", ""))
+        """The inverse of `write`; ValueError for what is no run, or one of another schema."""
+        try:
+            first, *lines = (json.loads(line) for line in path.read_text().splitlines())
+        except ValueError as error:
+            raise ValueError(f"{path} must hold the lines of a run, as benchmarks.run writes them ({error})") from None
+        if first.get("schema") != SCHEMA:
+            raise ValueError(
+                f"{path} must have schema {SCHEMA}, but has {first.get('schema')}; run the benchmark again"
+            )
+        uncounted = first.pop("uncounted")
+        environment = {name: value for name, value in first.items() if name not in ("kind", "run", "schema")}
+        by_kind: dict[str, list[dict[str, Any]]] = {"row": [], "counted": []}
+        for line in lines:
+            of_run = line.pop("run")
+            if of_run != first["run"]:
+                raise ValueError(f"{path} must hold one run, {first['run']}, but has a line of {of_run}")
+            by_kind[line.pop("kind")].append(line)
+        return cls(environment, [*map(_row, by_kind["row"])], [*map(_counted_row, by_kind["counted"])], uncounted)
 
 
 def _spread(data: dict[str, Any] | None) -> Spread | None:

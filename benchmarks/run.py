@@ -1,7 +1,7 @@
-"""`python -m benchmarks.run`: the fused calls beside torch on the device that is here.
+"""`python -m benchmarks.run`: the fused calls beside torch and its peers on the device that is here.
 
-Prints a table and writes JSON and a plot to benchmarks/results/local/. Without a GPU it ends with a second table, of
-what one would have to launch and move. The default takes some minutes on two cores.
+Prints a table and writes lines of JSON and a plot to benchmarks/results/local/. Without a GPU it ends with a second
+table, of what one would have to launch and move. The default takes some minutes on two cores.
 """
 
 from __future__ import annotations
@@ -9,22 +9,26 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import counted, environment, report, timing
+from . import ceilings, compilations, counted, environment, timing
 from .measure import Settings, first_line, measure
+from .measure_models import measure_model
 from .peers import EAGER, OURS
-from .plots import draw
 from .records import CountedRow, Row, Run
+from .report import text
+from .report.plots import draw_calls
+from .selection import chosen, chosen_models, dtypes
 from .traffic import DIRECTIONS
+from .whole_models import WHOLE_MODELS, WholeModel
 from .workloads import WORKLOADS, Workload
 
 # For how long a run goes on giving disturbed rows more time; the rest of a default run then fits five minutes.
-DEFAULT_PATIENCE_S, FULL_PATIENCE_S = 120, 1800
+DEFAULT_PATIENCE_S, FULL_PATIENCE_S = 60, 1800
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -33,7 +37,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="every workload, more types, torch.compile on every row")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
     parser.add_argument(
-        "--filter", nargs="*", default=[], metavar="TEXT", help="only workloads whose name holds a text"
+        "--filter", nargs="*", default=[], metavar="TEXT", help="only workloads and models whose name holds a text"
     )
     parser.add_argument("--size", choices=("full", "reduced", "tiny"), help="full on a GPU, reduced on a CPU")
     parser.add_argument("--seconds", type=float, default=1.0, help="how long the contenders of a row are timed")
@@ -43,23 +47,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def chosen(device: torch.device, full: bool, filters: Sequence[str]) -> list[Workload]:
-    """What this run measures. Launch-bound calls are a matter of a GPU; on a CPU only --full or a filter has them."""
-    if filters:
-        return [workload for workload in WORKLOADS.values() if any(text in workload.name for text in filters)]
-    return [
-        workload
-        for workload in WORKLOADS.values()
-        if full or (workload.in_default_run and not (workload.launch_bound and device.type == "cpu"))
-    ]
-
-
-def dtypes(device: torch.device, full: bool) -> tuple[torch.dtype, ...]:
-    """What people train in: bfloat16 on a GPU, float32 on a CPU; the other as well with --full."""
-    both = (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32, torch.bfloat16)
-    return both if full else both[:1]
-
-
 def progress(row: Row) -> str:
     """One line as soon as a row is done."""
     ours, ratio = row.measurement(OURS), row.ratio(OURS, EAGER)
@@ -67,7 +54,7 @@ def progress(row: Row) -> str:
     if ours is None or ours.seconds is None:
         return f"{name}: {'not run' if ours is None else f'{ours.status}: {ours.reason}'}"
     against = "" if ratio is None else f", {ratio.of_medians:.2f} of torch eager"
-    return f"{name}: {report.milliseconds(ours.seconds.median)} ms{against}"
+    return f"{name}: {text.milliseconds(ours.seconds.median)} ms{against}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,12 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     device = environment.pick_device(options.device)
     workloads = chosen(device, options.full, options.filter)
-    if not workloads:
-        print(f"no workload's name holds any of {options.filter}; known are {', '.join(WORKLOADS)}")
+    models = chosen_models(device, options.full, options.filter)
+    if not workloads and not models:
+        known = ", ".join([*WORKLOADS, *WHOLE_MODELS])
+        print(f"no name of a workload or model holds any of {options.filter}; known are {known}")
         return 1
     described = environment.describe(device)
     if device.type == "cpu":
         described["allocator"] = timing.keep_freed_memory()
+    compilations.listen()
+    described |= ceilings.measure(device)
     settings = Settings(
         device,
         options.size or ("full" if device.type == "cuda" else "reduced"),
@@ -88,36 +79,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         compile_all=options.full,
         patient_until=time.perf_counter() + (FULL_PATIENCE_S if options.full else DEFAULT_PATIENCE_S),
     )
-    cases = [(workload, dtype) for workload in workloads for dtype in dtypes(device, options.full)]
+    measured: list[Workload | WholeModel] = [*models, *workloads]
+    cases = [(each, dtype) for each in measured for dtype in dtypes(device, options.full)]
     started = time.perf_counter()
     rows: list[Row] = []
-    json_path = options.output / f"rows-{environment.stamp(described)}.json"
+    data_path = options.output / f"rows-{environment.stamp(described)}.jsonl"
     with tqdm(total=len(cases) * len(DIRECTIONS), unit="row") as bar:
-        for workload, dtype in cases:
-            bar.set_description(workload.name)
-            for row in measure(workload, dtype, settings):
+        for each, dtype in cases:
+            bar.set_description(each.name)
+            for row in rows_of(each, dtype, settings):
                 rows.append(row)
-                Run(described, rows).write(json_path)  # what is done stays, if the run is cut off
+                Run(described, rows).write(data_path)  # what is done stays, if the run is cut off
                 bar.write(progress(row))
                 bar.update()
+    described["copy_bytes_per_second_after"] = ceilings.copy_rate(device)
     described["seconds"] = round(time.perf_counter() - started, 1)
     run = Run(described, rows, *count_without_gpu(device, workloads, options.full))
-    run.write(json_path)
-    plot_path = json_path.with_suffix(".png")
-    draw(run, plot_path)
-    print(
-        "\n".join(["", report.summary(run), f"Full data: {json_path}", f"Plot:      {plot_path}", *report.ending(run)])
-    )
+    run.write(data_path)
+    plot_path = data_path.with_suffix(".png")
+    draw_calls(run, plot_path)
+    ending = text.ending(run)
+    print("\n".join(["", text.summary(run), f"Full data: {data_path}", f"Plot:      {plot_path}", *ending]))
     return 1 if ours_is_broken(run) else 0
+
+
+def rows_of(each: Workload | WholeModel, dtype: torch.dtype, settings: Settings) -> Iterator[Row]:
+    """Both directions of a call or of a model."""
+    return measure_model(each, dtype, settings) if isinstance(each, WholeModel) else measure(each, dtype, settings)
 
 
 def count_without_gpu(device: torch.device, workloads: Sequence[Workload], full: bool) -> tuple[list[CountedRow], str]:
     """On a CPU: what these workloads would take of a GPU, and why some or all of it is missing."""
-    if device.type != "cpu":
+    calls = [workload for workload in workloads if not workload.series]
+    if device.type != "cpu" or not calls:
         return [], ""
     if gap := counted.gap():
         return [], gap
-    cases = [(workload, dtype) for workload in workloads for dtype in dtypes(torch.device("cuda"), full)]
+    cases = [(workload, dtype) for workload in calls for dtype in dtypes(torch.device("cuda"), full)]
     rows: list[CountedRow] = []
     try:
         with tqdm(total=len(cases), desc="counting", unit="workload") as bar:

@@ -40,7 +40,7 @@ def call_columns(rows: Sequence[C]) -> list[Column[C]]:
 
 def text(columns: Sequence[Column[R]], rows: Sequence[R]) -> str:
     """Aligned columns for a terminal."""
-    headings, body = _cells(columns, rows)
+    headings, body = cells(columns, rows)
     widths = [max(map(len, texts)) for texts in zip(headings, *body, strict=True)]
     lines = [headings, ["-" * width for width in widths]]
     shown: list[str] = []
@@ -53,12 +53,13 @@ def text(columns: Sequence[Column[R]], rows: Sequence[R]) -> str:
 
 def markdown(columns: Sequence[Column[R]], rows: Sequence[R]) -> str:
     """The same cells for a document."""
-    headings, body = _cells(columns, rows)
+    headings, body = cells(columns, rows)
     rule = ["---" if column.left else "---:" for column in columns]
     return "\n".join(f"| {' | '.join(texts)} |" for texts in (headings, rule, *body))
 
 
-def _cells(columns: Sequence[Column[R]], rows: Sequence[R]) -> tuple[list[str], list[list[str]]]:
+def cells(columns: Sequence[Column[R]], rows: Sequence[R]) -> tuple[list[str], list[list[str]]]:
+    """The headings, and what each row shows under them."""
     return [column.heading for column in columns], [[column.cell(row) for column in columns] for row in rows]
 
 

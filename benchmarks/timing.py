@@ -16,7 +16,7 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -48,7 +48,9 @@ def interleave(turns: Mapping[str, Turn], budget_s: float, patience: float = 1.0
     def is_done(rounds: int, spent: float) -> bool:
         if rounds < MIN_ROUNDS or (spent < budget_s and rounds < MAX_ROUNDS):
             return False
-        return spent >= patience * budget_s or all(precision(taken) < WANTED_PRECISION for taken in samples.values())
+        return spent >= patience * budget_s or all(
+            Spread.of(taken).precision < WANTED_PRECISION for taken in samples.values()
+        )
 
     rounds = 0
     with _without_collection():
@@ -59,13 +61,6 @@ def interleave(turns: Mapping[str, Turn], budget_s: float, patience: float = 1.0
                 samples[name].append(turns[name]())
             rounds += 1
     return samples
-
-
-def precision(samples: Sequence[float]) -> float:
-    """How far off the median may be, as a share of it: the standard error of a median, 1.25 deviations / sqrt(n), where
-    the distance between the quartiles is 1.35 deviations."""
-    spread = Spread.of(samples)
-    return 0.93 * (spread.upper - spread.lower) / math.sqrt(spread.count) / spread.median
 
 
 @contextlib.contextmanager
@@ -112,12 +107,17 @@ def cpu_turn(run: Run) -> Turn:
     return turn
 
 
+def cache_bytes(device: torch.device) -> int:
+    """Of a GPU's second-level cache."""
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
 class CacheFlush:
     """Overwrites a GPU's second-level cache, with a buffer so large that the host issues the next call meanwhile."""
 
     def __init__(self, device: torch.device) -> None:
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        self.buffer = torch.empty(max(256 * 2**20, 4 * cache), dtype=torch.int8, device=device)
+        size = max(256 * 2**20, 4 * cache_bytes(device))
+        self.buffer = torch.empty(size, dtype=torch.int8, device=device)
 
     def __call__(self) -> None:
         self.buffer.zero_()

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from . import environment, timing
 from .models import MODELS
 from .records import Spread
-from .report import milliseconds
+from .report.text import milliseconds
 
 BATCH, TEST_IMAGES = 128, 360
 FIRST_STEPS = 20

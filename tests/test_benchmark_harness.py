@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import correctness, memory, report, run, timing
+from benchmarks import correctness, memory, run, selection, timing
 from benchmarks.measure import Settings, measure
 from benchmarks.peers import COMPILED, EAGER, OURS, OURS_COMPILED, PEERS, Peer
-from benchmarks.plots import draw
-from benchmarks.records import Measurement, Ratio, Row, Run, Spread
+from benchmarks.records import Measurement, Row, Run, Spread
+from benchmarks.report import text
 from benchmarks.traffic import DIRECTIONS, Direction, minimal_bytes
+from benchmarks.whole_models import WHOLE_MODELS
 from benchmarks.workloads import FUNCTIONS, WORKLOADS, Call, Shapes, Workload, swept
+from benchmarks.workloads.series import SERIES
 
 CPU = torch.device("cpu")
 EAGERLY = [peer for peer in PEERS if peer.name in (OURS, EAGER)]
@@ -180,7 +181,7 @@ def test_a_wrong_contender_is_reported_and_not_timed(reason: str, call: Call) ->
     assert wrong and reason in wrong[0].reason
     assert all(found.seconds is None and found.peak_bytes is None for found in wrong)
     assert all(measured(row, OURS).status == "timed" for row in rows)
-    assert any("wrong" in line and reason in line for line in report.gaps(Run({}, rows)))
+    assert any("wrong" in line and reason in line for line in text.gaps(Run({}, rows)))
 
 
 def test_a_wrong_backward_leaves_the_forward_in_the_table() -> None:
@@ -219,7 +220,7 @@ def test_an_unavailable_peer_is_a_stated_gap() -> None:
     for row in rows:
         assert measured(row, "absent") == Measurement("absent", "unavailable", "no rms_norm on cpu")
         assert row.gigabytes_per_second("absent") is None
-    assert report.gaps(Run({}, rows)) == ["absent: unavailable on every row: no rms_norm on cpu"]
+    assert text.gaps(Run({}, rows)) == ["absent: unavailable on every row: no rms_norm on cpu"]
 
 
 def test_a_peer_that_raises_is_a_stated_gap() -> None:
@@ -245,7 +246,7 @@ def test_without_a_compiler_its_columns_say_so() -> None:
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
 
     peers = [Peer(name, lambda workload: uncompilable) for name in (COMPILED, OURS_COMPILED)]
-    heading, _, first, second = report.text_table(
+    heading, _, first, second = text.text_table(
         Run({}, rows_of(WORKLOADS["layer_norm_1024"], *EAGERLY, *peers))
     ).splitlines()
     assert "ours/compile" in heading and "both compiled" in heading
@@ -263,59 +264,12 @@ def test_compiling_is_left_out_of_a_default_run_on_a_cpu_but_where_it_is_asked_f
 
 # --- from end to end -----------------------------------------------------------------------------------------------
 
-ENVIRONMENT = {
-    "device": "cpu",
-    "device_name": "a CPU",
-    "cores": 2,
-    "threads": 2,
-    "load_average": 0.1,
-    "torch": "2.13",
-    "triton": None,
-    "python": "3.11",
-    "fused_ops": "0.1.0",
-    "commit": "0123456789abcdef",
-    "dirty": True,
-}
-
-
-def test_a_run_survives_json_and_becomes_a_table(tmp_path: Path) -> None:
-    rows = rows_of(WORKLOADS["layer_norm_residual_relu"], *EAGERLY)
-    written = Run(ENVIRONMENT, rows)
-    path = tmp_path / "run.json"
-    written.write(path)
-    read = Run.read(path)
-    assert read == written
-    text = report.summary(read)
-    heading = text.splitlines()[0]
-    assert all(title in heading for title in ("ours ms", "GB/s", "ours/eager", "peak MiB o/e", "kept MiB o/e"))
-    assert max(map(len, report.text_table(read).splitlines())) <= 160
-    assert text.splitlines()[-1].startswith("Figures from: CPU a CPU, threads 2 of 2 cores")
-    markdown = report.markdown_table(read).splitlines()
-    assert len(markdown) == 2 + len(rows) and len({line.count("|") for line in markdown}) == 1
-    draw(read, tmp_path / "run.png")
-    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_file_of_another_schema_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "old.json"
-    path.write_text(json.dumps({"schema": 0, "rows": []}))
-    with pytest.raises(ValueError, match="schema"):
-        Run.read(path)
-
-
-def test_rows_above_the_limit_are_named() -> None:
-    def row(name: str, of_medians: float) -> Row:
-        return Row(name, "layer_norm", (8, 8), "float32", "forward", 1, ratios=[Ratio(OURS, EAGER, of_medians)])
-
-    (line,) = report.verdicts(Run({}, [row("slow", 1.2), row("equal", 1.0), row("just", 1.054)]))
-    assert "at most 1.05 on 2 of 3 rows" in line and line.endswith("above on slow float32 forward 1.20")
-
 
 def test_run_from_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["--device", "cpu", "--size", "tiny", "--seconds", "0.01", "--output", str(tmp_path)]
     assert run.main([*arguments, "--filter", "rms_norm_residual_silu"]) == 0
     out, err = capfd.readouterr()
-    (data,) = tmp_path.glob("rows-cpu-*.json")
+    (data,) = tmp_path.glob("rows-cpu-*.jsonl")
     (plot,) = tmp_path.glob("rows-cpu-*.png")
     assert "2/2" in err  # the progress bar
     assert "rms_norm_residual_silu float32 forward:" in out
@@ -325,9 +279,8 @@ def test_run_from_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     read = Run.read(data)
     assert [row.direction for row in read.rows] == ["forward", "forward+backward"]
     assert [row.direction for row in read.counted] == ["forward", "forward+backward"] and not read.uncounted
-    assert {"cpu", "threads", "torch", "triton", "numpy", "python", "commit", "dirty", "allocator"} <= set(
-        read.environment
-    )
+    known = {"cpu", "threads", "torch", "triton", "numpy", "python", "commit", "dirty", "allocator", "seconds"}
+    assert known | {"copy_bytes_per_second", "copy_bytes_per_second_after"} <= set(read.environment)
     for row in read.rows:
         ours = measured(row, OURS)
         assert ours.status == "timed" and ours.seconds is not None
@@ -346,10 +299,14 @@ def test_ours_being_wrong_fails_the_run() -> None:
 
 
 def test_what_a_default_run_holds() -> None:
-    cpu, gpu = ({w.name for w in run.chosen(torch.device(kind), False, [])} for kind in ("cpu", "cuda"))
+    cpu, gpu = (
+        {w.name for w in selection.chosen(torch.device(kind), False, []) if not w.series} for kind in ("cpu", "cuda")
+    )
     assert not any(WORKLOADS[name].launch_bound for name in cpu)
     assert any(WORKLOADS[name].launch_bound for name in gpu)
-    assert {w.name for w in run.chosen(CPU, True, [])} == set(WORKLOADS)
+    assert {w.name for w in selection.chosen(CPU, True, []) if not w.series} == set(WORKLOADS)
+    assert {w.series for w in selection.chosen(CPU, True, [])} == {"", *SERIES}
+    assert {m.name for m in selection.chosen_models(CPU, True, [])} == set(WHOLE_MODELS)
 
 
 def test_a_workload_of_another_rank_needs_no_other_code() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .channel_norms import images
 from .workload import Shapes, Workload
 
@@ -48,7 +50,7 @@ def _resnet(
     )
 
 
-def _of(name: str, shapes: Shapes, activation: str, **options: bool) -> Workload:
+def _of(name: str, shapes: Shapes, activation: str, **options: Any) -> Workload:
     return Workload(name, "batch_norm", shapes, activation=activation, **options)
 
 

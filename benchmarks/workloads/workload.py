@@ -43,6 +43,18 @@ class Case:
         inputs = {name: tensor.detach().requires_grad_() for name, tensor in self.inputs.items()}
         return replace(self, inputs=inputs)
 
+    def copy(self) -> Case:
+        """The same values elsewhere in memory, laid out as they are."""
+        inputs = {name: tensor.detach().clone().requires_grad_() for name, tensor in self.inputs.items()}
+        state = {name: tensor.clone() for name, tensor in self.state.items()}
+        return Case(inputs, self.parameters, tuple(gradient.clone() for gradient in self.output_gradients), state)
+
+    @property
+    def bytes(self) -> int:
+        """What its tensors hold."""
+        tensors = (*self.arguments.values(), *self.output_gradients)
+        return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
     def to(self, dtype: torch.dtype) -> Case:
         """The same values in another type."""
         inputs = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in self.inputs.items()}
@@ -66,7 +78,8 @@ class Workload:
     groups: of channels, of a group norm. training: of a batch norm, by the batch's statistics and not by running ones.
     channels_last: how x and its like lie in memory. launch_bound: so small that the call, not the memory, is what takes
     time. fits_cache: of a model's layer that is no larger. in_default_run: otherwise only --full has it.
-    compiled_on_cpu: the default run on a CPU compiles it too, at some 20 s a workload.
+    compiled_on_cpu: the default run on a CPU compiles it too, at some 20 s a workload. series: the curve over sizes
+    that it is a point of, and nothing else.
     """
 
     name: str
@@ -81,6 +94,7 @@ class Workload:
     fits_cache: bool = False
     in_default_run: bool = True
     compiled_on_cpu: bool = False
+    series: str = ""
 
     @property
     def of(self) -> Function:

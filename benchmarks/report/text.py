@@ -1,19 +1,14 @@
-"""From a run to what people read: a table as text or Markdown, a plot, and the sentences around them.
-
-`python -m benchmarks.report RUN.json` prints the table of an earlier run (--markdown: as Markdown).
-"""
+"""A run as tables, of text or Markdown, and the sentences around them."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from statistics import median
 
-from . import counted, environment, tables
-from .peers import COMPARED, COMPILED, EAGER, LIBRARIES, OURS, OURS_COMPILED
-from .records import Measurement, Ratio, Row, Run
-from .tables import Column, call_columns, mebibytes, three_digits
+from .. import counted, environment, tables
+from ..peers import COMPARED, COMPILED, EAGER, LIBRARIES, OURS, OURS_COMPILED
+from ..records import Measurement, Ratio, Row, Run
+from ..tables import Column, call_columns, mebibytes, three_digits
 
 # The most that our call may take of torch's on a CPU; the rows above it are named under the table.
 CPU_RATIO_LIMIT = 1.05
@@ -46,6 +41,16 @@ def _rate(contender: str) -> Callable[[Row], str]:
     def cell(row: Row) -> str:
         rate = row.gigabytes_per_second(contender)
         return "-" if rate is None else f"{rate:.3g}" if rate < 100 else f"{rate:.0f}"
+
+    return cell
+
+
+def _of_copy(run: Run) -> Callable[[Row], str]:
+    copy = run.environment.get("copy_bytes_per_second")
+
+    def cell(row: Row) -> str:
+        rate = row.gigabytes_per_second(OURS)
+        return "-" if rate is None or copy is None else f"{rate * 1e9 / copy:.0%}"
 
     return cell
 
@@ -98,32 +103,61 @@ def _says_something(row: Row, pair: tuple[str, str]) -> bool:
     return row.ratio(*pair) is not None or any(gap is not None and gap.status in BROKEN for gap in found)
 
 
-def columns(run: Run) -> list[Column[Row]]:
+def columns(run: Run, rows: Sequence[Row]) -> list[Column[Row]]:
     """Those that hold something: a peer that is not here at all is told under the table instead."""
-    held = [pair for pair in COMPARED if any(_says_something(row, pair) for row in run.rows)]
+    held = [pair for pair in COMPARED if any(_says_something(row, pair) for row in rows)]
+    bounded = any(row.minimal_bytes is not None for row in rows)
     chosen = [
-        *call_columns(run.rows),
+        *call_columns(rows),
         Column("ours ms", _time),
         Column("+-", _spread),
-        Column("GB/s", _rate(OURS)),
-        Column("eager", _rate(EAGER)),
+        *([Column("GB/s", _rate(OURS)), Column("of copy", _of_copy(run))] if bounded else []),
         *(Column(RATIO_HEADINGS[pair], _ratio(*pair)) for pair in held),
         Column("peak MiB o/e", _bytes(lambda found: found.peak_bytes)),
         Column("kept MiB o/e", _bytes(lambda found: found.kept_bytes)),
     ]
-    if any(found.host_seconds is not None for row in run.rows for found in row.measurements):
+    if any(found.host_seconds is not None for row in rows for found in row.measurements):
         chosen.append(Column("host us", _host))
     return chosen
 
 
-def text_table(run: Run) -> str:
+def start_columns(rows: Sequence[Row]) -> list[Column[Row]]:
+    """What the first call of each contender took, and what it compiled."""
+    called = (found for row in rows for found in row.measurements if found.first_seconds is not None)
+    names = dict.fromkeys(found.contender for found in called)
+    return [*call_columns(rows), *(Column(f"{name} ms (compiled)", _first(name)) for name in names)]
+
+
+def _first(contender: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        found = row.measurement(contender)
+        if found is None or found.first_seconds is None:
+            return "-"
+        return f"{milliseconds(found.first_seconds)} ({found.compilations})"
+
+    return cell
+
+
+def parts(run: Run) -> dict[str, list[Row]]:
+    """The rows of a run under the headings of a report, those that it has."""
+    found = {
+        "Calls": run.calls,
+        "Whole models": run.models,
+        **{f"Over sizes: {series}": rows for series, rows in run.series.items()},
+    }
+    return {heading: rows for heading, rows in found.items() if rows}
+
+
+def text_table(run: Run, rows: Sequence[Row] | None = None) -> str:
     """For a terminal; what a workload's rows share is shown once."""
-    return tables.text(columns(run), run.rows)
+    rows = run.rows if rows is None else rows
+    return tables.text(columns(run, rows), rows)
 
 
-def markdown_table(run: Run) -> str:
+def markdown_table(run: Run, rows: Sequence[Row] | None = None) -> str:
     """The same cells for a document."""
-    return tables.markdown(columns(run), run.rows)
+    rows = run.rows if rows is None else rows
+    return tables.markdown(columns(run, rows), rows)
 
 
 def gaps(run: Run) -> list[str]:
@@ -157,20 +191,36 @@ def verdicts(run: Run) -> list[str]:
     return lines
 
 
-def disturbance(run: Run) -> list[str]:
-    """Says so where the machine did other things meanwhile."""
+def noise(run: Run) -> list[str]:
+    """How quiet the machine was: the distance of the quartiles, and a copy at the end beside one at the beginning."""
     spreads = [
         (found.seconds.upper - found.seconds.lower) / found.seconds.median
         for row in run.rows
         if (found := row.measurement(OURS)) is not None and found.seconds is not None
     ]
+    if not spreads:
+        return []
+    line = f"Noise: ours' quartiles lie {median(spreads) / 2:.1%} to both sides on a row in the middle"
+    line += f", {max(spreads) / 2:.0%} on the worst"
+    before, after = (run.environment.get(f"copy_bytes_per_second{when}") for when in ("", "_after"))
+    if before and after:
+        line += f"; a copy at the end ran at {after / before:.0%} of its rate at the beginning"
     disturbed = sum(spread > DISTURBED for spread in spreads)
     if not disturbed:
-        return []
+        return [f"{line}."]
     return [
+        f"{line}.",
         f"{disturbed} of {len(spreads)} rows were disturbed (quartiles more than {DISTURBED:.0%} of the median apart): "
-        "something else used the machine, and ratios of those rows mean little."
+        "something else used the machine, and ratios of those rows mean little.",
     ]
+
+
+def ceilings(run: Run) -> list[str]:
+    """What was measured beside the rows to hold them against."""
+    copy, launch = (run.environment.get(name) for name in ("copy_bytes_per_second", "launch_seconds"))
+    found = [] if copy is None else [f"a copy moves {copy / 1e9:.3g} GB/s, read and written"]
+    found += [] if launch is None else [f"an empty launch takes {launch * 1e6:.2f} us"]
+    return [f"In the same run {' and '.join(found)}."] if found else []
 
 
 def legend(run: Run) -> str:
@@ -178,41 +228,23 @@ def legend(run: Run) -> str:
     dtypes = " and ".join(dict.fromkeys(row.dtype for row in run.rows))
     return (
         f"{dtypes}. ours ms: median; +-: half the distance between the quartiles; GB/s: minimal bytes over the median "
-        "(benchmarks/traffic.py);\nratios under 1: the first is faster (between the quartiles over rounds); "
-        "o/e: ours / torch eager; peak: allocated during the call; kept: held for backward."
+        "(benchmarks/traffic.py);\nof copy: their share of a copy's, which is above 1 where a cache holds the tensors; "
+        "ratios under 1: the first is faster (between the\nquartiles over rounds); o/e: ours / torch eager; peak: "
+        "allocated during the call; kept: held for backward. A model's ours: after fuse."
     )
 
 
 def summary(run: Run) -> str:
-    """The table with all that belongs beside it."""
-    parts = [text_table(run), "", legend(run), *verdicts(run), *disturbance(run), *gaps(run)]
-    return "\n".join([*parts, f"Figures from: {environment.sentence(run.environment)}."])
+    """The tables with all that belongs beside them."""
+    found = parts(run)
+    lines = []
+    for heading, rows in found.items():
+        lines += [*([heading] if len(found) > 1 else []), text_table(run, rows), ""]
+    lines += [legend(run), *ceilings(run), *verdicts(run), *noise(run), *gaps(run)]
+    return "\n".join([*lines, f"Figures from: {environment.sentence(run.environment)}."])
 
 
 def ending(run: Run) -> list[str]:
     """What follows all else: the counted table, where there is one."""
     paragraphs = counted.paragraphs(run)
     return ["", *paragraphs] if paragraphs else []
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints an earlier run."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("run", type=Path, help="a JSON file that benchmarks.run wrote")
-    parser.add_argument("--markdown", action="store_true", help="the table as Markdown")
-    parser.add_argument("--plot", type=Path, help="also draw the plot into this file")
-    options = parser.parse_args(arguments)
-    run = Run.read(options.run)
-    if options.markdown:
-        print("\n\n".join([markdown_table(run), *counted.paragraphs(run, tables.markdown)]))
-    else:
-        print("\n".join([summary(run), *ending(run)]))
-    if options.plot:
-        from .plots import draw
-
-        draw(run, options.plot)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
