@@ -75,12 +75,13 @@ def moving_last(
     return out
 
 
-@torch.no_grad()
 def move(running: tuple[Tensor, ...], moved: tuple[Tensor, ...]) -> None:
     """Gives running statistics the values of those that moved in their place, if others did."""
-    for tensor, found in zip(running, moved, strict=True):
-        if found is not tensor:
-            tensor.copy_(found)
+    others = [(tensor, found) for tensor, found in zip(running, moved, strict=True) if found is not tensor]
+    if others:
+        with torch.no_grad():
+            for tensor, found in others:
+                tensor.copy_(found)
 
 
 def _computed_in(x: Tensor, *others: Tensor | None) -> torch.dtype:

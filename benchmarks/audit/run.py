@@ -111,7 +111,7 @@ class _Work:
 
 def _work(names: Sequence[str], compiled_pairs: Sequence[Pair], counted_pairs: Sequence[Pair]) -> _Work:
     with ExitStack() as stack:
-        interpreting = stack.enter_context(workers(interpret=True, count=max(1, CORES // 2)))
+        interpreting = stack.enter_context(workers(interpret=True, count=CORES))
         compiling = stack.enter_context(workers(interpret=False, count=CORES))
         total = len(names) * (len(counted_pairs) + len(compiled_pairs) + 1)
         bar = stack.enter_context(tqdm(total=total, unit="job"))

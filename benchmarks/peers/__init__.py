@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 
 from ..workloads import Call, Workload
-from . import flag_gems, liger, quack
+from . import apex, flag_gems, flash_attention, liger, quack, transformer_engine
 from .peer import Peer as Peer
 
 OURS = "ours"
 EAGER = "torch eager"
 COMPILED = "torch.compile"
 OURS_COMPILED = "ours compiled"
-LIBRARIES = (liger, quack, flag_gems)
+LIBRARIES = (liger, quack, flag_gems, flash_attention, apex, transformer_engine)
 
 
 def forget_compiled() -> None:

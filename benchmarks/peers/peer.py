@@ -24,9 +24,15 @@ class Peer:
     compiles: bool = False
 
 
-def library_peer(name: str, module: str, calls: Mapping[str, Build], reasons: Mapping[str, str] | None = None) -> Peer:
+def library_peer(
+    name: str,
+    module: str,
+    calls: Mapping[str, Build],
+    reasons: Mapping[str, str] | None = None,
+    refusal: Callable[[Workload], str] = lambda workload: "",
+) -> Peer:
     """A library of GPU kernels, by its call of each of our functions that it has. reasons: why it has none of another
-    that it seems to have."""
+    that it seems to have; refusal: why its call does not take a workload."""
 
     def gap(workload: Workload, device: str) -> str:
         if importlib.util.find_spec(module) is None:
@@ -34,7 +40,7 @@ def library_peer(name: str, module: str, calls: Mapping[str, Build], reasons: Ma
         if device != "cuda":
             return f"{name}'s kernels need a GPU"
         if workload.function in calls:
-            return ""
+            return refusal(workload)
         return (reasons or {}).get(workload.function, f"{name} has no {workload.function}")
 
     return Peer(name, lambda workload: calls[workload.function](workload), gap)
@@ -53,25 +59,25 @@ def finishing(workload: Workload, norm: Callable[..., Tensor]) -> Call:
 class KernelPair:
     """A norm that its library offers as two functions without autograd.
 
-    forward(x, weight, bias) returns y, mean and rstd; backward(dy, x, mean, rstd, weight, bias, needed) the gradients
-    of x, weight and bias, needed being which of them are.
+    forward(x, weight, bias) returns y, mean (None of an RMS norm) and rstd; backward(dy, x, mean, rstd, weight, bias,
+    needed) the gradients of x, weight and bias, needed being which of them are.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Tensor | None, ...]]
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = _Pair.apply(self, x, weight, bias)
         return y
 
-    def of_rows(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def of_rows(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """For a library that takes matrices alone."""
         return self(x.reshape(-1, x.shape[-1]), weight, bias).reshape(x.shape)
 
 
 class _Pair(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pair: KernelPair, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, pair: KernelPair, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y, mean, rstd = pair.forward(x, weight, bias)
         ctx.pair = pair
         ctx.save_for_backward(x, mean, rstd, weight, bias)
