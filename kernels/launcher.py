@@ -30,12 +30,21 @@ class Launcher:
 
     A call through Triton costs 7 us, one of what it compiled 1 us: so that is kept, by driver, device and the tensors'
     16-byte alignment (on AMD their size, too). No run-time number is one that Triton specializes on.
+
+    most_registers: of a thread; more_from_sm_100: and so many more where the compiler makes more of the same code.
     """
 
-    def __init__(self, kernel: Any, num_warps: int, *constants: Any, most_registers: int | None = None) -> None:
+    def __init__(
+        self,
+        kernel: Any,
+        num_warps: int,
+        *constants: Any,
+        most_registers: int | None = None,
+        more_from_sm_100: int = 0,
+    ) -> None:
         self.kernel = kernel
         self.num_warps = num_warps
-        self.most_registers = most_registers
+        self.most_registers, self.more_from_sm_100 = most_registers, more_from_sm_100
         self.constants = constants
         self._compiled: dict[tuple[Any, ...], Any] = {}
         self._types: tuple[torch.dtype | None, ...] | None = None
@@ -101,5 +110,5 @@ class Launcher:
             target = triton.runtime.driver.active.get_current_target()
             options["num_warps"] = max(1, self.num_warps * THREADS_PER_WARP // target.warp_size)
             if self.most_registers is not None and target.backend == "cuda":
-                options["maxnreg"] = self.most_registers
+                options["maxnreg"] = self.most_registers + (self.more_from_sm_100 if target.arch >= 100 else 0)
         return self.kernel[(programs,)](*arguments, **options)

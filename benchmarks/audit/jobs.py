@@ -50,7 +50,7 @@ def compile_workload(name: str, dtype_name: str, target_name: str) -> Compiled:
         for finding in findings.of_call(
             of_direction,
             f"{where} {direction}",
-            elements(shape),
+            0 if workload.launch_bound else elements(shape),  # which no memory bounds, and so no loads in flight
             device,
             workload.of.by_channel == "mixed",
             widest_access(workload, shape, dtype.itemsize),

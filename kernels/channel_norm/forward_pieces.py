@@ -92,20 +92,22 @@ class ForwardPieces:
         block = (tile.block_channels, tile.block_plane, tile.stages)
         self.blocks = cdiv(kind.channels, tile.block_channels)
 
-        def launcher(kernel: Any, *constants: Any, most_registers: int | None = tile.most_registers) -> Launcher:
-            return Launcher(kernel, tile.num_warps, *constants, most_registers=most_registers)
+        def launcher(
+            kernel: Any, *constants: Any, most: int | None = tile.most_registers, more_from_sm_100: int = 0
+        ) -> Launcher:
+            return Launcher(kernel, tile.num_warps, *constants, most_registers=most, more_from_sm_100=more_from_sm_100)
 
         of_plane = (kind.channels, kind.groups, length, kind.vec, kind.channels_last)
         # The values of each place take registers, and so programs, that loads ahead make up for; but for one tile.
         stages = max(tile.stages, min(3, 3 * tile.stages))
-        most = tile.most_registers
+        most, more = tile.most_registers, 0
         if itemsize < 8 and not drops:
             if kind.channels_last:  # with 16 registers less a fourth program fits
-                most = 128 if kind.channels * itemsize % 16 == 0 else 208
+                most, more = (128, 24) if kind.channels * itemsize % 16 == 0 else (208, 0)  # more: or some bytes spill
             elif stages:
                 most = 128
         of_moments = (kind.channels, length, kind.vec, kind.channels_last, *block[:2], stages)
-        self.moments = launcher(channel_moments_kernel, *of_moments, most_registers=most)
+        self.moments = launcher(channel_moments_kernel, *of_moments, most=most, more_from_sm_100=more)
         block_partials, self.block_groups = combine_tile(kind.channels // kind.groups)
         # A launcher for each: what it stores, and what not, is part of what it compiled.
         self.combine, self.combine_in_parts = (
