@@ -28,7 +28,7 @@ from .whole_models import WHOLE_MODELS, WholeModel
 from .workloads import WORKLOADS, Workload
 
 # For how long a run goes on giving disturbed rows more time; the rest of a default run then fits five minutes.
-DEFAULT_PATIENCE_S, FULL_PATIENCE_S = 60, 1800
+DEFAULT_PATIENCE_S, FULL_PATIENCE_S = 30, 1800
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--filter", nargs="*", default=[], metavar="TEXT", help="only workloads and models whose name holds a text"
     )
     parser.add_argument("--size", choices=("full", "reduced", "tiny"), help="full on a GPU, reduced on a CPU")
-    parser.add_argument("--seconds", type=float, default=1.0, help="how long the contenders of a row are timed")
+    parser.add_argument("--seconds", type=float, default=0.7, help="how long the contenders of a row are timed")
     parser.add_argument(
         "--output", type=Path, default=environment.LOCAL_RESULTS, help="folder of the JSON and the plot"
     )

@@ -264,29 +264,63 @@ class _ByStatistics(torch.autograd.Function):
     """`by_statistics`, which keeps x for backward, as torch does, and not the difference from the mean."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        ctx.torchs = _is_torchs(x, mean, var, weight, bias, eps)
         needs_x = weight is not None and ctx.needs_input_grad[3]
-        # A copy, as torch's: a running mean may have moved on when backward comes.
-        ctx.save_for_backward(x if needs_x else None, mean.clone() if needs_x else None, rstd, weight)
-        ctx.types = x.dtype, None if bias is None else bias.dtype
-        return by_statistics(x, mean, rstd, weight, bias)
+        # Copies, as torch's: running statistics may have moved on when backward comes.
+        ctx.save_for_backward(x if needs_x else None, mean.clone() if needs_x else None, var.clone(), weight)
+        ctx.eps, ctx.types = eps, (x.dtype, None if bias is None else bias.dtype)
+        return _by_statistics(x, mean, var, weight, bias, eps, ctx.torchs)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight = ctx.saved_tensors
+        x, mean, var, weight = ctx.saved_tensors
+        needs_x, _, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        if x is not None and ctx.torchs and not torch.is_grad_enabled() and not transformed() and type(dy) in PLAIN:
+            given = (_laid_out_as(x, dy), x, weight, mean, var, None, None, False, ctx.eps)
+            dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(*given, (needs_x, needs_weight, needs_bias))
+            return dx if needs_x else None, None, None, dweight, dbias if needs_bias else None, None
         x_dtype, bias_dtype = ctx.types
-        dtype, batch = rstd.dtype, [dim for dim in range(dy.dim()) if dim != 1]
-        dz = dy.to(dtype)
+        dtype, batch = var.dtype, [dim for dim in range(dy.dim()) if dim != 1]
+        dz, rstd = dy.to(dtype), torch.rsqrt(var + ctx.eps)
         dx = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
+        if needs_x:
             scale = rstd if weight is None else rstd * weight.to(dtype)
             dx = (dz * _by_channel(scale, dz, dtype)).to(x_dtype)
         if x is not None:
             x_hat = by_statistics(x.to(dtype), mean, rstd, None, None)
             dweight = (dz * x_hat).sum(batch).to(weight.dtype)
-        if ctx.needs_input_grad[4]:
+        if needs_bias:
             dbias = dz.sum(batch).to(bias_dtype)
-        return dx, None, None, dweight, dbias
+        return dx, None, None, dweight, dbias, None
+
+
+# torch folds the mean into a shift, and of one that is so many deviations large that many last bits are lost.
+_MOST_DEVIATIONS = 8
+
+
+def _is_torchs(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> bool:
+    """Whether torch's batch norm by given statistics may stand for `by_statistics`: on a CPU it is faster."""
+    given = [tensor for tensor in (mean, var, weight, bias) if tensor is not None]
+    return (
+        x.device.type == "cpu"
+        and x.dtype not in HALF
+        and x.numel() > 0
+        and all(tensor.dtype == x.dtype for tensor in given)
+        and {*map(type, (x, *given))} <= PLAIN
+        and not _looked_into()
+        and not (mean.square() > _MOST_DEVIATIONS**2 * (var + eps)).any()
+    )
+
+
+def _by_statistics(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, torchs: bool
+) -> Tensor:
+    if torchs:
+        return _laid_out_as(x, F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps))
+    return by_statistics(x, mean, torch.rsqrt(var + eps), weight, bias)
 
 
 def stored_norm(
@@ -294,11 +328,11 @@ def stored_norm(
 ) -> Tensor:
     """Normalizes each channel of x by statistics that are given, which get no gradient; y has x's type and layout."""
     dtype = torch.promote_types(_common_dtype(x, running_mean, running_var, weight, bias), torch.float32)
-    mean, rstd = running_mean.detach().to(dtype), torch.rsqrt(running_var.detach().to(dtype) + eps)
+    mean, var = running_mean.detach().to(dtype), running_var.detach().to(dtype)
     operands = (x, weight, bias)
     if _takes_function(*operands) and {*map(type, operands)} <= PLAIN:
-        return _ByStatistics.apply(x, mean, rstd, weight, bias)
-    return by_statistics(x, mean, rstd, weight, bias)
+        return _ByStatistics.apply(x, mean, var, weight, bias, eps)
+    return _by_statistics(x, mean, var, weight, bias, eps, _is_torchs(x, mean, var, weight, bias, eps))
 
 
 @torch.no_grad()

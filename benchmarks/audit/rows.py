@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..records import Call
-from ..workloads import WORKLOADS, Workload, elements
+from ..workloads import Workload, elements
 from . import allowances
 from .allowances import LEAST, Schedule, allowance
 from .binary import CompiledLaunch
@@ -99,7 +99,8 @@ def traffic_findings(
     resident_programs: Sequence[int], counted: Counted, dtype: torch.dtype, where: str
 ) -> list[Finding]:
     """Where a slice moves more than it is allowed; of each launch so many programs run on a multiprocessor at once."""
-    workload, part = WORKLOADS[counted.workload], counted.slice
+    part = counted.slice
+    workload = part.workload
     case = unfilled_case(workload, part.shape, dtype, "meta")
     schedule = Schedule.allowed(workload, case, counted.launches, part.facts)
     allowed = allowance(workload, case, counted.direction, schedule)

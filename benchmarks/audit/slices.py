@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,16 +30,20 @@ from .watch import watch
 
 SMALL_CALL = 2**20
 PART_OF_A_MULTIPROCESSOR = 4
-# Channels of a tile at most, of 16 bits: channels_last, or of planes.
-MOST_SIDE_BY_SIDE = 128
+# Channels of a tile at most, of 16 bits: channels_last, of planes, and of planes that are longer than a tile.
+MOST_SIDE_BY_SIDE, MOST_PLANES, FEW_PLANES = 64, 32, 8
+LONGER_THAN_A_TILE = 2**10
+# Channels of a wide access, of any type.
+ALIKE = 8
 # Planes from this length on are launched alike, whatever their length.
 LONG_PLANE = 2**15
 
 
 @dataclass(frozen=True)
 class Slice:
-    """multiprocessors: of the full device for each of the slice's."""
+    """workload: with as many groups as the slice has. multiprocessors: of the full device for each of the slice's."""
 
+    workload: Workload
     shape: Shape
     facts: DeviceFacts
     multiprocessors: int
@@ -97,30 +101,37 @@ def slice_of(workload: Workload, facts: DeviceFacts = H200) -> Slice:
     """The slice of a workload on a device with these facts."""
     full = workload.shape("full")
     if elements(full) <= SMALL_CALL:
-        return Slice(full, facts, 1)
+        return Slice(workload, full, facts, 1)
     planes_for_all = not (workload.of.norm or workload.of.over_last_dim or workload.channels_last)
     if workload.of.by_channel or planes_for_all:  # of a residual add, where all programs share a pass of the channels
         return _slice_of_images(workload, full, facts)
     rows = max(1, workload.samples(full) // facts.multiprocessors // PART_OF_A_MULTIPROCESSOR)
     part = facts._replace(multiprocessors=1, l2_bytes=facts.l2_bytes // facts.multiprocessors)
-    return Slice(workload.of_samples(rows), part, facts.multiprocessors)
+    return Slice(workload, workload.of_samples(rows), part, facts.multiprocessors)
 
 
 def _slice_of_images(workload: Workload, full: Shape, facts: DeviceFacts) -> Slice:
-    """A few images, or a part of one, its planes as long as they have to be; on the whole device, since how planes are
-    shared depends little on how many there are."""
+    """A few images, or a part of one, of fewer channels where these do not share statistics, its planes as long as they
+    have to be; on the whole device, since how planes are shared depends little on how many there are."""
     samples, channels, *positions = full
     plane = elements(tuple(positions))
-    if workload.of.by_channel == "batch":  # fewer channels, so that each has as many samples as can be
-        least = MOST_SIDE_BY_SIDE if workload.channels_last else MOST_SIDE_BY_SIDE // 4
-        alike = min(least, channels & -channels)  # decides how channels are accessed
-        channels = min(channels, least // alike * alike)
+    groups = workload.groups
+    if workload.of.by_channel in ("batch", "single", "groups"):
+        least = MOST_SIDE_BY_SIDE if workload.channels_last else FEW_PLANES
+        if plane <= LONGER_THAN_A_TILE and not workload.channels_last:
+            least = MOST_PLANES
+        of_group = channels // groups if workload.of.by_channel == "groups" else 1
+        # What is left divides by as much, which decides how channels are accessed.
+        unit = math.lcm(of_group, min(ALIKE, channels & -channels))
+        channels = min(channels, max(1, least // unit) * unit)
+        groups = min(groups, channels // of_group)
     if plane > LONG_PLANE:
         along = positions[0] * LONG_PLANE // plane
         positions = [max(1, along), *positions[1:]]
-    most = SMALL_CALL * (2 if workload.of.by_channel == "batch" else 1)
+    # Few samples of a channel that all share, and partial results weigh more than they do in the full call.
+    most = SMALL_CALL // 2 if workload.of.by_channel == "batch" and workload.channels_last else SMALL_CALL // 4
     samples = min(samples, max(1, most // elements((channels, *positions))))
-    return Slice((samples, channels, *positions), facts, 1)
+    return Slice(replace(workload, groups=groups), (samples, channels, *positions), facts, 1)
 
 
 def require_same_kernels(
@@ -138,10 +149,10 @@ def count(workload: Workload, dtype: torch.dtype, direction: Direction, facts: D
     """Runs a slice of a workload under the counter. RuntimeError where it does not launch what the full call does."""
     part = slice_of(workload, facts)
     counter = TrafficCounter()
-    case: Case = workload.case_of(part.shape, lambda shape, *_: torch.zeros(shape, dtype=dtype))
+    case: Case = part.workload.case_of(part.shape, lambda shape, *_: torch.zeros(shape, dtype=dtype))
     with fused_ops.use_backend("triton"), assume_device(part.facts), watch(counter):
-        run(workload.ours(), case, direction)
-    small = planned(workload, part.shape, dtype, direction, part.facts)
+        run(part.workload.ours(), case, direction)
+    small = planned(part.workload, part.shape, dtype, direction, part.facts)
     large = planned(workload, workload.shape("full"), dtype, direction, facts)
     require_same_kernels(workload.name, counter.launches, large)
     growth = [
