@@ -1,7 +1,7 @@
 """A part of a named workload that an interpreter runs in seconds, and that stands for the whole.
 
 A full call has 2^26 elements, minutes to interpret. A slice is what one multiprocessor has of it: a device with one
-multiprocessor and its share of the L2 gets a quarter of that multiprocessor's rows. Programs a multiprocessor, the rows
+multiprocessor and its share of the L2 gets an eighth of that multiprocessor's rows. Programs a multiprocessor, the rows
 of partial sums, and whether a row is walked or shared are then those of the full call; what does not grow with the rows
 (parameters, partial sums) weighs more. Small calls are run whole.
 
@@ -29,7 +29,7 @@ from .planned import PlannedLaunch, planned
 from .watch import watch
 
 SMALL_CALL = 2**20
-PART_OF_A_MULTIPROCESSOR = 4
+PART_OF_A_MULTIPROCESSOR = 8
 # Channels of a tile at most, of 16 bits: channels_last, of planes, and of planes that are longer than a tile.
 MOST_SIDE_BY_SIDE, MOST_PLANES, FEW_PLANES = 64, 32, 8
 LONGER_THAN_A_TILE = 2**10
