@@ -177,10 +177,22 @@ def test_the_least_of_a_call_by_hand() -> None:
 
 def test_a_slice_is_a_multiprocessors_share_of_the_rows() -> None:
     part = slices.slice_of(WORKLOADS["layer_norm_1024"])
-    assert part.shape == (65536 // 132 // 4, 1024)
+    assert part.shape == (65536 // 132 // 8, 1024)
     assert part.facts.l2_bytes == (50 << 20) // 132
     whole = slices.slice_of(WORKLOADS["gpt2_decode_add_layer_norm"])
     assert (whole.shape, whole.multiprocessors) == ((8, 1, 768), 1)
+
+
+def test_a_slice_of_images_has_few_channels_and_groups_as_large_as_the_full_calls() -> None:
+    for name, channels, groups in (
+        ("sd_unet_320_group_norm", 40, 4),
+        ("sd_unet_320_group_norm_channels_last", 40, 4),
+        ("resnet50_256x56_batch_norm_residual", 8, 1),
+        ("cyclegan_256_instance_norm", 8, 1),
+        ("resnet50_1024x14_switch_norm_residual_channels_last", 1024, 1),  # of which a layer norm has all
+    ):
+        part = slices.slice_of(WORKLOADS[name])
+        assert (part.shape[1], part.workload.groups, part.multiprocessors) == (channels, groups, 1)
 
 
 def test_a_slice_grows_to_the_full_call() -> None:
