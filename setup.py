@@ -24,7 +24,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6", "scikit-learn>=1.3"],
-        "bench": ["matplotlib>=3.7", "tqdm>=4.60", "scikit-learn>=1.3"],
+        "bench": ["jinja2>=3", "matplotlib>=3.7", "tqdm>=4.60", "scikit-learn>=1.3"],
         "lint": ["ruff>=0.15", "mypy>=1.15"],
         "models": ["timm>=1.0", "torchvision", "transformers>=4.56"],  # whose models the tests of fuse take
     },

@@ -221,13 +221,31 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | Non
         if any(tensor.dtype != dtype for tensor in (x, *parameters)):
             weight, bias = (None if parameter is None else parameter.to(dtype) for parameter in (weight, bias))
             return group_norm(x.to(dtype), groups, weight, bias, eps).to(x.dtype)
-    # In channels_last torch's CPU kernel takes the variance as E[x^2] - E[x]^2; its CUDA kernel makes the same copy.
+    found = _group_norm_channels_last(x, groups, weight, bias, eps)
+    if found is not None:
+        return found
     rows = x.contiguous()
     if groups == x.shape[1] and x.dtype not in HALF:
         # Any constant may be taken from a plane. Without its mean torch's group_norm is as exact as its instance_norm;
         # with a large one it is not. Half precision would round the difference, and is exact enough.
         rows = rows - rows.detach().mean(tuple(range(2, x.dim())), keepdim=True)
     return _laid_out_as(x, F.group_norm(rows, groups, weight, bias, eps))
+
+
+def _group_norm_channels_last(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor | None:
+    """torch's CPU kernel for images in channels_last, which makes no copy, where its result is exact: it takes the
+    variance as E[x^2] - E[x]^2. None elsewhere; its CUDA kernel copies."""
+    if x.device.type != "cpu" or x.dim() != 4 or x.is_contiguous() or groups == x.shape[1] or _looked_into():
+        return None
+    if not x.is_contiguous(memory_format=torch.channels_last) or not {*map(type, (x, weight, bias))} <= PLAIN:
+        return None
+    samples, channels, height, width = x.shape
+    y, mean, rstd = torch.native_group_norm(x, weight, bias, samples, channels, height * width, groups, eps)
+    if (mean.abs() * rstd > _MOST_DEVIATIONS_SQUARED).any():
+        return None
+    return _laid_out_as(x, y)
 
 
 def _by_channel(parameter: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -297,8 +315,9 @@ class _ByStatistics(torch.autograd.Function):
         return dx, None, None, dweight, dbias, None
 
 
-# torch folds the mean into a shift, and of one that is so many deviations large that many last bits are lost.
-_MOST_DEVIATIONS = 8
+# torch folds the mean into a shift, and of one that is so many deviations large that many last bits are lost; where it
+# squares them, the square of that many.
+_MOST_DEVIATIONS, _MOST_DEVIATIONS_SQUARED = 8, 3
 
 
 def _is_torchs(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> bool:
