@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--filter", nargs="*", default=[], metavar="TEXT", help="only workloads and models whose name holds a text"
     )
     parser.add_argument("--size", choices=("full", "reduced", "tiny"), help="full on a GPU, reduced on a CPU")
-    parser.add_argument("--seconds", type=float, default=0.7, help="how long the contenders of a row are timed")
+    parser.add_argument("--seconds", type=float, default=0.5, help="how long the contenders of a row are timed")
     parser.add_argument(
         "--output", type=Path, default=environment.LOCAL_RESULTS, help="folder of the JSON and the plot"
     )
