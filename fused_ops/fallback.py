@@ -221,31 +221,13 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | Non
         if any(tensor.dtype != dtype for tensor in (x, *parameters)):
             weight, bias = (None if parameter is None else parameter.to(dtype) for parameter in (weight, bias))
             return group_norm(x.to(dtype), groups, weight, bias, eps).to(x.dtype)
-    found = _group_norm_channels_last(x, groups, weight, bias, eps)
-    if found is not None:
-        return found
+    # In channels_last torch's CPU kernel takes the variance as E[x^2] - E[x]^2; its CUDA kernel makes the same copy.
     rows = x.contiguous()
     if groups == x.shape[1] and x.dtype not in HALF:
         # Any constant may be taken from a plane. Without its mean torch's group_norm is as exact as its instance_norm;
         # with a large one it is not. Half precision would round the difference, and is exact enough.
         rows = rows - rows.detach().mean(tuple(range(2, x.dim())), keepdim=True)
     return _laid_out_as(x, F.group_norm(rows, groups, weight, bias, eps))
-
-
-def _group_norm_channels_last(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor | None:
-    """torch's CPU kernel for images in channels_last, which makes no copy, where its result is exact: it takes the
-    variance as E[x^2] - E[x]^2. None elsewhere; its CUDA kernel copies."""
-    if x.device.type != "cpu" or x.dim() != 4 or x.is_contiguous() or groups == x.shape[1] or _looked_into():
-        return None
-    if not x.is_contiguous(memory_format=torch.channels_last) or not {*map(type, (x, weight, bias))} <= PLAIN:
-        return None
-    samples, channels, height, width = x.shape
-    y, mean, rstd = torch.native_group_norm(x, weight, bias, samples, channels, height * width, groups, eps)
-    if (mean.abs() * rstd > _MOST_DEVIATIONS_SQUARED).any():
-        return None
-    return _laid_out_as(x, y)
 
 
 def _by_channel(parameter: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -282,64 +264,29 @@ class _ByStatistics(torch.autograd.Function):
     """`by_statistics`, which keeps x for backward, as torch does, and not the difference from the mean."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> Tensor:
-        ctx.torchs = _is_torchs(x, mean, var, weight, bias, eps)
+    def forward(ctx: Any, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         needs_x = weight is not None and ctx.needs_input_grad[3]
-        # Copies, as torch's: running statistics may have moved on when backward comes.
-        ctx.save_for_backward(x if needs_x else None, mean.clone() if needs_x else None, var.clone(), weight)
-        ctx.eps, ctx.types = eps, (x.dtype, None if bias is None else bias.dtype)
-        return _by_statistics(x, mean, var, weight, bias, eps, ctx.torchs)
+        # A copy, as torch's: a running mean may have moved on when backward comes.
+        ctx.save_for_backward(x if needs_x else None, mean.clone() if needs_x else None, rstd, weight)
+        ctx.types = x.dtype, None if bias is None else bias.dtype
+        return by_statistics(x, mean, rstd, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, var, weight = ctx.saved_tensors
-        needs_x, _, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        if x is not None and ctx.torchs and not torch.is_grad_enabled() and not transformed() and type(dy) in PLAIN:
-            given = (_laid_out_as(x, dy), x, weight, mean, var, None, None, False, ctx.eps)
-            dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(*given, (needs_x, needs_weight, needs_bias))
-            return dx if needs_x else None, None, None, dweight, dbias if needs_bias else None, None
+        x, mean, rstd, weight = ctx.saved_tensors
         x_dtype, bias_dtype = ctx.types
-        dtype, batch = var.dtype, [dim for dim in range(dy.dim()) if dim != 1]
-        dz, rstd = dy.to(dtype), torch.rsqrt(var + ctx.eps)
+        dtype, batch = rstd.dtype, [dim for dim in range(dy.dim()) if dim != 1]
+        dz = dy.to(dtype)
         dx = dweight = dbias = None
-        if needs_x:
+        if ctx.needs_input_grad[0]:
             scale = rstd if weight is None else rstd * weight.to(dtype)
             dx = (dz * _by_channel(scale, dz, dtype)).to(x_dtype)
         if x is not None:
             x_hat = by_statistics(x.to(dtype), mean, rstd, None, None)
             dweight = (dz * x_hat).sum(batch).to(weight.dtype)
-        if needs_bias:
+        if ctx.needs_input_grad[4]:
             dbias = dz.sum(batch).to(bias_dtype)
-        return dx, None, None, dweight, dbias, None
-
-
-# torch folds the mean into a shift, and of one that is so many deviations large that many last bits are lost; where it
-# squares them, the square of that many.
-_MOST_DEVIATIONS, _MOST_DEVIATIONS_SQUARED = 8, 3
-
-
-def _is_torchs(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> bool:
-    """Whether torch's batch norm by given statistics may stand for `by_statistics`: on a CPU it is faster."""
-    given = [tensor for tensor in (mean, var, weight, bias) if tensor is not None]
-    return (
-        x.device.type == "cpu"
-        and x.dtype not in HALF
-        and x.numel() > 0
-        and all(tensor.dtype == x.dtype for tensor in given)
-        and {*map(type, (x, *given))} <= PLAIN
-        and not _looked_into()
-        and not (mean.square() > _MOST_DEVIATIONS**2 * (var + eps)).any()
-    )
-
-
-def _by_statistics(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, torchs: bool
-) -> Tensor:
-    if torchs:
-        return _laid_out_as(x, F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps))
-    return by_statistics(x, mean, torch.rsqrt(var + eps), weight, bias)
+        return dx, None, None, dweight, dbias
 
 
 def stored_norm(
@@ -347,11 +294,11 @@ def stored_norm(
 ) -> Tensor:
     """Normalizes each channel of x by statistics that are given, which get no gradient; y has x's type and layout."""
     dtype = torch.promote_types(_common_dtype(x, running_mean, running_var, weight, bias), torch.float32)
-    mean, var = running_mean.detach().to(dtype), running_var.detach().to(dtype)
+    mean, rstd = running_mean.detach().to(dtype), torch.rsqrt(running_var.detach().to(dtype) + eps)
     operands = (x, weight, bias)
     if _takes_function(*operands) and {*map(type, operands)} <= PLAIN:
-        return _ByStatistics.apply(x, mean, var, weight, bias, eps)
-    return _by_statistics(x, mean, var, weight, bias, eps, _is_torchs(x, mean, var, weight, bias, eps))
+        return _ByStatistics.apply(x, mean, rstd, weight, bias)
+    return by_statistics(x, mean, rstd, weight, bias)
 
 
 @torch.no_grad()

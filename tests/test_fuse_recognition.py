@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -73,3 +74,40 @@ def test_what_a_class_computes_is_seen(make: Any, patterns: list[str | None], sc
     report = fusion_report(fuse(model))
     assert [entry.pattern if entry.fused else None for entry in report] == patterns
     torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=0)
+
+
+class Causal(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(TF.pad(x, (2, 0)))
+
+
+class Asserting(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[0] == 7
+        return super().forward(x)
+
+
+def weight_normed() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = nn.utils.weight_norm(Causal(3, 4, 3))
+    layer(torch.ones(1, 3, 5))  # its weight is then no leaf, and cannot be copied
+    return layer
+
+
+def of_integers() -> nn.Module:
+    layer = PaddedBefore(3, 4, 3)
+    layer.weight = nn.Parameter(torch.ones(4, 3, 3, 3, dtype=torch.int8), requires_grad=False)
+    return layer
+
+
+def without_weight() -> nn.Module:
+    layer = PaddedBefore(3, 4, 3)
+    del layer.weight
+    return layer
+
+
+@pytest.mark.parametrize("make", [weight_normed, of_integers, without_weight, lambda: convolution(Asserting)])
+def test_a_convolution_that_cannot_be_tried_is_left(make: Any) -> None:
+    model = nn.Sequential(make())
+    assert fuse(model) is model and fusion_report(model) == []

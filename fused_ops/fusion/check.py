@@ -15,8 +15,6 @@ from .sites import Replaced
 
 # The largest difference over the largest value that rounding makes of a whole model's results; of gradients ten times.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# A model that differs by more is asked what the last bit of its parameters makes of them: so often, and so much of it.
-_NUDGES, _TIMES_NOISE = 3, 4.0
 
 
 class Results(NamedTuple):
@@ -97,62 +95,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-class Comparison:
-    """Of a model with what it was: what it returned on an example, in each mode, and how far rounding may move that."""
-
-    def __init__(self, model: nn.Module, example: Example, expected: dict[bool, Results]) -> None:
-        self.model, self.example, self.expected = model, example, expected
-        self.noise: dict[bool, list[Results]] = {training: [] for training in expected}
-
-    def difference(self) -> str:
-        """In what the model now differs by more than rounding; nothing where it does not."""
-        for training, expected in self.expected.items():
-            try:
-                differs = _difference(self.example.results(self.model, training), expected, self.noise[training])
-            except Exception as error:  # whatever a model raises that took the example as it was
-                differs = f"it fails with {type(error).__name__}: {error}"
-            if differs:
-                return f"{differs} in {'training' if training else 'evaluation'}"
-        return ""
-
-    def measure_noise(self) -> None:
-        """How far the model as it is moves with the last bit of its parameters: deep ones by far more than that bit."""
-        for training, seen in self.noise.items():
-            for seed in range(_NUDGES):
-                with nudged(self.model, seed):
-                    seen.append(self.example.results(self.model, training))
-
-
-@contextlib.contextmanager
-def nudged(model: nn.Module, seed: int) -> Iterator[None]:
-    """Within it each parameter is off by one eps, this way or that, as if it had been rounded otherwise."""
-    generator = torch.Generator().manual_seed(seed)
-    before = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
-    try:
-        with torch.no_grad():
-            for parameter, kept in before:
-                if kept.is_floating_point():
-                    way = torch.randint(0, 2, kept.shape, generator=generator).to(kept.device) * 2 - 1
-                    parameter.copy_(kept * (1 + way * torch.finfo(kept.dtype).eps))
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, kept in before:
-                parameter.copy_(kept)
-
-
-def _difference(found: Results, expected: Results, noise: Sequence[Results]) -> str:
+def difference(found: Results, expected: Results) -> str:
+    """In what the results differ by more than rounding; nothing where they do not."""
     for what, factor in (("outputs", 1.0), ("buffers", 1.0), ("gradients", 10.0)):
         originals = getattr(expected, what)
         # A gradient that is 0 but for rounding, as a bias's in front of a batch norm, is judged beside the others.
         least = 1e-2 * max(map(_size, originals), default=0.0)
-        for place, (ours, original) in enumerate(zip(getattr(found, what), originals, strict=True)):
-            apart, allowed = _apart(ours, original), factor * _allowed(original, least)
-            if apart > allowed:
-                moved = (_apart(getattr(other, what)[place], original) for other in noise)
-                allowed = max(allowed, _TIMES_NOISE * max(moved, default=0.0))
-            if apart > allowed:
-                return f"its {what} differ by {apart / max(allowed, 1e-12):.1g} times what rounding may make of them"
+        for ours, original in zip(getattr(found, what), originals, strict=True):
+            excess = _excess(ours, original, least)
+            if excess > factor:
+                return f"its {what} differ by {excess:.1g} times what rounding may make of them"
     return ""
 
 
@@ -162,49 +114,43 @@ def _size(tensor: Tensor | None) -> float:
     return tensor.abs().nan_to_num(posinf=0.0).max().item()
 
 
-def _allowed(original: Tensor | None, least: float) -> float:
-    """How far rounding may move a tensor of that size, or of the least that counts."""
-    if original is None or not original.is_floating_point():
-        return 0.0
-    return _TOLERANCE.get(original.dtype, 5e-2) * max(_size(original), least)
-
-
-def _apart(ours: Tensor | None, original: Tensor | None) -> float:
-    """The largest difference of any element."""
+def _excess(ours: Tensor | None, original: Tensor | None, least: float) -> float:
+    """The largest difference over what is allowed of a tensor of that size, or of the least that counts."""
     if ours is None or original is None:
         return 0.0 if ours is original else float("inf")
     if ours.shape != original.shape or ours.dtype != original.dtype:
         return float("inf")
+    if not original.is_floating_point():
+        return 0.0 if torch.equal(ours, original) else float("inf")
     if original.numel() == 0 or torch.equal(ours, original):
         return 0.0
-    if not original.is_floating_point():
-        return float("inf")
-    apart = (ours.double() - original.double()).abs()[~(ours.isnan() & original.isnan())]
-    return apart.nan_to_num(nan=float("inf")).max().item() if apart.numel() else 0.0
+    allowed = _TOLERANCE.get(original.dtype, 5e-2) * max(_size(original), least)
+    apart = (ours.double() - original.double()).abs()[~(ours.isnan() & original.isnan())].max().item()
+    return apart / max(allowed, 1e-12)
 
 
 def disagreeing(
     model: nn.Module, example: Example, expected: dict[bool, Results], units: Sequence[Replaced]
 ) -> dict[Replaced, str]:
-    """The units of a model that make it differ from what it was, each with how."""
-    comparison = Comparison(model, example, expected)
-    if not comparison.difference():
-        return {}
-    with as_before(units):
-        comparison.measure_noise()
-    return _by_halves(comparison, units, units)
-
-
-def _by_halves(comparison: Comparison, units: Sequence[Replaced], all_units: Sequence[Replaced]) -> dict[Replaced, str]:
-    asked = set(units)
-    with as_before([unit for unit in all_units if unit not in asked]):
-        found = comparison.difference()
+    """The units of a model that make it differ from what it was, each with how; found by halves."""
+    others = [unit for unit in model.modules() if isinstance(unit, Replaced) and unit not in set(units)]
+    found = ""
+    with as_before(others):
+        for training, results in expected.items():
+            try:
+                differs = difference(example.results(model, training), results)
+            except Exception as error:  # whatever a model raises that took the example as it was
+                differs = f"it fails with {type(error).__name__}: {error}"
+            if differs:
+                found = f"{differs} in {'training' if training else 'evaluation'}"
+                break
     if not found:
         return {}
     if len(units) == 1:
         return {units[0]: found}
     half = len(units) // 2
-    return _by_halves(comparison, units[:half], all_units) | _by_halves(comparison, units[half:], all_units)
+    first = disagreeing(model, example, expected, units[:half])
+    return first | disagreeing(model, example, expected, units[half:])
 
 
 @contextlib.contextmanager

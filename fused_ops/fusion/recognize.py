@@ -81,8 +81,10 @@ def is_standardizing(module: Any) -> bool:
 
 
 def may_standardize(module: nn.Module) -> bool:
-    """Whether the module is a convolution that does something of its own."""
-    return isinstance(module, tuple(_CONVOLUTIONS)) and _forward_of(type(module)) not in _CONVOLUTIONS
+    """Whether the module is a convolution that does something of its own with a weight of its own."""
+    weight = module._parameters.get("weight")
+    own = isinstance(module, tuple(_CONVOLUTIONS)) and _forward_of(type(module)) not in _CONVOLUTIONS
+    return own and weight is not None and weight.is_floating_point()
 
 
 def recognize(module: nn.Module) -> Recognized:
@@ -258,30 +260,30 @@ def _result(
 
     scale: of what a norm is taken of, be it the probe or a weight, and the squares of its running statistics.
     """
-    tried: Any = copy.deepcopy(module).to("cpu", dtype).train(training)
-    for hooks in (tried._forward_hooks, tried._forward_pre_hooks):
-        hooks.clear()
-    generator = torch.Generator().manual_seed(0)
+    try:
+        tried: Any = copy.deepcopy(module).to("cpu", dtype).train(training)
+        for hooks in (tried._forward_hooks, tried._forward_pre_hooks):
+            hooks.clear()
+        generator = torch.Generator().manual_seed(0)
 
-    def drawn(*shape: int) -> Tensor:
-        return (torch.rand(shape, generator=generator) + 0.5).to(dtype)
+        def drawn(*shape: int) -> Tensor:
+            return (torch.rand(shape, generator=generator) + 0.5).to(dtype)
 
-    if cls is not None:
-        replace(tried, cls, attributes)
-    with torch.no_grad():
-        for tensor in itertools.chain(tried.parameters(), tried.buffers()):
-            if tensor.is_floating_point():
-                tensor.copy_(drawn(*tensor.shape))
-        for buffer in tried.buffers():
-            if buffer.is_floating_point():
-                buffer.mul_(scale**2)
-        if may_standardize(tried):
-            tried.weight.mul_(scale)
-            scale = 1.0
-        try:
+        if cls is not None:
+            replace(tried, cls, attributes)
+        with torch.no_grad():
+            for tensor in itertools.chain(tried.parameters(), tried.buffers()):
+                if tensor.is_floating_point():
+                    tensor.copy_(drawn(*tensor.shape))
+            for buffer in tried.buffers():
+                if buffer.is_floating_point():
+                    buffer.mul_(scale**2)
+            if may_standardize(tried):
+                tried.weight.mul_(scale)
+                scale = 1.0
             out = tried.to(compute)((scale * (3.0 * drawn(*shape) - 2.5)).to(compute))
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
-            return None
+    except Exception:  # somebody's module, of any kind, copied and given what it may not expect
+        return None
     return out if isinstance(out, Tensor) else None
 
 
