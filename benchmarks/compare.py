@@ -15,7 +15,7 @@ from pathlib import Path
 from . import environment, tables
 from .peers import EAGER, OURS
 from .records import Call, Row, Run, Spread
-from .report.text import milliseconds
+from .report.text import BROKEN, milliseconds
 from .tables import Column
 
 LIMIT = 0.05
@@ -45,6 +45,16 @@ def compare(a: Run, b: Run) -> list[Change]:
     of_a = {_key(row): row for row in a.rows}
     changes = (_change(of_a[_key(row)], row) for row in b.rows if _key(row) in of_a)
     return [change for change in changes if change is not None]
+
+
+def broken(a: Run, b: Run) -> list[Row]:
+    """The rows of B whose call of ours is wrong or failed, and was timed in A."""
+    timed = {_key(row) for row in a.rows if _seconds(row, OURS) is not None}
+    return [
+        row
+        for row in b.rows
+        if _key(row) in timed and (found := row.measurement(OURS)) is not None and found.status in BROKEN
+    ]
 
 
 def _key(row: Row) -> tuple[object, ...]:
@@ -82,22 +92,21 @@ COLUMNS: Sequence[Column[Change]] = (
 def report(a: Run, b: Run, table: Callable[[Sequence[Column[Change]], Sequence[Change]], str] = tables.text) -> str:
     """The table, what the runs are, and the rows that became slower by name."""
     changes = compare(a, b)
-    if not changes:
-        return "The runs have no row in common that both have timed."
-    lines = [table([*tables.call_columns(changes), *COLUMNS], changes), ""]
+    lines = [table([*tables.call_columns(changes), *COLUMNS], changes), ""] if changes else []
     lines += [f"{name}: {environment.sentence(run.environment)}." for name, run in (("A", a), ("B", b))]
     lines.append("B/A: of ours, each over torch eager's in its own run where both have it.")
-    only = [f"{len(run.rows) - len(changes)} only in {name}" for name, run in (("A", a), ("B", b))]
-    lines.append(f"{len(changes)} rows in both, {', '.join(only)}.")
+    others = [f"{len(run.rows) - len(changes)} others in {name}" for name, run in (("A", a), ("B", b))]
+    lines.append(f"{len(changes)} rows that both have timed, {', '.join(others)}.")
     for verdict, word in (("faster", "Faster"), ("slower", "Slower")):
         found = [change for change in changes if change.verdict == verdict]
         named = ", ".join(f"{row.workload} {row.dtype} {row.direction} {row.factor:.2f}" for row in found)
         lines.append(f"{word} on {len(found)}{': ' + named if named else ''}.")
+    lines += [f"{row.workload} {row.dtype} {row.direction} is broken in B." for row in broken(a, b)]
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints; 1 where a row became slower."""
+    """Prints; 1 where a row became slower, or is broken."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
     parser.add_argument("a", type=Path, help="the run before")
     parser.add_argument("b", type=Path, help="the run after")
@@ -105,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     a, b = Run.read(options.a), Run.read(options.b)
     print(report(a, b, tables.markdown if options.markdown else tables.text))
-    return int(any(change.verdict == "slower" for change in compare(a, b)))
+    return int(bool(broken(a, b)) or any(change.verdict == "slower" for change in compare(a, b)))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,9 @@ def paragraphs(run: Run, table: Table = tables.text) -> list[str]:
             "o/e: ours / torch eager (the fewest bytes its kernels can move); ratio: of the bytes, which the time of a "
             "large call follows; kept: held for backward.",
         ]
-    if run.uncounted:
-        parts.append(f"Not counted: {run.uncounted}")
-    return parts
+    return [*parts, *missing(run)]
+
+
+def missing(run: Run) -> list[str]:
+    """Why some or all of the table is missing; empty where nothing is."""
+    return [f"Not counted: {run.uncounted}"] if run.uncounted else []

@@ -74,7 +74,11 @@ def _fill(row: Row, twins: _Twins, x: Tensor, direction: Direction, settings: Se
     if not gap:
         called[COMPILED] = torch.compile(twins.plain, dynamic=False)
         called[OURS_COMPILED] = torch.compile(twins.fused, dynamic=False)
-    gate = _Gate(twins, x, direction)
+    try:
+        gate = _Gate(twins, x, direction)  # in float64, which takes more memory than all that is timed
+    except torch.OutOfMemoryError as error:
+        row.measurements.extend(Measurement(name, "failed", first_line(error)) for name in CONTENDERS)
+        return
     found: dict[str, Measurement] = {}
     runs: dict[str, timing.Run] = {}
     for name, call in called.items():

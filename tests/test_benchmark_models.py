@@ -67,6 +67,16 @@ def test_a_model_that_fuse_makes_wrong_is_not_timed(monkeypatch: pytest.MonkeyPa
         assert eager is not None and eager.status == "timed"
 
 
+def test_a_model_too_large_for_its_gate_is_a_stated_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(measure_models, "_Gate", full)
+    for row in measure_model(WHOLE_MODELS["vit_b"], torch.float32, Settings(CPU, "tiny", seconds=0.0)):
+        assert {(found.status, found.reason) for found in row.measurements} == {("failed", "OutOfMemoryError: no room")}
+        assert [found.contender for found in row.measurements] == [OURS, EAGER, COMPILED, OURS_COMPILED]
+
+
 def test_a_call_of_a_gpu_takes_tensors_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """So many that what the one before left in the cache is of no use; of a call that fills it one is enough."""
     case = WORKLOADS["layer_norm_256"].case("tiny", torch.float32, CPU)

@@ -142,6 +142,13 @@ def test_the_page_holds_all_of_it_and_asks_the_network_for_nothing(tmp_path: Pat
     assert all(f"({path.name})" in markdown for path in written[2:])
 
 
+def test_the_page_says_why_rows_are_missing_and_escapes_what_it_says(tmp_path: Path) -> None:
+    gap = Measurement("a peer", "failed", "<b> & more")
+    row = Row("w", "layer_norm", (8, 8), "float32", "forward", 1, measurements=[gap])
+    html = page.write(Run(ENVIRONMENT, [row], [], "no triton"), tmp_path)[0].read_text()
+    assert "Not counted: no triton" in html and "&lt;b&gt; &amp; more" in html and "<b>" not in html
+
+
 def test_a_run_of_one_kind_of_row_makes_a_page_too(tmp_path: Path) -> None:
     for rows in (run_of_all_kinds().calls, run_of_all_kinds().models, run_of_all_kinds().series["layer_norm + gelu"]):
         assert page.write(Run(ENVIRONMENT, rows), tmp_path)[0].read_text()
@@ -198,6 +205,20 @@ def test_noise_is_no_regression() -> None:
 
     (change,) = compare.compare(run(1.0), run(1.4))
     assert change.verdict == ""
+
+
+def test_a_row_that_broke_is_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = []
+    for name, ours in {
+        "a": Measurement(OURS, "timed", seconds=Spread(1.0, 1.0, 1.0, 9)),
+        "b": Measurement(OURS, "wrong", "y"),
+    }.items():
+        row = Row("w", "layer_norm", (8, 8), "float32", "forward", 1, measurements=[ours])
+        paths.append(str(tmp_path / f"{name}.jsonl"))
+        Run(ENVIRONMENT, [row]).write(Path(paths[-1]))
+    assert compare.main(paths) == 1
+    assert "w float32 forward is broken in B." in capsys.readouterr().out
+    assert compare.main(paths[::-1]) == 0
 
 
 # --- publishing ----------------------------------------------------------------------------------------------------

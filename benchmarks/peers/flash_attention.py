@@ -4,36 +4,34 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 from ..workloads import EPS, Call, Tensor, Workload, finish
 from .peer import Peer, finishing, library_peer
 
-Norm = Callable[..., "Tensor | tuple[Tensor, Tensor]"]
 
-
-def _norm(name: str) -> Norm:
-    found: Norm = getattr(importlib.import_module("flash_attn.ops.triton.layer_norm"), name)
-    return found
+def _functions() -> Any:
+    return importlib.import_module("flash_attn.ops.triton.layer_norm")
 
 
 # What it calls a residual it adds before the norm: ours behind the norm is torch's to add.
 def _layer_norm(workload: Workload) -> Call:
-    norm = _norm("layer_norm_fn")
-    return finishing(workload, lambda x, weight, bias: norm(x, weight, bias, eps=EPS))  # type: ignore[arg-type, return-value]
+    norm = _functions().layer_norm_fn
+    return finishing(workload, lambda x, weight, bias: norm(x, weight, bias, eps=EPS))
 
 
 def _rms_norm(workload: Workload) -> Call:
-    norm = _norm("rms_norm_fn")
+    norm = _functions().rms_norm_fn
 
     def call(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-        return finish(norm(x, weight, None, eps=EPS), residual, workload.activation)  # type: ignore[arg-type]
+        return finish(norm(x, weight, None, eps=EPS), residual, workload.activation)
 
     return call
 
 
 def _adding(name: str) -> Callable[[Workload], Call]:
     def build(workload: Workload) -> Call:
-        norm = _norm(name)
+        norm = getattr(_functions(), name)
 
         def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
             y, total = norm(x, weight, bias, residual=residual, eps=EPS, prenorm=True)

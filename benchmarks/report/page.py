@@ -40,9 +40,11 @@ class Table:
 
 def write(run: Run, folder: Path) -> list[Path]:
     """Writes the plots, report.md and index.html; returns their paths."""
-    drawn = {"Bandwidth and ratios": ("calls.png", plots.draw_calls, bool(run.rows))}
-    drawn["Bandwidth over size"] = ("sizes.png", plots.draw_series, bool(run.series))
-    drawn["Memory"] = ("memory.png", plots.draw_memory, bool(run.calls or run.models))
+    drawn = {
+        "Bandwidth and ratios": ("calls.png", plots.draw_calls, bool(run.rows)),
+        "Bandwidth over size": ("sizes.png", plots.draw_series, bool(run.series)),
+        "Memory": ("memory.png", plots.draw_memory, bool(run.calls or run.models)),
+    }
     pictures: dict[str, Path] = {}
     for heading, (name, draw, has_any) in drawn.items():
         if has_any:
@@ -54,20 +56,14 @@ def write(run: Run, folder: Path) -> list[Path]:
     return [page, markdown, *pictures.values()]
 
 
-def remarks(run: Run) -> list[str]:
-    """The sentences around the tables, each a paragraph."""
-    return [*text.ceilings(run), *text.verdicts(run), *text.noise(run), *text.gaps(run)]
-
-
 def _markdown(run: Run, pictures: dict[str, Path]) -> str:
     paragraphs = [f"# {environment.device_and_date(run.environment)}", f"{environment.sentence(run.environment)}."]
-    paragraphs += [f"- {remark}" for remark in remarks(run)]
+    paragraphs += [f"- {remark}" for remark in text.remarks(run)]
     for heading, rows in text.parts(run).items():
         paragraphs += [f"## {heading}", text.markdown_table(run, rows)]
     paragraphs += [text.legend(run)]
     paragraphs += [f"## {heading}\n\n![{heading}]({path.name})" for heading, path in pictures.items()]
-    started = [row for row in run.rows if any(found.first_seconds is not None for found in row.measurements)]
-    if started:
+    if started := text.started(run):
         paragraphs += ["## First calls", tables.markdown(text.start_columns(started), started)]
     if run.counted or run.uncounted:
         paragraphs += ["## Counted, not timed", *counted.paragraphs(run, tables.markdown)]
@@ -76,8 +72,7 @@ def _markdown(run: Run, pictures: dict[str, Path]) -> str:
 
 def _page(run: Run, pictures: dict[str, Path]) -> str:
     found = [_table(heading, text.columns(run, rows), rows) for heading, rows in text.parts(run).items()]
-    started = [row for row in run.rows if any(found.first_seconds is not None for found in row.measurements)]
-    if started:
+    if started := text.started(run):
         found.append(_table("First calls, and what they compiled", text.start_columns(started), started, opened=False))
     if run.counted:
         of_gpu = "Counted, not timed: what a GPU would have to launch and move, at full size; no GPU ran"
@@ -87,7 +82,7 @@ def _page(run: Run, pictures: dict[str, Path]) -> str:
     return template.get_template("page.html.jinja").render(
         title=environment.device_and_date(run.environment),
         sentence=environment.sentence(run.environment),
-        remarks=remarks(run),
+        remarks=[*text.remarks(run), *counted.missing(run)],
         legend=text.legend(run),
         pictures={heading: base64.b64encode(path.read_bytes()).decode() for heading, path in pictures.items()},
         tables=found,

@@ -100,7 +100,7 @@ def _curve(axes: Axes, rows: Sequence[Row], run: Run) -> None:
     axes.set_ylabel("GB/s (more is better)", fontsize=9)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
-    axes.legend(fontsize=8)
+    _label(axes)
 
 
 def draw_memory(run: Run, path: Path) -> None:
@@ -194,9 +194,15 @@ def _ratios(axes: Axes, lines: Lines) -> None:
     axes.set_xlabel("time over the peer's: of medians, line between quartiles over rounds (less is better)", fontsize=9)
 
 
+def _label(axes: Axes) -> None:
+    """A legend, unless no contender was timed."""
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8, loc="best")
+
+
 def _finish(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="both", color="0.9")
     axes.set_axisbelow(True)
-    axes.legend(fontsize=8, loc="best")
+    _label(axes)

@@ -121,6 +121,11 @@ def columns(run: Run, rows: Sequence[Row]) -> list[Column[Row]]:
     return chosen
 
 
+def started(run: Run) -> list[Row]:
+    """The rows whose first calls are known, which older runs are without."""
+    return [row for row in run.rows if any(found.first_seconds is not None for found in row.measurements)]
+
+
 def start_columns(rows: Sequence[Row]) -> list[Column[Row]]:
     """What the first call of each contender took, and what it compiled."""
     called = (found for row in rows for found in row.measurements if found.first_seconds is not None)
@@ -223,6 +228,11 @@ def ceilings(run: Run) -> list[str]:
     return [f"In the same run {' and '.join(found)}."] if found else []
 
 
+def remarks(run: Run) -> list[str]:
+    """The sentences beside the tables, each a line."""
+    return [*ceilings(run), *verdicts(run), *noise(run), *gaps(run)]
+
+
 def legend(run: Run) -> str:
     """How to read the table."""
     dtypes = " and ".join(dict.fromkeys(row.dtype for row in run.rows))
@@ -240,7 +250,7 @@ def summary(run: Run) -> str:
     lines = []
     for heading, rows in found.items():
         lines += [*([heading] if len(found) > 1 else []), text_table(run, rows), ""]
-    lines += [legend(run), *ceilings(run), *verdicts(run), *noise(run), *gaps(run)]
+    lines += [legend(run), *remarks(run)]
     return "\n".join([*lines, f"Figures from: {environment.sentence(run.environment)}."])
 
 

@@ -14,6 +14,7 @@ from .convolutional import UNetBlocks, bit50, cyclegan_generator, resnet50
 from .transformers import VisionTransformer, llama
 
 Build = Callable[[], nn.Module]
+Sized = tuple[tuple[int, ...], Shape]
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,11 @@ class WholeModel:
 
 
 def _sizes(
-    make: Callable[..., nn.Module], **of_size: tuple[tuple[int, ...], Shape]
+    make: Callable[..., nn.Module], full: Sized, reduced: Sized, tiny: Sized
 ) -> Mapping[Size, tuple[Build, Shape]]:
     """Of each size the arguments of `make` and the shape of an input."""
-    return {size: (functools.partial(make, *own), shape) for size, (own, shape) in of_size.items()}  # type: ignore[misc]
+    of_size: Mapping[Size, Sized] = {"full": full, "reduced": reduced, "tiny": tiny}
+    return {size: (functools.partial(make, *own), shape) for size, (own, shape) in of_size.items()}
 
 
 # Full: the batch that a training step has on one GPU. Reduced: as many layers, narrower or of fewer positions, so that
