@@ -43,7 +43,7 @@ def write(run: Run, folder: Path) -> list[Path]:
     drawn = {
         "Bandwidth and ratios": ("calls.png", plots.draw_calls, bool(run.rows)),
         "Bandwidth over size": ("sizes.png", plots.draw_series, bool(run.series)),
-        "Memory": ("memory.png", plots.draw_memory, bool(run.calls or run.models)),
+        "Memory": ("memory.png", plots.draw_memory, bool(plots.memory_rows(run))),
     }
     pictures: dict[str, Path] = {}
     for heading, (name, draw, has_any) in drawn.items():

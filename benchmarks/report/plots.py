@@ -105,11 +105,7 @@ def _curve(axes: Axes, rows: Sequence[Row], run: Run) -> None:
 
 def draw_memory(run: Run, path: Path) -> None:
     """Bytes kept for backward and allocated at most, a bar for each contender, calls above and models below."""
-    parts = [
-        [row for row in rows if row.direction == DIRECTIONS[-1] and row.dtype == rows[0].dtype]
-        for rows in (run.calls, run.models)
-        if rows
-    ]
+    parts = memory_rows(run)
     heights = [ROW_INCHES * 1.4 * len(rows) + 1.0 for rows in parts]
     figure, axes = plt.subplots(
         len(parts), 2, figsize=(15, sum(heights) + 0.6), squeeze=False, sharey="row", height_ratios=heights
@@ -118,6 +114,12 @@ def draw_memory(run: Run, path: Path) -> None:
         for panel, (what, read) in zip(panels, MEMORY.items(), strict=True):
             _bars(panel, rows, what, read)
     _save(figure, run, path)
+
+
+def memory_rows(run: Run) -> list[list[Row]]:
+    """Of the calls and of the models, where any, those of the first type that went backward."""
+    kinds = ([row for row in rows if row.direction == DIRECTIONS[-1]] for rows in (run.calls, run.models))
+    return [[row for row in rows if row.dtype == rows[0].dtype] for rows in kinds if rows]
 
 
 MEMORY: Mapping[str, Callable[[Measurement], int | None]] = {
