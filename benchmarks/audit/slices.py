@@ -128,8 +128,9 @@ def _slice_of_images(workload: Workload, full: Shape, facts: DeviceFacts) -> Sli
     if plane > LONG_PLANE:
         along = positions[0] * LONG_PLANE // plane
         positions = [max(1, along), *positions[1:]]
-    # Few samples of a channel that all share, and partial results weigh more than they do in the full call.
-    most = SMALL_CALL // 2 if workload.of.by_channel == "batch" and workload.channels_last else SMALL_CALL // 4
+    most = SMALL_CALL // 4
+    if workload.of.by_channel == "batch":  # where of few samples partial results weigh more than in the full call
+        most = SMALL_CALL // 2 if workload.channels_last or plane > LONGER_THAN_A_TILE else SMALL_CALL
     samples = min(samples, max(1, most // elements((channels, *positions))))
     return Slice(replace(workload, groups=groups), (samples, channels, *positions), facts, 1)
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
-from unittest import mock
 
 import numpy as np
 import torch
 from triton.runtime import interpreter
 
 from fused_ops.kernels.launcher import INTERPRETED
+
+from .quick_interpreter import quick_interpreter
 
 Kind = Literal["load", "store", "atomic"]
 
@@ -119,20 +120,8 @@ def watch(*observers: Observer, shuffle: int | None = None) -> Iterator[None]:
             (interpreter.InterpreterBuilder, "create_atomic_cas"),
         ):
             _hook(hooks, owner, name, getattr(watcher, name.removeprefix("_")))
-        hooks.enter_context(mock.patch.object(interpreter, "_patch_lang", _once(interpreter._patch_lang)))
+        hooks.enter_context(quick_interpreter())
         yield
-
-
-def _once(patch_lang: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Triton puts its interpreter in the place of the language for a launch, and again for each call of one function by
-    another, which is half of the time that a kernel takes: here only where it is not in place."""
-    language = interpreter.tl
-
-    def patch_what_is_not(function: Any) -> Any:
-        seen = [value for value in function.__globals__.values() if value is language or value is language.core]
-        return patch_lang(function) if any(language.core.is_builtin(each.load) for each in seen) else None
-
-    return patch_what_is_not
 
 
 def _hook(hooks: contextlib.ExitStack, owner: type, name: str, replacement: Any) -> None:
