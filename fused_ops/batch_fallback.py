@@ -12,7 +12,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .fallback import PLAIN, _by_channel, _common_dtype, _laid_out_as, _takes_function, stored_norm, transformed
+from .fallback import (
+    PLAIN,
+    _by_channel,
+    _common_dtype,
+    _laid_out_as,
+    _looked_into,
+    _takes_function,
+    of_type,
+    stored_norm,
+    transformed,
+)
 from .validation import HALF
 
 Tensor = torch.Tensor
@@ -40,8 +50,7 @@ def batch_norm(
         return stored_norm(x, x.new_zeros(channels), x.new_ones(channels), weight, bias, eps)
     dtype = _computed_in(x, running_mean, running_var, weight, bias)
     running = tuple(tensor for tensor in (running_mean, running_var) if tensor is not None)
-    # Each itself where it can be: under a transform even a .to() of its own type is another tensor.
-    moving = tuple(tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in running)
+    moving = tuple(of_type(tensor, dtype) for tensor in running)
     mean, var = moving or (None, None)
     if _takes_function(x, weight, bias) and {*map(type, (x, weight, bias))} <= PLAIN:
         y = _BatchNorm.apply(x, mean, var, weight, bias, momentum, eps)
@@ -51,10 +60,12 @@ def batch_norm(
             with torch.no_grad():
                 F.batch_norm(x.detach().to(dtype), mean, var, None, None, True, momentum, eps)
     else:
-        weight, bias = (None if parameter is None else parameter.to(dtype) for parameter in (weight, bias))
+        weight, bias = (None if parameter is None else of_type(parameter, dtype) for parameter in (weight, bias))
         weight = _beside(bias) if weight is None else weight
         y = F.batch_norm(_beside_parameters(x, dtype), mean, var, weight, bias, True, momentum, eps)
-        y = _laid_out_as(x, y.to(x.dtype))
+        y = _laid_out_as(x, of_type(y, x.dtype))
+    if moving and not _looked_into():
+        torch.autograd.graph.increment_version(moving)  # torch's batch norm moves them and tells nobody
     move(running, moving)
     return y
 
@@ -62,25 +73,30 @@ def batch_norm(
 def moving_last(
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    moves: bool,
     run: Callable[[Tensor | None, Tensor | None], Any],
 ) -> Any:
-    """run(running_mean, running_var), where it `moves` them of copies: what is given follows once nothing can fail any
-    more. A transform refuses that."""
+    """run(running_mean, running_var), which moves them; where it fails they stay as they were. A transform refuses
+    that."""
     running = tuple(tensor for tensor in (running_mean, running_var) if tensor is not None)
-    moving = tuple(map(torch.clone, running)) if moves and not transformed() else running
-    mean, var = moving or (None, None)
-    out = run(mean, var)
-    move(running, moving)
-    return out
+    if transformed():
+        return run(running_mean, running_var)
+    copies = tuple(map(torch.clone, running))
+    if _looked_into():
+        out = run(*(copies or (None, None)))
+        move(running, copies)
+        return out
+    try:
+        return run(running_mean, running_var)
+    except BaseException:
+        move(running, copies)
+        raise
 
 
 def move(running: tuple[Tensor, ...], moved: tuple[Tensor, ...]) -> None:
     """Gives running statistics the values of those that moved in their place, if others did."""
-    others = [(tensor, found) for tensor, found in zip(running, moved, strict=True) if found is not tensor]
-    if others:
-        with torch.no_grad():
-            for tensor, found in others:
+    for tensor, found in zip(running, moved, strict=True):
+        if found is not tensor:
+            with torch.no_grad():
                 tensor.copy_(found)
 
 
@@ -92,7 +108,7 @@ def _computed_in(x: Tensor, *others: Tensor | None) -> torch.dtype:
 
 def _beside_parameters(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x as torch takes it beside parameters of this type: half x beside float32 ones, the one mixture."""
-    return x if x.dtype in HALF and dtype == torch.float32 else x.to(dtype)
+    return x if x.dtype in HALF and dtype == torch.float32 else of_type(x, dtype)
 
 
 def _beside(bias: Tensor | None) -> Tensor | None:
@@ -124,7 +140,7 @@ class _BatchNorm(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         dtype = _computed_in(x, running_mean, weight, bias)
-        scale, shift = (None if parameter is None else parameter.to(dtype) for parameter in (weight, bias))
+        scale, shift = (None if parameter is None else of_type(parameter, dtype) for parameter in (weight, bias))
         scale = _beside(shift) if scale is None else scale
         # All that F.batch_norm calls, which returns the first of these alone.
         y, mean, rstd, reserve, ctx.implementation = torch._batch_norm_impl_index(
@@ -143,7 +159,7 @@ class _BatchNorm(torch.autograd.Function):
         else:
             ctx.save_for_backward(None, None, None, None, None)
         ctx.dtype, ctx.eps = dtype, eps
-        return _laid_out_as(x, y.to(x.dtype))
+        return _laid_out_as(x, of_type(y, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -153,14 +169,14 @@ class _BatchNorm(torch.autograd.Function):
             dx, dweight, dbias = gradients(dy, x, weight, ctx.eps, needs_x, needs_weight, needs_bias)
         else:
             wide = _dense(_beside_parameters(x, ctx.dtype))
-            scale = None if weight is None else weight.to(ctx.dtype)
+            scale = None if weight is None else of_type(weight, ctx.dtype)
             if scale is None and needs_bias:
                 scale = torch.ones_like(mean)
             dx, dweight, dbias = torch.ops.aten._batch_norm_impl_index_backward(
                 ctx.implementation,
                 wide,
                 # In x's layout: strides of dims of one element make torch's CPU kernel take two layouts for one.
-                _laid_out_as(wide, dy.to(wide.dtype)),
+                _laid_out_as(wide, of_type(dy, wide.dtype)),
                 scale,
                 None,  # the running statistics, which nothing depends on
                 None,

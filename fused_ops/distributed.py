@@ -131,7 +131,7 @@ def _synchronized(
 
         return _composed(x, residual, add_first, activation, normalize, dropout_p)
 
-    return batch_fallback.moving_last(running_mean, running_var, True, composed)
+    return batch_fallback.moving_last(running_mean, running_var, composed)
 
 
 class _SyncBatchNorm(torch.autograd.Function):

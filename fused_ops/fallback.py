@@ -7,8 +7,9 @@ have been validated.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +117,11 @@ _IN_PLACE: dict[str, Callable[..., Tensor]] = {
     "hardswish": functools.partial(F.hardswish, inplace=True),
     "hardsigmoid": functools.partial(F.hardsigmoid, inplace=True),
 }
+
+
+def of_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor itself where it can be: to ask for its own type takes a while, and makes another under a transform."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def activate(z: Tensor, activation: Activation | None) -> Tensor:
@@ -293,12 +299,60 @@ def stored_norm(
     x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """Normalizes each channel of x by statistics that are given, which get no gradient; y has x's type and layout."""
+    if _torch_is_exact(x, running_mean, running_var, weight, bias, eps):
+        return _laid_out_as(x, F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps))
     dtype = torch.promote_types(_common_dtype(x, running_mean, running_var, weight, bias), torch.float32)
     mean, rstd = running_mean.detach().to(dtype), torch.rsqrt(running_var.detach().to(dtype) + eps)
     operands = (x, weight, bias)
     if _takes_function(*operands) and {*map(type, operands)} <= PLAIN:
         return _ByStatistics.apply(x, mean, rstd, weight, bias)
     return by_statistics(x, mean, rstd, weight, bias)
+
+
+# torch folds the mean into a shift: of a mean of so many deviations three bits are lost, as where y itself is as large.
+MOST_DEVIATIONS = 8
+
+
+class _KnownMean(NamedTuple):
+    """A running mean, the variance beside it, the versions of both and eps, and whether the mean was small."""
+
+    mean: weakref.ref[Tensor]
+    var: weakref.ref[Tensor]
+    key: tuple[int, int, float]
+    small: bool
+
+
+_known_means: dict[int, _KnownMean] = {}  # by the id of the mean
+
+
+def _torch_is_exact(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> bool:
+    """Whether torch's own pass by statistics may stand for the three of `by_statistics`: nobody learns, traces or
+    transforms, on a CPU, and no mean is large beside its deviation."""
+    dtype = x.dtype
+    if dtype in HALF or not x.is_cpu or mean.dtype != dtype or var.dtype != dtype:
+        return False
+    if (weight is not None and weight.dtype != dtype) or (bias is not None and bias.dtype != dtype):
+        return False
+    if not _is_ours_alone(x, mean, var, weight, bias) or not x.numel():
+        return False
+    # A dispatch mode sees operations, and values of none; what was made in inference mode has no version.
+    if torch._C._len_torch_dispatch_stack() or mean.is_inference() or var.is_inference():
+        return False
+    return _mean_is_small(mean, var, eps)
+
+
+def _mean_is_small(mean: Tensor, var: Tensor, eps: float) -> bool:
+    """Looked at once in each version of the two: it takes as long as a small norm."""
+    identity, key = id(mean), (mean._version, var._version, eps)
+    known = _known_means.get(identity)
+    if known is not None and known.mean() is mean and known.var() is var and known.key == key:
+        return known.small
+    small = not (mean.square() > MOST_DEVIATIONS**2 * (var + eps)).any().item()
+    of_mean = weakref.ref(mean, lambda _: _known_means.pop(identity, None))
+    _known_means[identity] = _KnownMean(of_mean, weakref.ref(var), key, small)
+    return small
 
 
 @torch.no_grad()

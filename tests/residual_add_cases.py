@@ -34,6 +34,13 @@ SCALES: list[tuple[int, ...] | None] = [
 ]  # fmt: skip
 
 
+def has_gap(scale: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether the scale lacks an axis between two of its own: it goes by torch, which draws for itself what to drop."""
+    of_x = shape[len(shape) - len(scale) :]
+    axes = [dim for dim, size in enumerate(scale) if size != 1]
+    return len(axes) > 1 and any(scale[dim] != of_x[dim] for dim in range(axes[0], axes[-1]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class AddCase:
     """The arguments of one call, the seed that it draws from, and the gradient that arrives at y; `frozen` names the

@@ -12,7 +12,7 @@ import torch
 
 from tests.layouts import channels_last
 from tests.norm_cases import assert_same_bits, same_bits, short, with_fields
-from tests.residual_add_cases import AddCase, blocks_of, check, make_case, run_fused, with_layout
+from tests.residual_add_cases import AddCase, blocks_of, check, has_gap, make_case, run_fused, with_layout
 from tests.tolerances import kernels_are_interpreted
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to launch")
@@ -123,7 +123,9 @@ def test_every_division_is_right(shape: Shape, scale: Shape) -> None:
 
 @pytest.mark.one_in(6)
 @pytest.mark.parametrize("layout", [torch.clone, channels_last], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize(("shape", "scale"), [each for each in DIVIDED if len(each[0]) > 2], ids=short)
+@pytest.mark.parametrize(
+    ("shape", "scale"), [each for each in DIVIDED if len(each[0]) > 2 and not has_gap(each[1], each[0])], ids=short
+)
 def test_every_division_drops_right(shape: Shape, scale: Shape, layout: Callable[[Tensor], Tensor]) -> None:
     case = make_case(*shape, scale=scale, activation="silu", dropout_p=0.3)
     assert_division_is_right(with_layout(case, layout))

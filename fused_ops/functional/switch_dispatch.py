@@ -54,4 +54,6 @@ def _switch_norm(
 
         return _composed(x, residual, add_first, activation, normalize, dropout_p)
 
-    return batch_fallback.moving_last(running_mean, running_var, training, composed)
+    if not training:
+        return composed(running_mean, running_var)
+    return batch_fallback.moving_last(running_mean, running_var, composed)
