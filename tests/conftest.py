@@ -69,6 +69,13 @@ def triton_backend() -> Iterator[None]:
 
 
 @pytest.fixture
+def torch_backend() -> Iterator[None]:
+    """Runs a test with the torch composition."""
+    with fused_ops.use_backend("torch"):
+        yield
+
+
+@pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by the name of a kernel with every launch."""
     launcher = pytest.importorskip("fused_ops.kernels.launcher", reason="Triton is not installed")

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..activation import Activation
+from ..activation import Activation, resolve
 from .inlining import Inlined
 from .patterns import Site
 from .sites import NormSite, has_hooks
@@ -56,7 +56,7 @@ class Plan:
         self.inlined = tuple(inlined)
         code = traced.graph.python_code("self")
         self.source = code.src
-        scope = {**code.globals, "Activation": Activation}
+        scope = {**code.globals, "Activation": _activation}
         used = {name: scope[name] for name in _names(compile(self.source, "", "exec")) if name in scope}
         self.modules = {name: value.__name__ for name, value in used.items() if isinstance(value, ModuleType)}
         self.globals = {name: value for name, value in used.items() if name not in self.modules}
@@ -86,12 +86,12 @@ class Plan:
         if not all(child.holds(module) for child in self.inlined):
             return None
         for name in self.norms:
-            norm = module.get_submodule(name)
+            norm = _within(module, name)
             if not isinstance(norm, NormSite) or has_hooks(norm):
                 return None
         for name, cls in self.skipped:
-            beside = module.get_submodule(name)
-            if type(beside) is not cls or has_hooks(beside):
+            beside = _within(module, name)
+            if beside is None or type(beside) is not cls or has_hooks(beside):
                 return None
         found = dict(zip(self.positional, args, strict=False))
         found.update(kwargs)
@@ -103,6 +103,19 @@ class Plan:
             if given.of_class is not None:
                 values.append(value)
         return None if found else values
+
+
+def _within(module: nn.Module, name: str) -> nn.Module | None:
+    """`get_submodule`, in a tenth of its time; None where there is none."""
+    found: nn.Module | None = module
+    for part in name.split("."):
+        found = None if found is None else found._modules.get(part)
+    return found
+
+
+def _activation(name: str, **parameters: float) -> Activation | None:
+    """What the source of a graph calls `Activation`: made in each call only where it has parameters."""
+    return Activation(name, **parameters) if parameters else resolve(name)
 
 
 def children_of(module: nn.Module) -> tuple[Any, ...]:

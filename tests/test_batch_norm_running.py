@@ -1,0 +1,114 @@
+"""Running statistics of batch norm as torch's functions compose it: what moves them, and what is normalized by them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fused_ops
+from fused_ops import functional as F
+from tests.batch_norm_calls import call, each_mode, every_function, statistics
+from tests.channel_norm_calls import tensors
+from tests.norm_cases import DEVICE, normal
+
+Tensor = torch.Tensor
+
+
+in_torch = pytest.mark.usefixtures("torch_backend")
+
+
+# --- running statistics --------------------------------------------------------------------------------------------
+
+
+@every_function
+@pytest.mark.parametrize("point", ["norm", "finish"])
+def test_running_statistics_change_only_when_the_call_succeeds(function, point, monkeypatch, torch_backend):
+    x, residual, weight, bias = tensors(2, 4, 3)
+    running, before = statistics(4), statistics(4)
+
+    def fails(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    patched = {
+        "norm": (torch, "_batch_norm_impl_index", fails),
+        "finish": (fused_ops.fallback, "finish", fails),
+    }
+    monkeypatch.setattr(*patched[point])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        call(function, running=running, activation="relu")(x, residual, weight, bias)
+    assert all(map(torch.equal, running, before))
+
+
+@each_mode
+def test_a_backward_comes_after_they_have_moved_on(training, each_backend):
+    """With their values at the time of the forward, as torch's; they are no part of a graph that could be broken."""
+    x, _, weight, bias = tensors(3, 4, 5)
+    running, found = statistics(4), []
+    for moves in (False, True):
+        y = F.batch_norm(x, *running, weight, bias, training)
+        if moves:
+            F.batch_norm(x.detach() + 1, *running, training=True, activation="relu")
+        found.append(torch.autograd.grad(y, (x, weight, bias), normal(3, 4, 5, dtype=torch.float64, seed=3)))
+        if training:
+            running = statistics(4)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+# --- torch's own pass by running statistics ------------------------------------------------------------------------
+
+
+def by_running_statistics(x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Ours, and torch's, which folds the mean into a shift."""
+    with torch.no_grad():
+        return F.batch_norm(x, mean, var), TF.batch_norm(x, mean, var)
+
+
+@in_torch
+def test_torchs_pass_is_taken_while_no_mean_is_large():
+    """Whether it is follows the running statistics wherever they are moved, by hand or by training."""
+    x = normal(6, 4, 5, seed=1)
+    mean, var = torch.ones(4, device=DEVICE), torch.ones(4, device=DEVICE)
+    for far, move in (
+        (False, lambda: None),
+        (True, lambda: mean.fill_(1000.0)),
+        (False, lambda: mean.fill_(1.0)),
+        (True, lambda: F.batch_norm(x + 1000, mean, var, training=True, momentum=1.0)),
+    ):
+        move()
+        input = x + mean.view(-1, 1)
+        ours, torchs = by_running_statistics(input, mean, var)
+        _, exact = by_running_statistics(input.double(), mean.double(), var.double())
+        if far:
+            assert 8 * (ours - exact).abs().max() < (torchs - exact).abs().max()
+        else:
+            assert torch.equal(ours, torchs) or DEVICE.type != "cpu"
+
+
+@in_torch
+def test_what_is_known_of_a_mean_goes_with_it():
+    known = fused_ops.fallback._known_means
+    before = len(known)
+    x = normal(6, 4, 5)
+    kept = statistics(4)
+    for _ in range(3):
+        by_running_statistics(x, *(tensor.to(x.dtype) for tensor in statistics(4)))
+        by_running_statistics(x.to(kept[0].dtype), *kept)
+    assert len(known) == before + (DEVICE.type == "cpu")
+
+
+@in_torch
+@pytest.mark.parametrize("far", [False, True])
+def test_it_is_traced_and_run_in_inference_mode(far: bool):
+    mean, var = torch.full((4,), 99.0 if far else 0.5, device=DEVICE), torch.ones(4, device=DEVICE)
+    x = normal(6, 4, 5)
+    expected = F.batch_norm(x, mean, var)
+    with torch.no_grad():
+        for mode in ("real", "fake", "symbolic"):
+            traced = make_fx(lambda x: F.batch_norm(x, mean, var), tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+            torch.testing.assert_close(traced(x), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(F.batch_norm(x, mean.clone(), var.clone()), expected)
