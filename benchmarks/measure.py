@@ -82,6 +82,8 @@ def _contender(peer: Peer, workload: Workload, settings: Settings) -> Contender:
     gap = peer.gap(workload, settings.device.type)
     if gap:
         return Contender(peer.name, None, "unavailable", gap)
+    if peer.only_full and not settings.compile_all:
+        return Contender(peer.name, None, "skipped", "only with --full")
     compiled_by_default = settings.device.type != "cpu" or workload.compiled_on_cpu
     if peer.compiles and not (compiled_by_default or settings.compile_all):
         return Contender(peer.name, None, "skipped", "compiling takes long on a CPU: this row only with --full")

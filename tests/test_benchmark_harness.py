@@ -12,9 +12,9 @@ import torch
 
 from benchmarks import correctness, memory, run, selection, timing
 from benchmarks.measure import Settings, measure
-from benchmarks.peers import COMPILED, EAGER, OURS, OURS_COMPILED, PEERS, Peer
+from benchmarks.peers import AUTOTUNED, COMPILED, EAGER, OURS, OURS_COMPILED, PEERS, Peer
 from benchmarks.records import Measurement, Row, Run, Spread
-from benchmarks.report import text
+from benchmarks.report import plots, text
 from benchmarks.traffic import DIRECTIONS, Direction, minimal_bytes
 from benchmarks.whole_models import WHOLE_MODELS
 from benchmarks.workloads import FUNCTIONS, WORKLOADS, Call, Shapes, Workload, swept
@@ -260,6 +260,22 @@ def test_compiling_is_left_out_of_a_default_run_on_a_cpu_but_where_it_is_asked_f
         row, _ = rows_of(WORKLOADS[name], *EAGERLY, compiled)
         status[name] = measured(row, OURS_COMPILED).status
     assert status == {"layer_norm_1024": "timed", "layer_norm_256": "skipped"}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own tuning
+def test_tuning_is_left_out_of_every_default_run() -> None:
+    (autotuned,) = [peer for peer in PEERS if peer.name == AUTOTUNED]
+    row, _ = rows_of(WORKLOADS["layer_norm_1024"], *EAGERLY, autotuned)
+    assert measured(row, AUTOTUNED).status == "skipped"
+    settings = Settings(torch.device("cpu"), "tiny", seconds=0.0, compile_all=True, peers=(*EAGERLY, autotuned))
+    forward, both = measure(WORKLOADS["layer_norm_1024"], torch.float32, settings)
+    assert [measured(row, AUTOTUNED).reason for row in (forward, both)] == ["", ""]
+    assert measured(forward, AUTOTUNED).status == measured(both, AUTOTUNED).status == "timed"
+    assert forward.ratio(OURS, AUTOTUNED) is not None
+
+
+def test_every_contender_has_a_marker_of_its_own() -> None:
+    assert len(set(plots.MARKERS)) >= len(PEERS)
 
 
 # --- from end to end -----------------------------------------------------------------------------------------------

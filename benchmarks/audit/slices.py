@@ -130,7 +130,7 @@ def _slice_of_images(workload: Workload, full: Shape, facts: DeviceFacts) -> Sli
         positions = [max(1, along), *positions[1:]]
     most = SMALL_CALL // 4
     if workload.of.by_channel == "batch":  # where of few samples partial results weigh more than in the full call
-        most = SMALL_CALL // 2 if workload.channels_last or plane > LONGER_THAN_A_TILE else SMALL_CALL
+        most = SMALL_CALL // 2 if workload.channels_last or plane > LONGER_THAN_A_TILE else 3 * SMALL_CALL // 2
     samples = min(samples, max(1, most // elements((channels, *positions))))
     return Slice(replace(workload, groups=groups), (samples, channels, *positions), facts, 1)
 

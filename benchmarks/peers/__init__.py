@@ -15,6 +15,7 @@ OURS = "ours"
 EAGER = "torch eager"
 COMPILED = "torch.compile"
 OURS_COMPILED = "ours compiled"
+AUTOTUNED = "torch.compile max-autotune"
 LIBRARIES = (liger, quack, flag_gems, flash_attention, apex, transformer_engine)
 
 
@@ -31,6 +32,11 @@ def _compiled(call: Call) -> Call:
     return torch.compile(call, dynamic=False)
 
 
+def _autotuned(call: Call) -> Call:
+    # Without CUDA graphs of its own, since every contender's calls are captured in one.
+    return torch.compile(call, dynamic=False, mode="max-autotune-no-cudagraphs")
+
+
 def _gap_of_ours_compiled(workload: Workload, device: str) -> str:
     return "" if device == "cpu" else "compared on a CPU, where the compiler sees through our call"
 
@@ -40,6 +46,7 @@ PEERS: tuple[Peer, ...] = (
     Peer(EAGER, Workload.torch_composition),
     Peer(COMPILED, lambda workload: _compiled(workload.torch_composition()), compiles=True),
     Peer(OURS_COMPILED, lambda workload: _compiled(workload.ours()), _gap_of_ours_compiled, compiles=True),
+    Peer(AUTOTUNED, lambda workload: _autotuned(workload.torch_composition()), compiles=True, only_full=True),
     *(library.PEER for library in LIBRARIES),
 )
 
@@ -48,5 +55,6 @@ COMPARED: tuple[tuple[str, str], ...] = (
     (OURS, EAGER),
     (OURS, COMPILED),
     (OURS_COMPILED, COMPILED),
+    (OURS, AUTOTUNED),
     *((OURS, library.NAME) for library in LIBRARIES),
 )

@@ -16,12 +16,14 @@ Build = Callable[[Workload], Call]
 
 @dataclass(frozen=True)
 class Peer:
-    """build: its call of a workload. gap: why it cannot run one on a kind of device, empty where it can."""
+    """build: its call of a workload. gap: why it cannot run one on a kind of device, empty where it can. compiles: a
+    default run leaves it out where a CPU takes long to; only_full: every default run does."""
 
     name: str
     build: Build
     gap: Callable[[Workload, str], str] = lambda workload, device: ""
     compiles: bool = False
+    only_full: bool = False
 
 
 def library_peer(

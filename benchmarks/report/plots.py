@@ -20,7 +20,7 @@ from ..tables import MIB
 from ..traffic import DIRECTIONS
 from .text import RATIO_HEADINGS
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h", "d")
 ROW_INCHES = 0.27
 RATIO_TICKS = (
     0.01,

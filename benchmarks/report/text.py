@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from .. import counted, environment, tables
-from ..peers import COMPARED, COMPILED, EAGER, LIBRARIES, OURS, OURS_COMPILED
+from ..peers import AUTOTUNED, COMPARED, COMPILED, EAGER, LIBRARIES, OURS, OURS_COMPILED
 from ..records import Measurement, Ratio, Row, Run
 from ..tables import Column, call_columns, mebibytes, three_digits
 
@@ -94,6 +94,7 @@ RATIO_HEADINGS = {
     (OURS, EAGER): "ours/eager",
     (OURS, COMPILED): "ours/compile",
     (OURS_COMPILED, COMPILED): "both compiled",
+    (OURS, AUTOTUNED): "ours/autotune",
     **{(OURS, library.NAME): f"ours/{library.NAME}" for library in LIBRARIES},
 }
 
