@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,10 +29,10 @@ def publish(path: Path, folder: Path = RESULTS, *, despite_changes: bool = False
     if target.exists():
         raise ValueError(f"{target} is there already; move it away, or rename it if both are worth keeping")
     folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as drawn:  # of which the page can be made again from the run
+        plots = [written for written in page.write(run, Path(drawn)) if written.suffix == ".png"]
+        kept = [Path(shutil.move(plot, f"{target.with_suffix('')}-{plot.name}")) for plot in plots]
     shutil.copyfile(path, target)
-    plots = [written for written in page.write(run, target.with_suffix("")) if written.suffix == ".png"]
-    kept = [Path(shutil.move(plot, f"{target.with_suffix('')}-{plot.name}")) for plot in plots]
-    shutil.rmtree(target.with_suffix(""))  # the page can be made again from the run
     return [target, *kept]
 
 

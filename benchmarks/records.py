@@ -183,21 +183,26 @@ class Run:
         return list(dict.fromkeys(found.contender for row in self.rows for found in row.measurements))
 
     def write(self, path: Path) -> None:
-        """As lines of JSON."""
+        """As lines of JSON; who reads meanwhile, or after it was cut off, finds all of it or what was there."""
         first = {"kind": "run", "run": self.key, "schema": SCHEMA, **self.environment, "uncounted": self.uncounted}
         lines = [first]
         for kind, rows in (("row", self.rows), ("counted", self.counted)):
             lines += [{"kind": kind, "run": self.key, **dataclasses.asdict(row)} for row in rows]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        beside = path.with_name(f".{path.name}")
+        beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        beside.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> Run:
         """The inverse of `write`; ValueError for what is no run, or one of another schema."""
         try:
-            first, *lines = (json.loads(line) for line in path.read_text().splitlines())
-        except ValueError as error:
+            return cls._of_lines(path, *(json.loads(line) for line in path.read_text().splitlines()))
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} must hold the lines of a run, as benchmarks.run writes them ({error})") from None
+
+    @classmethod
+    def _of_lines(cls, path: Path, first: dict[str, Any], *lines: dict[str, Any]) -> Run:
         if first.get("schema") != SCHEMA:
             raise ValueError(
                 f"{path} must have schema {SCHEMA}, but has {first.get('schema')}; run the benchmark again"

@@ -221,6 +221,32 @@ def test_a_row_that_broke_is_a_regression(tmp_path: Path, capsys: pytest.Capture
     assert compare.main(paths[::-1]) == 0
 
 
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held", ["", "no json", "3", "{}", '{"schema": 2}', '{"schema": 2, "run": "a"}\n{"run": "a"}'])
+def test_what_is_no_run_is_told_so(held: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text(held)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        Run.read(path)
+
+
+def test_a_write_that_is_cut_off_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.jsonl"
+    Run(ENVIRONMENT, []).write(path)
+    before = path.read_bytes()
+
+    def cut_off(self: Path, text: str) -> int:
+        self.write_bytes(text.encode()[:7])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run_of_all_kinds().write(path)
+    assert path.read_bytes() == before
+
+
 # --- publishing ----------------------------------------------------------------------------------------------------
 
 
