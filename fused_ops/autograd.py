@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from . import backend, fallback
+from . import backend, channel_fallback, fallback
 from .activation import Activation
 from .drops import drop_factor
 from .kernels.families import family_of
@@ -250,7 +250,9 @@ def _composed(saved: Saved, dy: Tensor, dtotal: Tensor | None, norm: Norm, creat
     if x is None:
         dbias = _summed_to_parameter(dz, norm) if bias is not None else None
         if saved.rstd is not None:  # frozen, so that dx does not depend on x
-            dx = fallback.by_statistics(dz.to(saved.rstd.dtype), torch.zeros_like(saved.rstd), saved.rstd, weight, None)
+            dx = channel_fallback.by_statistics(
+                dz.to(saved.rstd.dtype), torch.zeros_like(saved.rstd), saved.rstd, weight, None
+            )
     else:
         z = _differentiable_norm(x, weight, bias, saved, norm)
         if residual is not None:
@@ -289,7 +291,7 @@ def _differentiable_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, 
         return fallback.differentiable_norm(rows, weight, bias, norm.eps, norm.subtract_mean).view(x.shape)
     if is_frozen(norm):
         assert saved.mean is not None and saved.rstd is not None
-        return fallback.by_statistics(x.to(saved.rstd.dtype), saved.mean, saved.rstd, weight, bias)
+        return channel_fallback.by_statistics(x.to(saved.rstd.dtype), saved.mean, saved.rstd, weight, bias)
     if isinstance(norm, BatchNorm):
         of_channels = x.transpose(0, 1)
         y = fallback.differentiable_norm(of_channels.flatten(1), None, None, norm.eps, True)

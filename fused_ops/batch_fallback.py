@@ -12,15 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .channel_fallback import _by_channel, stored_norm
 from .fallback import (
     PLAIN,
-    _by_channel,
     _common_dtype,
     _laid_out_as,
     _looked_into,
     _takes_function,
     of_type,
-    stored_norm,
     transformed,
 )
 from .validation import HALF

@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from . import backend, batch_fallback, functional, validation
 from .activation import Activation, ActivationLike, resolve
+from .channel_fallback import _by_channel, by_statistics
 from .collectives import Moments, computed_in, gather_statistics, reduce_means, values_of_channel
-from .fallback import _by_channel, _laid_out_as, by_statistics
+from .fallback import _laid_out_as
 from .functional.dispatch import _composed, _fused, _kernel
 
 if backend.HAS_TRITON:

@@ -7,9 +7,8 @@ have been validated.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -209,54 +208,6 @@ def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
     return y.new_empty_strided(y.shape, like.stride()).copy_(y)  # of y's own class
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """torch's group_norm in x's type and layout, whatever the parameters' types are; y is a new tensor.
-
-    With as many groups as channels it is instance norm. torch's own instance_norm is left alone: its third derivatives
-    are wrong, as is its dx where a batch of one meets a channels_last dy, and it is slower.
-    """
-    if x.numel() == 0:  # where torch's backward leaves dweight and dbias unwritten
-        channels = x.shape[1]
-        return stored_norm(x, x.new_zeros(channels), x.new_ones(channels), weight, bias, eps)
-    if weight is None and bias is not None:
-        weight = torch.ones_like(bias)  # without one torch's backward fails
-    parameters = [parameter for parameter in (weight, bias) if parameter is not None]
-    takes_float32 = x.dtype in HALF and x.device.type == "cpu"  # of parameters, the one mixture that torch takes
-    if not (takes_float32 and all(parameter.dtype == torch.float32 for parameter in parameters)):
-        dtype = _common_dtype(x, *parameters)
-        if any(tensor.dtype != dtype for tensor in (x, *parameters)):
-            weight, bias = (None if parameter is None else parameter.to(dtype) for parameter in (weight, bias))
-            return group_norm(x.to(dtype), groups, weight, bias, eps).to(x.dtype)
-    # In channels_last torch's CPU kernel takes the variance as E[x^2] - E[x]^2; its CUDA kernel makes the same copy.
-    rows = x.contiguous()
-    if groups == x.shape[1] and x.dtype not in HALF:
-        # Any constant may be taken from a plane. Without its mean torch's group_norm is as exact as its instance_norm;
-        # with a large one it is not. Half precision would round the difference, and is exact enough.
-        rows = rows - rows.detach().mean(tuple(range(2, x.dim())), keepdim=True)
-    return _laid_out_as(x, F.group_norm(rows, groups, weight, bias, eps))
-
-
-def _by_channel(parameter: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A parameter [C] as it broadcasts to x [N, C, *]."""
-    return parameter.to(dtype).view(-1, *(1,) * (x.dim() - 2))
-
-
-def by_statistics(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """(x - mean) * rstd * weight + bias by channel, in elementary operations, of x's type."""
-    dtype = rstd.dtype
-    scale = rstd if weight is None else rstd * weight.to(dtype)
-    # The mean is taken off first: folded into a shift, as torch has it, a large one cancels.
-    y, scale = x.to(dtype) - _by_channel(mean, x, dtype), _by_channel(scale, x, dtype)
-    shift = None if bias is None else _by_channel(bias, x, dtype)
-    if _is_ours_alone(y, scale, shift):
-        y = y.mul_(scale)
-        y = y if shift is None else y.add_(shift)
-    else:
-        y = y * scale
-        y = y if shift is None else y + shift
-    return y.to(x.dtype)
-
-
 def _is_ours_alone(*tensors: Tensor | None) -> bool:
     """Whether the first of these, a new tensor, may be overwritten: nobody learns, traces or transforms."""
     if _looked_into():
@@ -264,107 +215,6 @@ def _is_ours_alone(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return False
     return {*map(type, tensors)} <= PLAIN
-
-
-class _ByStatistics(torch.autograd.Function):
-    """`by_statistics`, which keeps x for backward, as torch does, and not the difference from the mean."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        needs_x = weight is not None and ctx.needs_input_grad[3]
-        # A copy, as torch's: a running mean may have moved on when backward comes.
-        ctx.save_for_backward(x if needs_x else None, mean.clone() if needs_x else None, rstd, weight)
-        ctx.types = x.dtype, None if bias is None else bias.dtype
-        return by_statistics(x, mean, rstd, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight = ctx.saved_tensors
-        x_dtype, bias_dtype = ctx.types
-        dtype, batch = rstd.dtype, [dim for dim in range(dy.dim()) if dim != 1]
-        dz = dy.to(dtype)
-        dx = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
-            scale = rstd if weight is None else rstd * weight.to(dtype)
-            dx = (dz * _by_channel(scale, dz, dtype)).to(x_dtype)
-        if x is not None:
-            x_hat = by_statistics(x.to(dtype), mean, rstd, None, None)
-            dweight = (dz * x_hat).sum(batch).to(weight.dtype)
-        if ctx.needs_input_grad[4]:
-            dbias = dz.sum(batch).to(bias_dtype)
-        return dx, None, None, dweight, dbias
-
-
-def stored_norm(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """Normalizes each channel of x by statistics that are given, which get no gradient; y has x's type and layout."""
-    if _torch_is_exact(x, running_mean, running_var, weight, bias, eps):
-        return _laid_out_as(x, F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps))
-    dtype = torch.promote_types(_common_dtype(x, running_mean, running_var, weight, bias), torch.float32)
-    mean, rstd = running_mean.detach().to(dtype), torch.rsqrt(running_var.detach().to(dtype) + eps)
-    operands = (x, weight, bias)
-    if _takes_function(*operands) and {*map(type, operands)} <= PLAIN:
-        return _ByStatistics.apply(x, mean, rstd, weight, bias)
-    return by_statistics(x, mean, rstd, weight, bias)
-
-
-# torch folds the mean into a shift: of a mean of so many deviations three bits are lost, as where y itself is as large.
-MOST_DEVIATIONS = 8
-
-
-class _KnownMean(NamedTuple):
-    """A running mean, the variance beside it, the versions of both and eps, and whether the mean was small."""
-
-    mean: weakref.ref[Tensor]
-    var: weakref.ref[Tensor]
-    key: tuple[int, int, float]
-    small: bool
-
-
-_known_means: dict[int, _KnownMean] = {}  # by the id of the mean
-
-
-def _torch_is_exact(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> bool:
-    """Whether torch's own pass by statistics may stand for the three of `by_statistics`: nobody learns, traces or
-    transforms, on a CPU, and no mean is large beside its deviation."""
-    dtype = x.dtype
-    if dtype in HALF or not x.is_cpu or mean.dtype != dtype or var.dtype != dtype:
-        return False
-    if (weight is not None and weight.dtype != dtype) or (bias is not None and bias.dtype != dtype):
-        return False
-    if not _is_ours_alone(x, mean, var, weight, bias) or not x.numel():
-        return False
-    # A dispatch mode sees operations, and values of none; what was made in inference mode has no version.
-    if torch._C._len_torch_dispatch_stack() or mean.is_inference() or var.is_inference():
-        return False
-    return _mean_is_small(mean, var, eps)
-
-
-def _mean_is_small(mean: Tensor, var: Tensor, eps: float) -> bool:
-    """Looked at once in each version of the two: it takes as long as a small norm."""
-    identity, key = id(mean), (mean._version, var._version, eps)
-    known = _known_means.get(identity)
-    if known is not None and known.mean() is mean and known.var() is var and known.key == key:
-        return known.small
-    small = not (mean.square() > MOST_DEVIATIONS**2 * (var + eps)).any().item()
-    of_mean = weakref.ref(mean, lambda _: _known_means.pop(identity, None))
-    _known_means[identity] = _KnownMean(of_mean, weakref.ref(var), key, small)
-    return small
-
-
-@torch.no_grad()
-def track_planes(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> None:
-    """Moves running statistics towards those of x's planes, averaged over the batch; the variance is unbiased."""
-    if x.numel() == 0:
-        return
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    var, mean = torch.var_mean(x.detach().to(dtype), tuple(range(2, x.dim())), correction=1)
-    for running, found in ((running_mean, mean), (running_var, var)):
-        wide = torch.promote_types(running.dtype, dtype)
-        running.copy_(running.to(wide).lerp(found.mean(0).to(wide), momentum))
 
 
 def differentiable_norm(

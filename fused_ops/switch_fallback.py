@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import torch
 
 from . import batch_fallback
+from .channel_fallback import _by_channel, stored_norm
 from .fallback import (
     PLAIN,
-    _by_channel,
     _common_dtype,
     _is_ours_alone,
     _laid_out_as,
     _takes_function,
-    stored_norm,
     transformed,
 )
 

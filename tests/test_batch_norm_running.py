@@ -90,7 +90,7 @@ def test_torchs_pass_is_taken_while_no_mean_is_large():
 
 @in_torch
 def test_what_is_known_of_a_mean_goes_with_it():
-    known = fused_ops.fallback._known_means
+    known = fused_ops.channel_fallback._known_means
     before = len(known)
     x = normal(6, 4, 5)
     kept = statistics(4)

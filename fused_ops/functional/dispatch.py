@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import backend, fallback, residual_fallback, validation
+from .. import backend, channel_fallback, fallback, residual_fallback, validation
 from ..activation import Activation
 
 if backend.HAS_TRITON:
@@ -143,7 +143,7 @@ def _channel_norm(
         residual,
         add_first,
         activation,
-        lambda x: fallback.group_norm(x, groups, weight, bias, eps),
+        lambda x: channel_fallback.group_norm(x, groups, weight, bias, eps),
         dropout_p,
     )
 
@@ -171,11 +171,11 @@ def _instance_norm(
             residual,
             add_first,
             activation,
-            lambda x: fallback.stored_norm(x, running_mean, running_var, weight, bias, eps),
+            lambda x: channel_fallback.stored_norm(x, running_mean, running_var, weight, bias, eps),
             dropout_p,
         )
     out = _channel_norm(x, residual, weight, bias, x.shape[1] or 1, eps, add_first, activation, dropout_p)
-    fallback.track_planes(out[1] if add_first else x, running_mean, running_var, momentum)
+    channel_fallback.track_planes(out[1] if add_first else x, running_mean, running_var, momentum)
     return out
 
 
