@@ -95,7 +95,8 @@ class _ByStatistics(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, var, weight = ctx.saved_tensors
         needs_x, _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        if ctx.torchs and x is not None and not torch.is_grad_enabled() and not transformed() and type(dy) in PLAIN:
+        plain = type(dy) in PLAIN and not transformed() and not torch._C._functorch.is_legacy_batchedtensor(dy)
+        if ctx.torchs and x is not None and plain and not torch.is_grad_enabled():
             given = (_laid_out_as(x, dy), x, weight, mean, var, None, None, False, ctx.eps)
             needs = (needs_x, needs_weight, needs_bias)
             found = torch.ops.aten.native_batch_norm_backward(*given, needs)
@@ -142,10 +143,11 @@ MOST_DEVIATIONS = 8
 
 
 class _KnownMean(NamedTuple):
-    """A running mean, the variance beside it, the versions of both and eps, and whether the mean was small."""
+    """What forgets this when a running mean is gone, the variance beside it, the versions of both and eps, and whether
+    the mean was small."""
 
-    mean: weakref.ref[Tensor]
-    var: weakref.ref[Tensor]
+    forgets: weakref.ref[Tensor]
+    var: Tensor
     key: tuple[int, int, float]
     small: bool
 
@@ -175,11 +177,11 @@ def _mean_is_small(mean: Tensor, var: Tensor, eps: float) -> bool:
     """Looked at once in each version of the two: it takes as long as a small norm."""
     identity, key = id(mean), (mean._version, var._version, eps)
     known = _known_means.get(identity)
-    if known is not None and known.mean() is mean and known.var() is var and known.key == key:
+    if known is not None and known.var is var and known.key == key:
         return known.small
     small = not (mean.square() > MOST_DEVIATIONS**2 * (var + eps)).any().item()
-    of_mean = weakref.ref(mean, lambda _: _known_means.pop(identity, None))
-    _known_means[identity] = _KnownMean(of_mean, weakref.ref(var), key, small)
+    forgets = weakref.ref(mean, lambda _: _known_means.pop(identity, None))
+    _known_means[identity] = _KnownMean(forgets, var, key, small)
     return small
 
 

@@ -112,3 +112,27 @@ def test_it_is_traced_and_run_in_inference_mode(far: bool):
             torch.testing.assert_close(traced(x), expected)
     with torch.inference_mode():
         torch.testing.assert_close(F.batch_norm(x, mean.clone(), var.clone()), expected)
+
+
+@in_torch
+@pytest.mark.parametrize("far", [False, True])
+def test_gradients_by_running_statistics_are_the_formulas(far: bool):
+    """Alone, in a batch of gradients, and when they are differentiated again."""
+    x, weight, bias = (tensor.requires_grad_() for tensor in (normal(6, 4, 5), normal(4, seed=2), normal(4, seed=3)))
+    mean, var = torch.full((4,), 99.0 if far else 0.5, device=DEVICE), torch.full((4,), 2.0, device=DEVICE)
+    leaves = (x, weight, bias)
+    y = F.batch_norm(x, mean, var, weight, bias)
+    expected = (x - mean[:, None]) * torch.rsqrt(var + 1e-5)[:, None] * weight[:, None] + bias[:, None]
+    dys = normal(3, 6, 4, 5, seed=4)
+    for dy, batched in ((dys[0], False), (dys, True)):
+        found, wanted = (
+            torch.autograd.grad(out, leaves, dy, retain_graph=True, is_grads_batched=batched) for out in (y, expected)
+        )
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    found, wanted = (
+        torch.autograd.grad(
+            torch.autograd.grad(out, leaves, dys[0], create_graph=True)[0].square().sum(), weight, retain_graph=True
+        )
+        for out in (y, expected)
+    )
+    torch.testing.assert_close(found, wanted)
