@@ -96,7 +96,7 @@ def report(a: Run, b: Run, table: Callable[[Sequence[Column[Change]], Sequence[C
     lines += [f"{name}: {environment.sentence(run.environment)}." for name, run in (("A", a), ("B", b))]
     lines.append("B/A: of ours, each over torch eager's in its own run where both have it.")
     others = [f"{len(run.rows) - len(changes)} others in {name}" for name, run in (("A", a), ("B", b))]
-    lines.append(f"{len(changes)} rows that both have timed, {', '.join(others)}.")
+    lines.append(f"{len(changes) or 'No'} rows that both have timed, {', '.join(others)}.")
     for verdict, word in (("faster", "Faster"), ("slower", "Slower")):
         found = [change for change in changes if change.verdict == verdict]
         named = ", ".join(f"{row.workload} {row.dtype} {row.direction} {row.factor:.2f}" for row in found)

@@ -39,7 +39,7 @@ def batch_norm(
 ) -> Tensor:
     """torch's batch_norm in x's type and layout, whatever the other types are; y is a new tensor.
 
-    In training the running statistics, if given, move in place: give copies where the call may fail after this.
+    In training the running statistics, if given, move in place: see `put_back_on_failure`.
     """
     if not training:
         assert running_mean is not None and running_var is not None
@@ -50,6 +50,7 @@ def batch_norm(
     dtype = _computed_in(x, running_mean, running_var, weight, bias)
     running = tuple(tensor for tensor in (running_mean, running_var) if tensor is not None)
     moving = tuple(of_type(tensor, dtype) for tensor in running)
+    untold = moving  # by torch's batch norm, which moves them and counts no version
     mean, var = moving or (None, None)
     if _takes_function(x, weight, bias) and {*map(type, (x, weight, bias))} <= PLAIN:
         y = _BatchNorm.apply(x, mean, var, weight, bias, momentum, eps)
@@ -59,23 +60,26 @@ def batch_norm(
             with torch.no_grad():
                 F.batch_norm(x.detach().to(dtype), mean, var, None, None, True, momentum, eps)
     else:
+        if torch.is_grad_enabled() and not _looked_into():  # torch keeps what it moves, which is then to stay as it is
+            moving, untold = tuple(map(torch.clone, moving)), ()
+            mean, var = moving or (None, None)
         weight, bias = (None if parameter is None else of_type(parameter, dtype) for parameter in (weight, bias))
         weight = _beside(bias) if weight is None else weight
         y = F.batch_norm(_beside_parameters(x, dtype), mean, var, weight, bias, True, momentum, eps)
         y = _laid_out_as(x, of_type(y, x.dtype))
-    if moving and not _looked_into():
-        torch.autograd.graph.increment_version(moving)  # torch's batch norm moves them and tells nobody
+    if untold and (transformed() or not _looked_into()):
+        torch.autograd.graph.increment_version(untold)
     move(running, moving)
     return y
 
 
-def moving_last(
+def put_back_on_failure(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     run: Callable[[Tensor | None, Tensor | None], Any],
 ) -> Any:
-    """run(running_mean, running_var), which moves them; where it fails they stay as they were. A transform refuses
-    that."""
+    """run(running_mean, running_var), which moves them; where it fails they are put back, unless under a transform,
+    which refuses that."""
     running = tuple(tensor for tensor in (running_mean, running_var) if tensor is not None)
     if transformed():
         return run(running_mean, running_var)
@@ -168,7 +172,8 @@ class _BatchNorm(torch.autograd.Function):
             dx, dweight, dbias = gradients(dy, x, weight, ctx.eps, needs_x, needs_weight, needs_bias)
         else:
             wide = _dense(_beside_parameters(x, ctx.dtype))
-            scale = None if weight is None else of_type(weight, ctx.dtype)
+            # Contiguous: beside x in [N, C] or channels_last torch's CPU kernel goes by no strides of a weight.
+            scale = None if weight is None else of_type(weight, ctx.dtype).contiguous()
             if scale is None and needs_bias:
                 scale = torch.ones_like(mean)
             dx, dweight, dbias = torch.ops.aten._batch_norm_impl_index_backward(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .fallback import (
     PLAIN,
@@ -97,8 +97,8 @@ class _ByStatistics(torch.autograd.Function):
         needs_x, _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         plain = type(dy) in PLAIN and not transformed() and not torch._C._functorch.is_legacy_batchedtensor(dy)
         if ctx.torchs and x is not None and plain and not torch.is_grad_enabled():
-            given = (_laid_out_as(x, dy), x, weight, mean, var, None, None, False, ctx.eps)
-            needs = (needs_x, needs_weight, needs_bias)
+            given = (_laid_out_as(x, dy), x, weight.contiguous(), mean, var, None, None, False, ctx.eps)
+            needs = (needs_x, needs_weight, needs_bias)  # contiguous: torch goes by no strides of a weight
             found = torch.ops.aten.native_batch_norm_backward(*given, needs)
             dx, dweight, dbias = (each if needed else None for each, needed in zip(found, needs, strict=True))
             return dx, None, None, dweight, dbias, None, None
@@ -143,16 +143,15 @@ MOST_DEVIATIONS = 8
 
 
 class _KnownMean(NamedTuple):
-    """What forgets this when a running mean is gone, the variance beside it, the versions of both and eps, and whether
-    the mean was small."""
+    """Whether a running mean was small, beside which variance: in these versions, and with this eps."""
 
-    forgets: weakref.ref[Tensor]
-    var: Tensor
+    storages: tuple[StorageWeakRef, ...]  # whose addresses nobody gets again while somebody refers to them
     key: tuple[int, int, float]
     small: bool
 
 
-_known_means: dict[int, _KnownMean] = {}  # by the id of the mean
+_known_means: dict[tuple[int, ...], _KnownMean] = {}  # by the places in memory of a mean and a variance
+MOST_KNOWN = 1024
 
 
 def _torch_is_exact(
@@ -174,15 +173,35 @@ def _torch_is_exact(
 
 
 def _mean_is_small(mean: Tensor, var: Tensor, eps: float) -> bool:
-    """Looked at once in each version of the two: it takes as long as a small norm."""
-    identity, key = id(mean), (mean._version, var._version, eps)
-    known = _known_means.get(identity)
-    if known is not None and known.var is var and known.key == key:
+    """Looked at once in each version of the two: it takes as long as a small norm.
+
+    Where they are moved and no version tells (through .data or NumPy, by torch's own batch norm), torch's pass may be
+    taken for a mean that has become large; it is then as exact as torch.
+    """
+    storages = mean.untyped_storage(), var.untyped_storage()
+    place = (*_place(mean, storages[0]), *_place(var, storages[1]))
+    key = (mean._version, var._version, eps)
+    known = _known_means.get(place)
+    if known is not None and known.key == key:
         return known.small
     small = not (mean.square() > MOST_DEVIATIONS**2 * (var + eps)).any().item()
-    forgets = weakref.ref(mean, lambda _: _known_means.pop(identity, None))
-    _known_means[identity] = _KnownMean(forgets, var, key, small)
+    if len(_known_means) >= MOST_KNOWN:
+        _forget_means()
+    _known_means[place] = _KnownMean(tuple(map(StorageWeakRef, storages)), key, small)
     return small
+
+
+def _place(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[int, ...]:
+    return storage._cdata, tensor.storage_offset(), *tensor.shape, *tensor.stride()
+
+
+def _forget_means() -> None:
+    """Those that are gone, or all where that leaves many."""
+    for place, known in list(_known_means.items()):
+        if any(storage.expired() for storage in known.storages):
+            _known_means.pop(place, None)
+    if len(_known_means) > MOST_KNOWN // 2:
+        _known_means.clear()
 
 
 @torch.no_grad()

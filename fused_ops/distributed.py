@@ -119,7 +119,7 @@ def _synchronized(
     group: Any,
     dropout_p: float = 0.0,
 ) -> Any:
-    """y, or (y, total) where the residual is added first, in x's layout. Running statistics move last."""
+    """y, or (y, total) where the residual is added first, in x's layout. Running statistics move."""
     run = _kernel(x, residual, weight, bias, running_mean, running_var) if x.numel() else None
     if run is not None and run is autograd.run:
         fused = _fused(activation, dropout_p, x)
@@ -132,7 +132,7 @@ def _synchronized(
 
         return _composed(x, residual, add_first, activation, normalize, dropout_p)
 
-    return batch_fallback.moving_last(running_mean, running_var, composed)
+    return batch_fallback.put_back_on_failure(running_mean, running_var, composed)
 
 
 class _SyncBatchNorm(torch.autograd.Function):

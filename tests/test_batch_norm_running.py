@@ -89,18 +89,6 @@ def test_torchs_pass_is_taken_while_no_mean_is_large():
 
 
 @in_torch
-def test_what_is_known_of_a_mean_goes_with_it():
-    known = fused_ops.channel_fallback._known_means
-    before = len(known)
-    x = normal(6, 4, 5)
-    kept = statistics(4)
-    for _ in range(3):
-        by_running_statistics(x, *(tensor.to(x.dtype) for tensor in statistics(4)))
-        by_running_statistics(x.to(kept[0].dtype), *kept)
-    assert len(known) == before + (DEVICE.type == "cpu")
-
-
-@in_torch
 @pytest.mark.parametrize("far", [False, True])
 def test_it_is_traced_and_run_in_inference_mode(far: bool):
     mean, var = torch.full((4,), 99.0 if far else 0.5, device=DEVICE), torch.ones(4, device=DEVICE)
@@ -136,3 +124,66 @@ def test_gradients_by_running_statistics_are_the_formulas(far: bool):
         for out in (y, expected)
     )
     torch.testing.assert_close(found, wanted)
+
+
+class Plain(torch.Tensor):
+    """A subclass that changes nothing, but is not ours to look into."""
+
+
+@in_torch
+def test_a_subclass_learns_twice_before_it_goes_backward():
+    """torch keeps for backward the running statistics that it moves, which are then not to move again."""
+    x, weight = normal(6, 4, 5).as_subclass(Plain).requires_grad_(), normal(4, seed=2).requires_grad_()
+    running, of_torch = ((torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)) for _ in range(2))
+    ours = [F.batch_norm(x, *running, weight, training=True) for _ in range(2)]
+    torchs = [TF.batch_norm(x, *of_torch, weight, training=True) for _ in range(2)]
+    for y, expected in zip(ours, torchs, strict=True):
+        found, wanted = (
+            torch.autograd.grad(out, (x, weight), torch.ones_like(y) + y.detach()) for out in (y, expected)
+        )
+        torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(running, of_torch)
+
+
+@in_torch
+@each_mode
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (2, 4, 3, 3)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "parameter", [lambda w: w.repeat_interleave(2)[::2], lambda w: w[:1].expand(4)], ids=["gaps", "one"]
+)
+def test_a_weight_may_have_any_stride(parameter, channels_last, shape, training):
+    x, dy = normal(*shape, seed=1), normal(*shape, seed=2)
+    if channels_last and len(shape) == 4:
+        x, dy = (tensor.to(memory_format=torch.channels_last) for tensor in (x, dy))
+    found = []
+    for arranged in (parameter, lambda w: parameter(w).contiguous()):
+        weight, leaf = arranged(normal(4, seed=3)).detach().requires_grad_(), x.clone().requires_grad_()
+        y = F.batch_norm(leaf, torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE), weight, training=training)
+        found.append((y, *torch.autograd.grad(y, (leaf, weight), dy)))
+    torch.testing.assert_close(*found)
+
+
+@in_torch
+def test_a_module_that_ran_can_swap_its_tensors():
+    """Which torch refuses where somebody holds a weak reference to one."""
+    norm = fused_ops.BatchNorm1d(4).to(DEVICE).eval()
+    norm(normal(6, 4))
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        norm.load_state_dict({name: tensor.clone() for name, tensor in norm.state_dict().items()})
+        norm.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert norm(normal(6, 4, dtype=torch.float64)).dtype == torch.float64
+
+
+@in_torch
+def test_no_more_is_known_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch):
+    known = fused_ops.channel_fallback._known_means
+    known.clear()
+    monkeypatch.setattr(fused_ops.channel_fallback, "MOST_KNOWN", 8)
+    x, kept = normal(6, 4, 5), [(torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)) for _ in range(20)]
+    for mean, var in kept:
+        by_running_statistics(x, mean, var)
+        assert len(known) <= 8

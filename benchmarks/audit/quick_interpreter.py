@@ -37,7 +37,7 @@ def _once(patch_lang: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def patch_what_is_not(function: Any) -> Any:
         if any(language.core.is_builtin(seen.load) for seen in languages(function)):
             return patch_lang(function)
-        return None
+        return interpreter._LangPatchScope()  # of which nothing has to be restored
 
     return patch_what_is_not
 

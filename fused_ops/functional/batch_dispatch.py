@@ -35,7 +35,7 @@ def _batch_norm(
     activation: Activation | None,
     dropout_p: float = 0.0,
 ) -> Any:
-    """y, or (y, total) where the residual is added first, in x's layout. In training running statistics move last."""
+    """y, or (y, total) where the residual is added first, in x's layout. In training running statistics move."""
     run = _kernel(x, residual, weight, bias, running_mean, running_var) if x.numel() else None
     if run is not None:
         layout = _layout_of if run is autograd.run else lies_pooled_channels_last  # a tracer looks through a cache
@@ -51,4 +51,4 @@ def _batch_norm(
 
     if not training:
         return composed(running_mean, running_var)
-    return batch_fallback.moving_last(running_mean, running_var, composed)
+    return batch_fallback.put_back_on_failure(running_mean, running_var, composed)

@@ -37,7 +37,7 @@ def _switch_norm(
     activation: Activation | None,
     dropout_p: float = 0.0,
 ) -> Any:
-    """y, or (y, total) where the residual is added first, in x's layout. In training running statistics move last."""
+    """y, or (y, total) where the residual is added first, in x's layout. In training running statistics move."""
     run = _kernel(x, residual, weight, bias, mean_weight, var_weight, running_mean, running_var) if x.numel() else None
     if run is not None and run is autograd.run:  # a tracer gets torch's operations
         fused = _fused(activation, dropout_p, x)
@@ -56,4 +56,4 @@ def _switch_norm(
 
     if not training:
         return composed(running_mean, running_var)
-    return batch_fallback.moving_last(running_mean, running_var, composed)
+    return batch_fallback.put_back_on_failure(running_mean, running_var, composed)
