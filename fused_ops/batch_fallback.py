@@ -60,7 +60,7 @@ def batch_norm(
             with torch.no_grad():
                 F.batch_norm(x.detach().to(dtype), mean, var, None, None, True, momentum, eps)
     else:
-        if torch.is_grad_enabled() and not _looked_into():  # torch keeps what it moves, which is then to stay as it is
+        if _takes_function(x, weight, bias):  # torch keeps for backward what it moves, which is then to stay as it is
             moving, untold = tuple(map(torch.clone, moving)), ()
             mean, var = moving or (None, None)
         weight, bias = (None if parameter is None else of_type(parameter, dtype) for parameter in (weight, bias))
@@ -68,7 +68,7 @@ def batch_norm(
         y = F.batch_norm(_beside_parameters(x, dtype), mean, var, weight, bias, True, momentum, eps)
         y = _laid_out_as(x, of_type(y, x.dtype))
     if untold and (transformed() or not _looked_into()):
-        torch.autograd.graph.increment_version(untold)
+        torch.autograd.graph.increment_version([tensor for tensor in untold if not tensor.is_inference()])
     move(running, moving)
     return y
 

@@ -187,3 +187,12 @@ def test_no_more_is_known_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch
     for mean, var in kept:
         by_running_statistics(x, mean, var)
         assert len(known) <= 8
+
+
+@in_torch
+def test_what_was_made_in_inference_mode_moves_outside_of_it():
+    with torch.inference_mode():
+        made = torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)
+    running, x = (torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)), normal(6, 4, 5)
+    torch.testing.assert_close(F.batch_norm(x, *made, training=True), F.batch_norm(x, *running, training=True))
+    torch.testing.assert_close(made, running)
