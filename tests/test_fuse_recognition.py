@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as TF
 from torch import Tensor, nn
 
+import fused_ops
 from fused_ops import fuse, fusion_report
+from tests.norm_cases import DEVICE, normal
 
 
 class RootMeanSquare(nn.Module):
@@ -111,3 +113,36 @@ def without_weight() -> nn.Module:
 def test_a_convolution_that_cannot_be_tried_is_left(make: Any) -> None:
     model = nn.Sequential(make())
     assert fuse(model) is model and fusion_report(model) == []
+
+
+# --- what is checked on an example ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("together", [2, 3])
+def test_what_disagrees_together_alone_is_undone_too(together: int) -> None:
+    """Each of the norms agrees by itself; so many of them do not."""
+
+    class Counts(nn.Sequential):
+        """Adds 1 where too many of its norms are ours."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            ours = sum(isinstance(norm, fused_ops.LayerNorm) for norm in self)
+            return super().forward(x) + float(ours >= together)
+
+    model, x = Counts(*(nn.LayerNorm(8) for _ in range(6))).to(DEVICE), normal(3, 8)
+    expected = copy.deepcopy(model)(x)
+    fuse(model, (x,))
+    assert sum(entry.fused for entry in fusion_report(model)) == together - 1
+    assert all("outputs differ" in entry.reason for entry in fusion_report(model) if not entry.fused)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_model_that_never_does_the_same_has_nothing_to_undo() -> None:
+    class Counting(nn.Linear):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Counting.calls += 1
+            return super().forward(x) + Counting.calls
+
+    assert not fusion_report(fuse(Counting(8, 8).to(DEVICE), (normal(3, 8),)))

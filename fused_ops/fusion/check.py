@@ -130,27 +130,37 @@ def _excess(ours: Tensor | None, original: Tensor | None, least: float) -> float
 
 
 def disagreeing(
-    model: nn.Module, example: Example, expected: dict[bool, Results], units: Sequence[Replaced]
+    model: nn.Module,
+    example: Example,
+    expected: dict[bool, Results],
+    units: Sequence[Replaced],
+    without: Sequence[Replaced] = (),
 ) -> dict[Replaced, str]:
-    """The units of a model that make it differ from what it was, each with how; found by halves."""
-    others = [unit for unit in model.modules() if isinstance(unit, Replaced) and unit not in set(units)]
-    found = ""
-    with as_before(others):
-        for training, results in expected.items():
-            try:
-                differs = difference(example.results(model, training), results)
-            except Exception as error:  # whatever a model raises that took the example as it was
-                differs = f"it fails with {type(error).__name__}: {error}"
-            if differs:
-                found = f"{differs} in {'training' if training else 'evaluation'}"
-                break
-    if not found:
+    """The units of a model that make it differ from what it was, each with how; those of `without` are as before.
+
+    Found by halves. A half is looked at beside all that was found to agree before it, so that what is left agrees
+    together, too.
+    """
+    with as_before(without):
+        found = _how_it_differs(model, example, expected)
+    if not found or not units:
         return {}
     if len(units) == 1:
         return {units[0]: found}
     half = len(units) // 2
-    first = disagreeing(model, example, expected, units[:half])
-    return first | disagreeing(model, example, expected, units[half:])
+    first = disagreeing(model, example, expected, units[:half], [*without, *units[half:]])
+    return first | disagreeing(model, example, expected, units[half:], [*without, *first])
+
+
+def _how_it_differs(model: nn.Module, example: Example, expected: dict[bool, Results]) -> str:
+    for training, results in expected.items():
+        try:
+            differs = difference(example.results(model, training), results)
+        except Exception as error:  # whatever a model raises that took the example as it was
+            differs = f"it fails with {type(error).__name__}: {error}"
+        if differs:
+            return f"{differs} in {'training' if training else 'evaluation'}"
+    return ""
 
 
 @contextlib.contextmanager
