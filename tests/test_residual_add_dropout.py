@@ -18,7 +18,7 @@ import fused_ops
 from fused_ops import functional as F
 from tests.layouts import channels_last
 from tests.norm_cases import DEVICE, DTYPES, normal, same_bits, short
-from tests.residual_add_cases import blocks_of
+from tests.residual_add_cases import IMAGE, blocks_of, has_gap, make_case
 
 Tensor = torch.Tensor
 
@@ -318,3 +318,17 @@ def test_both_backends_drop_as_often(training: bool, each_backend: str) -> None:
     samples = mask.any(1)
     assert_fraction(samples, 0.6)
     assert_fraction(mask[samples], 0.7)
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_a_scale_with_a_gap_drops_by_torch() -> None:
+    case = make_case(*IMAGE, scale=(6, 1, 4))
+    assert case.scale is not None and has_gap(tuple(case.scale.shape), IMAGE)
+    x = case.x.detach().requires_grad_()
+    torch.manual_seed(1)
+    y = F.residual_add(x, torch.zeros_like(x), scale=case.scale, dropout_p=0.25)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    dropped = y == 0
+    assert 0.05 < dropped.double().mean() < 0.5
+    torch.testing.assert_close(y, torch.where(dropped, 0.0, x * case.scale / 0.75))
+    torch.testing.assert_close(dx, torch.where(dropped, 0.0, case.scale / 0.75).expand_as(dx))
