@@ -19,6 +19,7 @@ from .fallback import (
     _laid_out_as,
     _looked_into,
     _takes_function,
+    goes_on_from,
     of_type,
     transformed,
 )
@@ -76,13 +77,14 @@ def batch_norm(
 def put_back_on_failure(
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    moves: bool,
     run: Callable[[Tensor | None, Tensor | None], Any],
 ) -> Any:
-    """run(running_mean, running_var), which moves them; where it fails they are put back, unless under a transform,
+    """run(running_mean, running_var); where it `moves` them and fails they are put back, unless under a transform,
     which refuses that."""
-    running = tuple(tensor for tensor in (running_mean, running_var) if tensor is not None)
-    if transformed():
+    if not moves or transformed():
         return run(running_mean, running_var)
+    running = tuple(tensor for tensor in (running_mean, running_var) if tensor is not None)
     copies = tuple(map(torch.clone, running))
     if _looked_into():
         out = run(*(copies or (None, None)))
@@ -168,7 +170,7 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, weight, reserve = ctx.saved_tensors
         needs_x, _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        if x is None or torch.is_grad_enabled() or transformed() or torch._C._functorch.is_legacy_batchedtensor(dy):
+        if x is None or goes_on_from(dy):
             dx, dweight, dbias = gradients(dy, x, weight, ctx.eps, needs_x, needs_weight, needs_bias)
         else:
             wide = _dense(_beside_parameters(x, ctx.dtype))

@@ -15,8 +15,8 @@ from .fallback import (
     _laid_out_as,
     _looked_into,
     _takes_function,
+    goes_on_from,
     of_type,
-    transformed,
 )
 from .validation import HALF
 
@@ -95,10 +95,10 @@ class _ByStatistics(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, var, weight = ctx.saved_tensors
         needs_x, _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        plain = type(dy) in PLAIN and not transformed() and not torch._C._functorch.is_legacy_batchedtensor(dy)
-        if ctx.torchs and x is not None and plain and not torch.is_grad_enabled():
+        if ctx.torchs and x is not None and type(dy) in PLAIN and not goes_on_from(dy):
+            # Contiguous: beside x in [N, C] or channels_last torch's CPU kernel goes by no strides of a weight.
             given = (_laid_out_as(x, dy), x, weight.contiguous(), mean, var, None, None, False, ctx.eps)
-            needs = (needs_x, needs_weight, needs_bias)  # contiguous: torch goes by no strides of a weight
+            needs = (needs_x, needs_weight, needs_bias)
             found = torch.ops.aten.native_batch_norm_backward(*given, needs)
             dx, dweight, dbias = (each if needed else None for each, needed in zip(found, needs, strict=True))
             return dx, None, None, dweight, dbias, None, None

@@ -132,7 +132,7 @@ def _synchronized(
 
         return _composed(x, residual, add_first, activation, normalize, dropout_p)
 
-    return batch_fallback.put_back_on_failure(running_mean, running_var, composed)
+    return batch_fallback.put_back_on_failure(running_mean, running_var, True, composed)
 
 
 class _SyncBatchNorm(torch.autograd.Function):

@@ -54,6 +54,11 @@ def _takes_function(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def goes_on_from(dy: Tensor) -> bool:
+    """Whether a gradient is to be differentiated again, or is a batch of them: backward is then elementary."""
+    return torch.is_grad_enabled() or transformed() or torch._C._functorch.is_legacy_batchedtensor(dy)
+
+
 class _Hardsigmoid(torch.autograd.Function):
     """F.hardsigmoid with a gradient that can be differentiated, as torch's own cannot."""
 

@@ -54,6 +54,4 @@ def _switch_norm(
 
         return _composed(x, residual, add_first, activation, normalize, dropout_p)
 
-    if not training:
-        return composed(running_mean, running_var)
-    return batch_fallback.put_back_on_failure(running_mean, running_var, composed)
+    return batch_fallback.put_back_on_failure(running_mean, running_var, training, composed)

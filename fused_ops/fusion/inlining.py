@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.fx import Graph, Node
 
-from .sites import NormSite, Replaced, has_hooks
+from .sites import NormSite, Replaced, has_hooks, submodule
 from .tracing import Given, Traced, Untraceable, given_by_default, trace_whatever_grad
 
 OF_A_PART = "of a part"  # in the meta of nodes that were a child's
@@ -30,9 +30,10 @@ class Inlined(NamedTuple):
 
     def holds(self, module: nn.Module) -> bool:
         """Whether the child of a module is still what it was, and nobody listens to its calls."""
-        child = module.get_submodule(self.name)
+        child = submodule(module, self.name)
         return (
-            class_before(child) is self.cls
+            child is not None
+            and class_before(child) is self.cls
             and is_called_plainly(child)
             and not has_hooks(child)
             and tuple(child._modules) == self.children

@@ -64,6 +64,14 @@ def restore(module: Replaced) -> None:
     module.__class__ = module._class_before  # type: ignore[assignment]
 
 
+def submodule(module: nn.Module, name: str) -> nn.Module | None:
+    """`get_submodule`, in a tenth of its time, for what runs in each call; None where there is none."""
+    found: nn.Module | None = module
+    for part in name.split("."):
+        found = None if found is None else found._modules.get(part)
+    return found
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody listens to the module's calls, and so to what it takes and returns."""
     return bool(
