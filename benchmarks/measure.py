@@ -57,7 +57,9 @@ def measure(workload: Workload, dtype: torch.dtype, settings: Settings) -> Itera
     try:
         case = workload.case(settings.size, dtype, settings.device)
         expected = correctness.expect(workload, case)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not memory.is_exhausted(error):
+            raise
         problem = first_line(error)
     for direction in DIRECTIONS:
         row = Row(

@@ -55,7 +55,9 @@ def measure_model(model: WholeModel, dtype: torch.dtype, settings: Settings) -> 
     try:
         twins = _Twins.of(model.build(settings.size, dtype, settings.device))
         x = model.example(settings.size, dtype, settings.device)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not memory.is_exhausted(error):
+            raise
         problem = first_line(error)
     for direction in DIRECTIONS:
         row = Row(model.name, MODEL, shape, str(dtype).removeprefix("torch."), direction, None)
@@ -77,7 +79,7 @@ def _fill(row: Row, twins: _Twins, x: Tensor, direction: Direction, settings: Se
     try:
         gate = _Gate(twins, x, direction)  # in float64, which takes more memory than all that is timed
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # a CPU's words
+        if not memory.is_exhausted(error):
             raise
         no_room = f"no room for the float64 it is held against: {first_line(error)}"
         row.measurements.extend(Measurement(name, "unavailable", no_room) for name in CONTENDERS)

@@ -21,6 +21,11 @@ HOW = {
 }
 
 
+def is_exhausted(error: RuntimeError) -> bool:
+    """Whether an error says that memory has run out; on a CPU torch has no class for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def storage_id(tensor: Tensor) -> int:
     """Tells the storages that are alive apart, also those of meta tensors, which have no data."""
     return int(tensor.untyped_storage()._cdata)
