@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ import torch.nn.functional as TF
 from torch import func
 from torch.autograd import gradcheck, gradgradcheck
 
-import fused_ops
 from fused_ops import functional as F
 from tests.calls import scalar
 from tests.channel_norm_calls import FUNCTIONS, LAYOUTS, call, composed, gradients, tensors
@@ -19,16 +17,13 @@ from tests.norm_cases import DEVICE, normal
 
 Tensor = torch.Tensor
 
-# torch's own, as it first loads forward-mode differentiation or Inductor.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("torch_backend"),
+    # torch's own, as it first loads forward-mode differentiation or a compiler.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+]
 
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
-
-
-@pytest.fixture(autouse=True)
-def torch_backend() -> Iterator[None]:
-    with fused_ops.use_backend("torch"):
-        yield
 
 
 # --- derivatives ---------------------------------------------------------------------------------------------------

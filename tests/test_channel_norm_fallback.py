@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as TF
 
-import fused_ops
 from fused_ops import functional as F
 from tests.calls import recorded, scalar
 from tests.channel_norm_calls import (
@@ -30,13 +28,9 @@ from tests.tolerances import assert_within_budget
 
 Tensor = torch.Tensor
 
+pytestmark = pytest.mark.usefixtures("torch_backend")
+
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
-
-
-@pytest.fixture(autouse=True)
-def torch_backend() -> Iterator[None]:
-    with fused_ops.use_backend("torch"):
-        yield
 
 
 def fresh_statistics(channels: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

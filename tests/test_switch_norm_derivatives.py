@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +13,6 @@ import torch.nn.functional as TF
 from torch import func
 from torch.autograd import gradcheck, gradgradcheck
 
-import fused_ops
 from fused_ops import functional as F
 from tests.calls import recorded, scalar
 from tests.channel_norm_calls import LAYOUTS
@@ -22,14 +21,11 @@ from tests.switch_norm_calls import call, composed, each_mode, every_function, g
 
 Tensor = torch.Tensor
 
-# torch's own, as it first loads forward-mode differentiation or a compiler.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def torch_backend() -> Iterator[None]:
-    with fused_ops.use_backend("torch"):
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("torch_backend"),
+    # torch's own, as it first loads forward-mode differentiation or a compiler.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+]
 
 
 @each_mode

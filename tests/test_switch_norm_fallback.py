@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,14 +16,10 @@ from tests.norm_cases import DEVICE, HALF, TORCH_ACTIVATIONS, normal, same_bits
 from tests.switch_norm_calls import Leaves, call, composed, each_mode, every_function, gradients, statistics, tensors
 from tests.tolerances import assert_within_budget
 
+pytestmark = pytest.mark.usefixtures("torch_backend")
+
 SHAPES = [(5, 6), (2, 6, 4), (1, 6, 7), (3, 1, 4), (3, 6, 1), (2, 5, 3, 3), (2, 3, 2, 3, 2)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def torch_backend() -> Iterator[None]:
-    with fused_ops.use_backend("torch"):
-        yield
 
 
 def arrays(leaves: Leaves) -> dict[str, Any]:
