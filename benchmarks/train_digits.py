@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import environment, timing
+from .digits import batches, digits
 from .models import MODELS
 from .records import Spread
 from .report.text import milliseconds
 
-BATCH, TEST_IMAGES = 128, 360
+BATCH = 128
 FIRST_STEPS = 20
 """Later a difference of rounding has been amplified by as many updates, and tells little of the step it arose in."""
 PLAIN, FUSED = "torch.nn", "fused_ops"
@@ -62,27 +63,6 @@ class Student:
         return right.float().mean().item()
 
 
-def digits(device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """((images, labels) to train on, the same to test on): 1797 images of 8 x 8 pixels between -1 and 1."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32, device=device) / 8 - 1
-    labels = torch.tensor(data.target, device=device)
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(device)
-    images, labels = images[shuffled], labels[shuffled]
-    return (images[TEST_IMAGES:], labels[TEST_IMAGES:]), (images[:TEST_IMAGES], labels[:TEST_IMAGES])
-
-
-def batches(count: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Indices of each step's images: epochs in a shuffled order, the remainder of each left out."""
-    generator = torch.Generator().manual_seed(seed)
-    while steps > 0:
-        for batch in torch.randperm(count, generator=generator).split(BATCH)[: min(steps, count // BATCH)]:
-            yield batch
-            steps -= 1
-
-
 def train(model: str, steps: int, device: torch.device, seed: int = 0) -> dict[str, Any]:
     """Trains both twins step by step side by side, in an order that alternates, and returns what is to be shown."""
     twins = MODELS[model]
@@ -94,7 +74,7 @@ def train(model: str, steps: int, device: torch.device, seed: int = 0) -> dict[s
         students[name] = Student(network, optimizer, schedule)
     (images, labels), test = digits(device)
     order = [PLAIN, FUSED]
-    for batch in tqdm(batches(len(labels), steps, seed), total=steps, unit="step"):
+    for batch in tqdm(batches(len(labels), steps, seed, BATCH), total=steps, unit="step"):
         chosen = batch.to(device)
         for name in order:
             students[name].step(images[chosen], labels[chosen])

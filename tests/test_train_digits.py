@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import train_digits
+from benchmarks.digits import batches, digits
 from benchmarks.models import MODELS
 from benchmarks.resnet import FusedResNet, PlainResNet
 
@@ -65,7 +66,7 @@ def test_a_resnet_learns_the_same_with_kernels(device: torch.device, launches: l
     torch.manual_seed(0)
     plain, fused = (network(width=4).to(device, torch.float64) for network in (PlainResNet, FusedResNet))
     fused.load_state_dict(plain.state_dict())
-    (images, labels), (unseen, _) = train_digits.digits(device)
+    (images, labels), (unseen, _) = digits(device)
     students = []
     for network in (plain, fused):
         optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
@@ -83,7 +84,7 @@ def test_a_resnet_learns_the_same_with_kernels(device: torch.device, launches: l
 
 
 def test_batches_are_whole_and_the_same_for_a_seed() -> None:
-    first, again = (list(train_digits.batches(300, 5, seed=3)) for _ in range(2))
+    first, again = (list(batches(300, 5, seed=3, size=128)) for _ in range(2))
     assert [len(batch) for batch in first] == [128] * 5
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert len(set(torch.cat(first[:2]).tolist())) == 256  # an epoch repeats no image
