@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(IN_VENV) pytest -p no:benchmark -n auto --maxproce
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help bench bench-full report compare publish-results audit test test-full bench-pytest lint clean
+.PHONY: help bench bench-full report compare publish-results audit studies test test-full bench-pytest lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' Makefile
@@ -58,6 +58,10 @@ test-full: ## run the tests and the long sweep
 audit: ## see performance without a GPU: compiled kernels, memory traffic (ARGS=--full: launch tables)
 	$(MAKE_VENV) bench
 	$(IN_VENV) benchmarks.audit $(ARGS)
+
+studies: ## what norms and identity paths do to gradients: experiments that judge themselves (ARGS="NAME --quick")
+	$(MAKE_VENV) bench
+	$(IN_VENV) benchmarks.studies $(ARGS)
 
 bench-pytest: ## time the same calls as pytest-benchmark does
 	$(MAKE_VENV) test,bench

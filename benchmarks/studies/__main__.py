@@ -11,39 +11,42 @@ from pathlib import Path
 
 from .. import environment
 from . import STUDIES, page
-from .run import run
+from .run import Setting, run
 
 PUBLISHED = environment.ROOT / "docs" / "studies"
 LOCAL = environment.LOCAL_RESULTS / "studies"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 whatever the verdicts: one that is not reproduced is a result."""
+    """0 whatever the verdicts: that something is not reproduced is a result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(STUDIES)}; all")
     parser.add_argument("--quick", action="store_true", help="smaller settings, under a minute each")
     parser.add_argument("--without-cause", action="store_true", help="the quick settings, the cause taken away")
     parser.add_argument("--seeds", type=int, default=3, help="default %(default)s")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
-    parser.add_argument("--jobs", type=int, help="processes; a CPU's cores, one on a GPU")
-    parser.add_argument("--output", type=Path, default=LOCAL, help="folder of the JSON, plots and pages")
+    parser.add_argument("--jobs", type=int, help="processes; as many as cores on a CPU, one on a GPU")
+    parser.add_argument("--output", type=Path, default=LOCAL, help="folder of the numbers, plots and pages")
     parser.add_argument("--publish", action="store_true", help="write to docs/studies, where they are committed")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in STUDIES]
     if unknown:
         parser.error(f"no study is called {', '.join(unknown)}; there are {', '.join(STUDIES)}")
-    if options.publish and (options.quick or options.without_cause):
-        parser.error("--publish goes with the full settings alone")
+    if options.publish and (options.quick or options.without_cause or options.seeds < 3):
+        parser.error("--publish is for the full settings and at least 3 seeds")
+    if options.publish and environment.commit()["dirty"]:
+        parser.error("--publish is for sources as they are committed, so that anybody can repeat it; commit first")
     device = environment.pick_device(options.device)
     jobs = options.jobs or (len(os.sched_getaffinity(0)) if device.type == "cpu" else 1)
-    setting = "without_cause" if options.without_cause else "quick" if options.quick else "full"
+    setting: Setting = "without_cause" if options.without_cause else "quick" if options.quick else "full"
     folder = PUBLISHED if options.publish else options.output
     folder.mkdir(parents=True, exist_ok=True)
     for result in run(options.names or list(STUDIES), setting, options.seeds, device, jobs):
         study = STUDIES[result["study"]]
-        (folder / f"{study.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        page.plot(study, result, getattr(study, setting), folder / f"{study.name}.png")
-        (folder / f"{study.name}.md").write_text(page.markdown(study, result))
+        stem = folder / study.name
+        stem.with_suffix(".json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        stem.with_suffix(".md").write_text(page.markdown(study, result))
+        page.plot(study, result, getattr(study, setting), stem.with_suffix(".png"))
         print(page.text(study, result), flush=True)
     print(f"Numbers, plots and pages: {folder}")
     return 0
