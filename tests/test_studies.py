@@ -86,6 +86,7 @@ def test_a_run_writes_its_numbers_a_plot_and_a_page(toy: None, tmp_path: Path, c
     assert text.startswith("# A slope\n") and "**Reproduced** with 3 seeds" in text and "`slope=2.0`" in text
     assert f"| y grows | {result['claims'][0]['found']} | yes |" in text
     assert (tmp_path / "toy.png").stat().st_size > 1000
+    assert "| [A slope](toy.md) | 1 of 1 | reproduced |" in (tmp_path / "README.md").read_text()
     assert "toy: reproduced (3 seeds)\n  yes y grows: 0.0" in capsys.readouterr().out
 
 
@@ -151,3 +152,9 @@ def test_a_published_page_says_what_its_numbers_say(path: Path) -> None:
     assert [dataclasses.asdict(claim) for claim in judged] == result["claims"]
     assert path.with_suffix(".md").read_text() == page.markdown(study, result)
     assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_the_index_has_every_study_and_its_verdict() -> None:
+    results = {path.stem: json.loads(path.read_text()) for path in PUBLISHED}
+    assert list(results) == sorted(STUDIES)
+    assert (command.PUBLISHED / "README.md").read_text() == page.index(STUDIES, results)

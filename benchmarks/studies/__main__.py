@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stem.with_suffix(".md").write_text(page.markdown(study, result))
         page.plot(study, result, getattr(study, setting), stem.with_suffix(".png"))
         print(page.text(study, result), flush=True)
+    results = {name: json.loads(path.read_text()) for name in STUDIES if (path := folder / f"{name}.json").exists()}
+    (folder / "README.md").write_text(page.index(STUDIES, results))
     print(f"Numbers, plots and pages: {folder}")
     return 0
 

@@ -49,6 +49,33 @@ settings.
 )
 
 
+INDEX = jinja2.Template(
+    """\
+# Studies
+
+What normalization and identity paths do to gradients: experiments on the package's own modules, each with what was
+expected, its source, what came out, and a plot. `make studies` runs them all, `make studies ARGS="NAME --quick"` one of
+them in less than a minute. Data are scikit-learn's handwritten digits. [Which norm?](../which-norm.md) draws conclusions.
+
+| study | claims that hold | verdict |
+|---|---|---|
+{% for title, link, holding, claims, verdict in rows -%}
+| [{{ title }}]({{ link }}) | {{ holding }} of {{ claims }} | {{ verdict }} |
+{% endfor %}""",
+    undefined=jinja2.StrictUndefined,
+)
+
+
+def index(studies: Mapping[str, Study[Any, Any]], results: Mapping[str, Mapping[str, Any]]) -> str:
+    """All studies of which there are results, and their verdicts."""
+    rows = []
+    for name, study in studies.items():
+        if name in results:
+            claims = claims_of(results[name])
+            rows.append((study.title, f"{name}.md", sum(c.holds for c in claims), len(claims), verdict(claims)))
+    return INDEX.render(rows=rows)
+
+
 def markdown(study: Study[Any, Any], result: Mapping[str, Any]) -> str:
     """What was expected, from which paper, and what came out."""
     claims = claims_of(result)
