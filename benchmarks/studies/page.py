@@ -55,7 +55,8 @@ INDEX = jinja2.Template(
 
 What normalization and identity paths do to gradients: experiments on the package's own modules, each with what was
 expected, its source, what came out, and a plot. `make studies` runs them all, `make studies ARGS="NAME --quick"` one of
-them in less than a minute. Data are scikit-learn's handwritten digits. [Which norm?](../which-norm.md) draws conclusions.
+them in less than a minute. Data are scikit-learn's handwritten digits.
+[Which norm?](../which-norm.md) draws conclusions.
 
 | study | claims that hold | verdict |
 |---|---|---|
