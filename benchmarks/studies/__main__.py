@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for result in run(options.names or list(STUDIES), setting, options.seeds, device, jobs):
         study = STUDIES[result["study"]]
         stem = folder / study.name
-        stem.with_suffix(".json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        stem.with_suffix(".json").write_text(page.as_json(result))
         stem.with_suffix(".md").write_text(page.markdown(study, result))
         page.plot(study, result, getattr(study, setting), stem.with_suffix(".png"))
         print(page.text(study, result), flush=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ PAGE = jinja2.Template(
 
 **Expected.** {{ study.expected }}
 
-**{{ verdict | capitalize }}** with {{ result.seeds }} seeds. Figures are means over them (the lowest to the highest).
+**{{ verdict | capitalize }}** (seeds: {{ result.seeds }}). Figures are means over them (the lowest to the highest).
 
 | expected | found | holds |
 |---|---|---|
@@ -92,10 +94,16 @@ def markdown(study: Study[Any, Any], result: Mapping[str, Any]) -> str:
     )
 
 
+def as_json(result: Mapping[str, Any]) -> str:
+    """An entry a line, a list of numbers in one."""
+    lines = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    return re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), lines)
+
+
 def text(study: Study[Any, Any], result: Mapping[str, Any]) -> str:
     """The same for a terminal, in a few lines."""
     claims = claims_of(result)
-    lines = [f"{study.name}: {verdict(claims)} ({result['seeds']} seeds)"]
+    lines = [f"{study.name}: {verdict(claims)} (seeds: {result['seeds']})"]
     return "\n".join([*lines, *(f"  {'yes' if c.holds else 'NO '} {c.expected}: {c.found}" for c in claims)])
 
 
@@ -113,7 +121,7 @@ def plot(study: Study[Any, Any], result: Mapping[str, Any], settings: Any, path:
         axes.set_axisbelow(True)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=7, loc="best")
-    figure.suptitle(f"{study.title} ({result['seeds']} seeds)", fontsize=10)
+    figure.suptitle(f"{study.title} (seeds: {result['seeds']})", fontsize=10)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
