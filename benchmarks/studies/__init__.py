@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from . import degradation, gradient_flow, shattered_gradients
+from . import axis, degradation, gradient_flow, remedies, shattered_gradients
 from .study import Study
 
 STUDIES: Mapping[str, Study[Any, Any]] = {
-    module.STUDY.name: module.STUDY for module in (degradation, gradient_flow, shattered_gradients)
+    module.STUDY.name: module.STUDY for module in (degradation, gradient_flow, shattered_gradients, remedies, axis)
 }
