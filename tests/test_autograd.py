@@ -17,6 +17,8 @@ from tests.norm_cases import DEVICE, OPERANDS, TORCH_ACTIVATIONS, Case
 from tests.row_norm_cases import FUNCTIONS as ROW_FUNCTIONS
 from tests.row_norm_cases import make_case
 
+pytestmark = pytest.mark.one_in(3)
+
 Tensor = torch.Tensor
 
 make_double_case = functools.partial(make_case, dtype=torch.float64)

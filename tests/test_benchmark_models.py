@@ -18,6 +18,8 @@ from benchmarks.whole_models import WHOLE_MODELS
 from benchmarks.workloads import WORKLOADS
 from fused_ops import fuse, fusion_report
 
+pytestmark = pytest.mark.one_in(3)
+
 CPU = torch.device("cpu")
 FUSED = {
     "resnet50": {"norm+relu": 33, "norm+add+relu": 16, "norm": 4},

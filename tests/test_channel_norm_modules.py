@@ -30,6 +30,8 @@ from tests.channel_norm_calls import (
 )
 from tests.norm_cases import DEVICE, normal
 
+pytestmark = pytest.mark.one_in(3)
+
 Tensor = torch.Tensor
 
 each_name = pytest.mark.parametrize("name", NAMES)

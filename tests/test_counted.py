@@ -190,6 +190,7 @@ SMALL_DEVICE = H200._replace(multiprocessors=2, l2_bytes=H200.l2_bytes // 66)
 @interpreted
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("each", "facts", "kernel"),
     [

@@ -32,6 +32,8 @@ from tests.reference_cases import (
     torch_activation,
 )
 
+pytestmark = pytest.mark.one_in(3)
+
 # ---- activations ----
 
 

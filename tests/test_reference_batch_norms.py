@@ -36,6 +36,8 @@ from tests.reference_cases import (
     total_of,
 )
 
+pytestmark = pytest.mark.one_in(3)
+
 # What normalizes: the batch's own statistics; those, while running statistics follow; or the running statistics.
 KINDS = ["batch_norm", "batch_norm tracking", "batch_norm running"]
 KINDS += [f"add_{kind}" for kind in KINDS]

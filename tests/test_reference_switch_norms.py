@@ -35,6 +35,8 @@ from tests.reference_cases import (
     total_of,
 )
 
+pytestmark = pytest.mark.one_in(3)
+
 # Where the batch's statistics come from: x; x, while running statistics follow; or the running statistics.
 KINDS = ["switch_norm", "switch_norm tracking", "switch_norm running"]
 KINDS += [f"add_{kind}" for kind in KINDS]

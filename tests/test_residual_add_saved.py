@@ -30,6 +30,8 @@ from tests.residual_add_cases import (
     with_layout,
 )
 
+pytestmark = pytest.mark.one_in(3)
+
 Tensor = torch.Tensor
 
 TWO_VALUED = ("relu", "relu6", "leaky_relu")

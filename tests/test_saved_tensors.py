@@ -19,6 +19,8 @@ from tests.norm_cases import DEVICE, TORCH_ACTIVATIONS, Case, assert_same_bits, 
 from tests.row_norm_cases import FUNCTIONS as ROW_FUNCTIONS
 from tests.row_norm_cases import make_case
 
+pytestmark = pytest.mark.one_in(3)
+
 Tensor = torch.Tensor
 
 # No slope, a slope of two values, a slope that is computed again.
