@@ -137,7 +137,13 @@ def test_a_verdict_needs_every_claim() -> None:
     assert over_seeds([0.1, 0.2, 0.6], ".0%") == "30% (10% to 60%)"
 
 
-@pytest.mark.parametrize("name", STUDIES)
+# The others take 10 to 60 seconds.
+FAST = ("gradient_flow", "shattered_gradients")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.full) for name in STUDIES]
+)
 def test_without_its_cause_the_verdict_is_another(name: str) -> None:
     assert verdict_of(name, "quick") == REPRODUCED
     assert verdict_of(name, "without_cause") == NOT_REPRODUCED

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from . import axis, degradation, gradient_flow, remedies, shattered_gradients
+from . import axis, batch_size, degradation, gradient_flow, remedies, shattered_gradients, switch_weights
 from .study import Study
 
 STUDIES: Mapping[str, Study[Any, Any]] = {
-    module.STUDY.name: module.STUDY for module in (degradation, gradient_flow, shattered_gradients, remedies, axis)
+    module.STUDY.name: module.STUDY
+    for module in (degradation, gradient_flow, shattered_gradients, batch_size, remedies, axis, switch_weights)
 }

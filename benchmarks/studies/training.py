@@ -19,6 +19,19 @@ class Epoch(NamedTuple):
     error: float
 
 
+class InParts(nn.Module):
+    """Gives the model its input a part at a time while it trains, so that each part has statistics of its own."""
+
+    def __init__(self, model: nn.Module, samples: int) -> None:
+        super().__init__()
+        self.model, self.samples = model, samples
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return self.model(x)
+        return torch.cat([self.model(part) for part in x.split(self.samples)])
+
+
 def fit(
     model: nn.Module,
     data: Labelled,
