@@ -89,7 +89,7 @@ def markdown(study: Study[Any, Any], result: Mapping[str, Any]) -> str:
         verdict=verdict(claims),
         claims=claims,
         about=head.split("\n\n", 1)[-1],
-        settings=", ".join(f"{name}={value}" for name, value in result["settings"].items()),
+        settings=", ".join(f"{name}={json.dumps(value)}" for name, value in result["settings"].items()),
         machine=environment.sentence(result["environment"]),
     )
 
