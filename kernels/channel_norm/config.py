@@ -232,14 +232,23 @@ _SPREAD_TILE_BYTES = 2048
 
 @functools.cache
 def forward_piece_tile(
-    channels: int, plane: int, itemsize: int, channels_last: bool, drops: bool = False, spread: bool = False
+    channels: int,
+    plane: int,
+    itemsize: int,
+    channels_last: bool,
+    drops: bool = False,
+    spread: bool = False,
+    mixes: bool = False,
 ) -> PieceTile:
     """Tile of the forward's passes over pieces, as fast as were found on an H200: of planes up to 8 KB one tile, 64
     bytes a thread; of longer ones many small programs. drops: each element draws whether it is kept, which takes so
-    many registers that a thread has 16 bytes. spread: channels are several columns each."""
+    many registers that a thread has 16 bytes. spread: channels are several columns each. mixes: statistics are mixed
+    here for each plane, and a thread has half where elements have addresses of their own as well."""
     one_tile = not channels_last and plane * itemsize <= 8192
     tile_bytes = _SPREAD_TILE_BYTES if spread else 8192 if one_tile else 4096 if channels_last else 2048
     thread_bytes = 64 if (one_tile or channels_last) and not spread and itemsize < 8 else 32
+    if mixes and not channels_last and plane * itemsize % 4:
+        thread_bytes = 32
     if drops:
         tile_bytes, thread_bytes = tile_bytes // 2, 16
     tile = _piece_tile(channels, plane, itemsize, channels_last, tile_bytes, thread_bytes)
