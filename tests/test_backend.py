@@ -102,14 +102,17 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 CALL_IN_EACH_BACKEND = """
 import torch, fused_ops
 from fused_ops import functional as F, backend
-x = torch.randn(3, 8, requires_grad=True)
-expected = torch.nn.functional.silu(torch.nn.functional.layer_norm(x, (8,)))
+x, residual = (torch.randn(3, 8, requires_grad=True) for _ in range(2))
+weight, bias = torch.randn(8), torch.randn(8)
+expected = torch.nn.functional.silu(torch.nn.functional.layer_norm(x, (8,), weight, bias) + residual)
+(expected_dx,) = torch.autograd.grad(expected.sum(), x)
 print(fused_ops.get_backend())
 for name in ("auto", "torch"):
     with fused_ops.use_backend(name):
-        y = F.layer_norm(x, (8,), activation="silu")
+        y = F.layer_norm(x, (8,), weight, bias, residual=residual, activation="silu")
         assert torch.equal(y, expected), name
-        y.sum().backward()
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(dx, expected_dx)
         assert backend.explain(x.device).startswith("torch: ")
 with fused_ops.use_backend("triton"):
     for call in (lambda: F.layer_norm(x, (8,)), lambda: fused_ops.AddRMSNorm(8)(x, x)):

@@ -22,6 +22,7 @@ from benchmarks.workloads.series import SERIES
 
 CPU = torch.device("cpu")
 EAGERLY = [peer for peer in PEERS if peer.name in (OURS, EAGER)]
+(TUNED,) = [peer for peer in PEERS if peer.name == AUTOTUNED]
 
 
 def settings(*peers: Peer) -> Settings:
@@ -264,10 +265,13 @@ def test_compiling_is_left_out_of_a_default_run_on_a_cpu_but_where_it_is_asked_f
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own tuning
 def test_tuning_is_left_out_of_every_default_run() -> None:
-    (autotuned,) = [peer for peer in PEERS if peer.name == AUTOTUNED]
-    row, _ = rows_of(WORKLOADS["layer_norm_1024"], *EAGERLY, autotuned)
+    row, _ = rows_of(WORKLOADS["layer_norm_1024"], *EAGERLY, TUNED)
     assert measured(row, AUTOTUNED).status == "skipped"
-    settings = Settings(torch.device("cpu"), "tiny", seconds=0.0, compile_all=True, peers=(*EAGERLY, autotuned))
+
+
+@pytest.mark.full
+def test_tuning_is_timed_where_all_is_compiled() -> None:
+    settings = Settings(torch.device("cpu"), "tiny", seconds=0.0, compile_all=True, peers=(*EAGERLY, TUNED))
     forward, both = measure(WORKLOADS["layer_norm_1024"], torch.float32, settings)
     assert [measured(row, AUTOTUNED).reason for row in (forward, both)] == ["", ""]
     assert measured(forward, AUTOTUNED).status == measured(both, AUTOTUNED).status == "timed"

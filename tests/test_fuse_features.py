@@ -234,6 +234,7 @@ def test_parametrizations_before_and_after() -> None:
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="gloo, with a CPU for each process")
 def test_data_parallel_processes_train_it(tmp_path: Path) -> None:
     """DistributedDataParallel and fully_shard, fused and not, on two processes."""

@@ -41,6 +41,7 @@ def forward_and_backward(
     torch.autograd.grad(y, leaves, torch.zeros_like(y))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("function", "shape", "channels_last", "training", "expected"),
     [

@@ -77,6 +77,7 @@ def test_four_million_elements_fill_the_device(name, rows, span, sm_90):
             assert launch.programs >= MULTIPROCESSORS, f"{launch.kernel}: {launch.programs} programs"
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("span", [256, 1024, 4096, 8192, 16384, 65536])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", CALLS)
