@@ -99,6 +99,20 @@ def test_a_large_mean_costs_no_more_digits_than_torchs_own(function, mean, dtype
         assert_within_budget(f"{function} {name}", actual, of_torch, expected.detach().numpy(force=True), terms)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU torch makes a copy, as the composition does")
+@pytest.mark.parametrize("shape", [(2, 8, 5, 7), (2, 8, 3, 4, 5)], ids=str)
+def test_channels_last_takes_torchs_own_pass_but_where_it_is_inexact(shape):
+    for deviation, mean, torchs in ((1.0, 1.0, True), (1.0, 1e3, False), (1e17, 3e19, False)):
+        x, _, weight, bias = (tensor.detach() for tensor in tensors(*shape))
+        x[1, 2:4] = x[1, 2:4] * deviation + mean  # of one group of one sample; squares of the last overflow
+        x = channels_last(x)
+        y, expected = F.group_norm(x, 4, weight, bias), TF.group_norm(x, 4, weight, bias)
+        assert torch.equal(y, expected) == torchs
+        wide = TF.group_norm(x.double(), 4, weight.double(), bias.double())
+        torch.testing.assert_close(y.double(), wide, rtol=1e-5, atol=1e-5)
+        assert y.stride() == x.stride()
+
+
 @every_function
 @pytest.mark.parametrize("x_dtype", [*HALF, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, None], ids=str)

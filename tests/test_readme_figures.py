@@ -146,3 +146,20 @@ def test_pythons_part_of_a_call_is_in_the_results() -> None:
         "times what a bare norm takes, which is one C++ operator."
     )
     assert sentences in " ".join(README.split())
+
+
+def test_what_the_digits_taught_is_in_the_results() -> None:
+    runs = [
+        json.loads((RESULTS / f"amd-epyc-2026-11-27-digits-{model}.json").read_text(encoding="utf-8"))
+        for model in ("vit", "resnet18")
+    ]
+    accuracies = []
+    for found in runs:
+        assert found["largest_difference"] == 0 and not found["environment"]["dirty"]
+        (steps,) = {len(losses) for losses in found["losses"].values()}
+        assert steps == 330
+        (accuracy,) = set(found["accuracy"].values())
+        accuracies.append(f"{accuracy:.1%}".replace("%", " %"))
+    vit, resnet = accuracies
+    text = " ".join(README.split())
+    assert f"over {steps} steps, and both twins ended at {vit} (ViT) and {resnet} (ResNet) test accuracy" in text
