@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -100,16 +101,19 @@ COUNTED = "| bfloat16, forward + backward | launches, ours / eager |"
 
 @pytest.mark.parametrize("line", table(COUNTED), ids=lambda line: line[0])
 def test_a_line_of_what_was_counted_is_a_row_of_the_results(line: list[str]) -> None:
-    _, launches, moved = line
+    call, launches, moved = line
+    function, shape = re.findall(r"`(\w+)`", call)[0], call.rpartition(", ")[2]
     run = Run.read(RESULTS / "amd-epyc-2026-11-26.jsonl")
     found = [
         row.workload
         for row in run.counted
         if row.direction == BOTH
+        and function in row.function
+        and shape in (" x ".join(map(str, of)) for of in (row.shape, (math.prod(row.shape[:-1]), row.shape[-1])))
         and f"{row.ours.launches} / {row.eager.launches}" == launches
         and rounds_to(row.ours.moved_bytes / row.eager.moved_bytes, moved)
     ]
-    assert found
+    assert len(found) == 1, found
 
 
 def test_pythons_part_of_a_call_is_in_the_results() -> None:
