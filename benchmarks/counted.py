@@ -10,7 +10,7 @@ import torch
 from fused_ops.backend import HAS_TRITON
 
 from . import tables
-from .audit.processes import workers
+from .processes import workers
 from .records import CountedRow, Counts, Run
 from .tables import MIB, Column, call_columns, three_digits
 from .traffic import DIRECTIONS

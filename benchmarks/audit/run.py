@@ -20,12 +20,12 @@ import torch
 from tqdm import tqdm
 
 from .. import environment
+from ..processes import workers
 from ..traffic import Direction
 from ..workloads import WORKLOADS, Workload
 from . import jobs, sweep
 from .findings import Finding
 from .host import HostTime
-from .processes import workers
 from .report import Audit, summary
 from .rows import AuditRow, assemble
 from .slices import Counted

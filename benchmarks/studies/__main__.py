@@ -23,11 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(STUDIES)}; all")
     parser.add_argument("--quick", action="store_true", help="smaller settings, under a minute each")
     parser.add_argument("--without-cause", action="store_true", help="the quick settings, the cause taken away")
-    parser.add_argument("--seeds", type=int, default=3, help="default %(default)s")
+    parser.add_argument("--seeds", type=_positive, default=3, help="default %(default)s")
     parser.add_argument("--device", help="cpu or cuda; the GPU if there is one")
-    parser.add_argument("--jobs", type=int, help="processes; as many as cores on a CPU, one on a GPU")
-    parser.add_argument("--output", type=Path, default=LOCAL, help="folder of the numbers, plots and pages")
-    parser.add_argument("--publish", action="store_true", help="write to docs/studies, where they are committed")
+    parser.add_argument("--jobs", type=_positive, help="processes; as many as cores on a CPU, one on a GPU")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", type=Path, help="folder of the numbers, plots and pages; one for each setting")
+    where.add_argument("--publish", action="store_true", help="write to docs/studies, where they are committed")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in STUDIES]
     if unknown:
@@ -37,21 +38,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.publish and environment.commit()["dirty"]:
         parser.error("--publish is for sources as they are committed, so that anybody can repeat it; commit first")
     device = environment.pick_device(options.device)
-    jobs = options.jobs or (len(os.sched_getaffinity(0)) if device.type == "cpu" else 1)
+    jobs = options.jobs or (os.cpu_count() or 1 if device.type == "cpu" else 1)
     setting: Setting = "without_cause" if options.without_cause else "quick" if options.quick else "full"
-    folder = PUBLISHED if options.publish else options.output
+    folder = PUBLISHED if options.publish else options.output or LOCAL / setting
     folder.mkdir(parents=True, exist_ok=True)
-    for result in run(options.names or list(STUDIES), setting, options.seeds, device, jobs):
+    for result in run(list(dict.fromkeys(options.names)) or list(STUDIES), setting, options.seeds, device, jobs):
         study = STUDIES[result["study"]]
         stem = folder / study.name
         stem.with_suffix(".json").write_text(page.as_json(result))
-        stem.with_suffix(".md").write_text(page.markdown(study, result))
+        stem.with_suffix(".md").write_text(page.markdown(study, result, folder))
         page.plot(study, result, getattr(study, setting), stem.with_suffix(".png"))
         print(page.text(study, result), flush=True)
     results = {name: json.loads(path.read_text()) for name in STUDIES if (path := folder / f"{name}.json").exists()}
-    (folder / "README.md").write_text(page.index(STUDIES, results))
+    (folder / "README.md").write_text(page.index(STUDIES, results, folder))
     print(f"Numbers, plots and pages: {folder}")
     return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, but is {number}")
+    return number
 
 
 if __name__ == "__main__":

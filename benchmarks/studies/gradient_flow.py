@@ -5,18 +5,11 @@ added to x, which nothing else touches. Without norm and path there is nothing o
 in one forward and backward pass, the norm of the loss's gradient in the input of each layer is taken, and the share of
 units whose activation has a slope below a tenth of its largest (relu's that are off among them, half of all).
 Everything is float64, as gradients down to 1e-49 come out. Weights are normal, of deviation gain / sqrt(fan_in), small
-ones with a gain of 0.5, large ones of 4. A gradient is held where it changes by less than a tenth of a decade a layer
-on average, which is a factor of 1.26, either way.
-
-The expectation is too general in two places. A norm holds a sigmoid only if it takes away each channel's mean, as batch
-and instance norm do: the outputs' mean of 0.5 becomes a constant of each channel in the next convolution, larger than
-what varies, and the other norms divide by it, so that layer for layer the signal and its gradient shrink. (A tanh,
-whose outputs have no mean, all norms hold; a relu's gradient grows by up to 1.2 a layer where the mean is taken away.)
-And without a norm an identity path holds what small weights or a bounded activation add to it, most of whose units
-saturate, but not what large weights make of an unbounded one: the stream then grows by a factor a layer. With both it
-is held throughout.
-
-The quick setting is the sigmoid with the two norms that hold it.
+ones with a gain of 0.5, large ones of 4. A gradient counts as held where it changes by less than a tenth of a decade a
+layer on average, a factor of 1.26 either way: much less than without norm and path, and still up to 10^5 over 50
+layers. So how many keep to half of that is told as well, a factor of 300 over all. "layer" is the package's layer norm
+of images, over all of a sample (GroupNorm of one group). The quick setting is the sigmoid with the two norms that hold
+it.
 """
 
 from __future__ import annotations
@@ -37,15 +30,14 @@ from fused_ops import functional as F
 from fused_ops.blocks.norms import image_norms
 
 from ..digits import digits
-from .study import Claim, Found, Numbers, Study, below, over_seeds, values
+from .study import Claim, Found, Numbers, Study, below, draw_mean, over_seeds, values
 
 
 @dataclass(frozen=True)
 class Settings:
     """held: decades a layer that a gradient may change by. saturated: a slope below this share of the largest.
-
-    remedies: whether networks have their norms and identity paths.
-    """
+    more: the least share of units by which more are saturated than of others. remedies: whether networks have their
+    norms and identity paths."""
 
     activations: tuple[str, ...]
     norms: tuple[str, ...]
@@ -56,6 +48,7 @@ class Settings:
     large: float = 4.0
     held: float = 0.1
     saturated: float = 0.1
+    more: float = 0.05
     remedies: bool = True
 
 
@@ -155,8 +148,7 @@ def measure(settings: Settings, network: Network, seed: int, device: torch.devic
     return {
         "gradients": [round(power, 2) for power in powers],
         "change": (powers[0] - powers[-1]) / settings.layers,
-        "saturated": [round(share, 3) for share in saturated],
-        "mean_saturated": statistics.mean(saturated),
+        "saturated": statistics.mean(saturated),
     }
 
 
@@ -176,8 +168,9 @@ def claims(settings: Settings, found: Found) -> Sequence[Claim]:
     for kind in settings.activations:
         small, large = (named(kind, size, None, False) for size in SIZES)
         if kind in BOUNDED:
-            few, many = (values(found, name, "mean_saturated") for name in (small, large))
-            judged.append(below(f"large weights saturate more units than small ones, {kind}", few, many, ".0%"))
+            few, many = (values(found, name, "saturated") for name in (small, large))
+            expected = f"large weights saturate more units than small ones, by over {settings.more:.0%} of all, {kind}"
+            judged.append(below(expected, few, many, ".0%", settings.more))
         else:
             judged.append(changes(f"large weights make it explode, {kind}", settings, found, large, 1))
     for norm in settings.norms:
@@ -193,7 +186,7 @@ def claims(settings: Settings, found: Found) -> Sequence[Claim]:
 def changes(expected: str, settings: Settings, found: Found, name: str, sign: int) -> Claim:
     """Whether with every seed the gradient shrinks (-1) or grows (1) by more than what counts as held."""
     change = values(found, name, "change")
-    holds = min(sign * value for value in change) > settings.held
+    holds = all(sign * value > settings.held for value in change)
     return Claim(expected, f"{over_seeds(change, '.2f')} decades a layer", holds)
 
 
@@ -205,13 +198,15 @@ def holds(
     path: bool,
     sizes: Sequence[str],
 ) -> Claim:
-    """Whether with every seed and activation the gradient is held, and where it changes most."""
+    """Whether with every seed and activation the gradient is held, where it changes most, and how often it is held
+    twice as well."""
     names = [named(kind, size, norm, path) for kind in settings.activations for size in sizes for norm in norms]
     most = {name: max(map(abs, values(found, name, "change"))) for name in names}
-    lost = sum(change > settings.held for change in most.values())
+    held, twice = (sum(change <= limit for change in most.values()) for limit in (settings.held, settings.held / 2))
     worst = max(names, key=lambda name: most[name])
     said = f"{over_seeds(values(found, worst, 'change'), '.2f')} decades a layer at most ({worst})"
-    return Claim(expected, f"{said}; not held in {lost} of {len(names)}", lost == 0)
+    count = f"in {held} of {len(names)}, in {twice} to {settings.held / 2:g}"
+    return Claim(f"{expected}, to {settings.held:g} decades a layer", f"{said}; {count}", held == len(names))
 
 
 def draw(settings: Settings, found: Found, figure: Figure) -> None:
@@ -219,15 +214,12 @@ def draw(settings: Settings, found: Found, figure: Figure) -> None:
     layers, change, saturated = figure.subplots(1, 3, gridspec_kw={"width_ratios": [1.1, 1.2, 1.2]})
     kind = settings.activations[0]
     for place, (norm, path) in enumerate([(None, False), (None, True), *((norm, False) for norm in settings.norms)]):
-        curves = [one["gradients"] for one in found[named(kind, "small", norm, path)]]
-        for curve in curves:
-            layers.plot(range(1, len(curve) + 1), curve, color=f"C{place}", linewidth=0.6, alpha=0.4)
-        mean = [statistics.mean(at) for at in zip(*curves, strict=True)]
-        layers.plot(range(1, len(mean) + 1), mean, color=f"C{place}", label=column(norm, path))
+        curves = values(found, named(kind, "small", norm, path), "gradients")
+        draw_mean(layers, range(1, len(curves[0]) + 1), curves, color=f"C{place}", label=column(norm, path))
     layers.set(xlabel="layer", ylabel=f"log10 of the norm of dL/dx ({kind}, small weights)")
     table(settings, found, change, "change", settings.layers, "RdBu_r", (-10, 10))
     change.set_title("decades from the last layer to the first", fontsize=8)
-    table(settings, found, saturated, "mean_saturated", 100, "Greys", (0, 100))
+    table(settings, found, saturated, "saturated", 100, "Greys", (0, 100))
     saturated.set_title("saturated units, %", fontsize=8)
 
 
@@ -250,7 +242,7 @@ def table(
 
 STUDY = Study(
     name="gradient_flow",
-    title="Gradient flow: how gradients vanish and explode, and what holds them",
+    title="Gradient flow: what makes gradients vanish and explode, and what holds them",
     source="the vanishing gradients of Hochreiter 1991 and of Glorot, Bengio 2010, *Understanding the difficulty of "
     "training deep feedforward neural networks*; He, Zhang, Ren, Sun, *Identity Mappings in Deep Residual Networks*, "
     "arXiv:1603.05027",
@@ -264,4 +256,11 @@ STUDY = Study(
     measure=measure,
     claims=claims,
     draw=draw,
+    meaning="The expectation is too general in two places. A norm holds a sigmoid only if it takes away each channel's "
+    "mean, as batch and instance norm do: the outputs' mean of 0.5 becomes a constant of each channel in the next "
+    "convolution, larger than what varies, and the other norms divide by it, so that layer for layer the signal and "
+    "its gradient shrink. (A tanh, whose outputs have no mean, all norms hold; a relu's gradient grows by up to 1.2 a "
+    "layer where the mean is taken away.) And without a norm an identity path holds what small weights or a bounded "
+    "activation add to it, but not what large weights make of an unbounded one: the stream then grows by a factor a "
+    "layer. Of the bounded ones most units are then saturated. With both it is held throughout, and twice as well.",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,8 @@ PAGE = jinja2.Template(
 
 **Expected.** {{ study.expected }}
 
-**{{ verdict | capitalize }}** (seeds: {{ result.seeds }}). Figures are means over them (the lowest to the highest).
+**{{ verdict | capitalize }}**{{ setting }} (seeds: {{ result.seeds }}). Figures are means over them (the lowest to the
+highest).
 
 | expected | found | holds |
 |---|---|---|
@@ -35,16 +37,17 @@ PAGE = jinja2.Template(
 {% endfor %}
 ![{{ study.title }}]({{ study.name }}.png)
 
-**Settings.** {{ about }}
+{% if study.meaning %}**What it means.** {{ study.meaning }}
+
+{% endif %}**Settings.** {{ about }}
 
 `{{ settings }}`
 
-**Its cause taken away** ({{ study.cause }}), the verdict is another: `tests/test_studies.py` tries it, on the quick
-settings.
+**Its cause taken away** ({{ study.cause }}), the verdict turns on the quick settings from reproduced to not reproduced:
+`tests/test_studies.py` tries it.
 
 **From** {{ machine }}. Again: `make studies ARGS={{ study.name }}`. All numbers:
-[{{ study.name }}.json]({{ study.name }}.json). Code:
-[{{ study.name }}.py](../../benchmarks/studies/{{ study.name }}.py).
+[{{ study.name }}.json]({{ study.name }}.json). Code: [{{ study.name }}.py]({{ code }}).
 """,
     undefined=jinja2.StrictUndefined,
     keep_trailing_newline=True,
@@ -57,8 +60,8 @@ INDEX = jinja2.Template(
 
 What normalization and identity paths do to gradients: experiments on the package's own modules, each with what was
 expected, its source, what came out, and a plot. `make studies` runs them all, `make studies ARGS="NAME --quick"` one of
-them in less than a minute. Data are scikit-learn's handwritten digits.
-[Which norm?](../which-norm.md) draws conclusions.
+them in less than a minute, as far as it comes out in so little time. Data, where there are any, are scikit-learn's
+handwritten digits. [Which norm?]({{ which_norm }}) draws conclusions.
 
 | study | claims that hold | verdict |
 |---|---|---|
@@ -69,41 +72,55 @@ them in less than a minute. Data are scikit-learn's handwritten digits.
 )
 
 
-def index(studies: Mapping[str, Study[Any, Any]], results: Mapping[str, Mapping[str, Any]]) -> str:
-    """All studies of which there are results, and their verdicts."""
+def index(studies: Mapping[str, Study[Any, Any]], results: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
+    """All studies of which there are results, and their verdicts, for a page in this folder."""
     rows = []
     for name, study in studies.items():
         if name in results:
             claims = claims_of(results[name])
-            rows.append((study.title, f"{name}.md", sum(c.holds for c in claims), len(claims), verdict(claims)))
-    return INDEX.render(rows=rows)
+            judged = verdict(claims) + _setting(results[name])
+            rows.append((study.title, f"{name}.md", sum(claim.holds for claim in claims), len(claims), judged))
+    return INDEX.render(rows=rows, which_norm=_link(environment.ROOT / "docs" / "which-norm.md", folder))
 
 
-def markdown(study: Study[Any, Any], result: Mapping[str, Any]) -> str:
-    """What was expected, from which paper, and what came out."""
+def markdown(study: Study[Any, Any], result: Mapping[str, Any], folder: Path) -> str:
+    """What was expected, from which paper, and what came out: a page in this folder."""
     claims = claims_of(result)
     head = inspect.getdoc(inspect.getmodule(study.measure)) or ""
     return PAGE.render(
         study=study,
         result=result,
         verdict=verdict(claims),
+        setting=_setting(result),
         claims=claims,
         about=head.split("\n\n", 1)[-1],
         settings=", ".join(f"{name}={json.dumps(value)}" for name, value in result["settings"].items()),
         machine=environment.sentence(result["environment"]),
+        code=_link(Path(inspect.getfile(study.measure)), folder),
     )
 
 
+def _setting(result: Mapping[str, Any]) -> str:
+    """Of what is not whole."""
+    return {"full": "", "quick": ", on the quick settings", "without_cause": ", its cause taken away"}[
+        result["setting"]
+    ]
+
+
+def _link(target: Path, folder: Path) -> str:
+    return Path(os.path.relpath(target, folder)).as_posix()
+
+
 def as_json(result: Mapping[str, Any]) -> str:
-    """An entry a line, a list of numbers in one."""
-    lines = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    """An entry a line, a list of numbers in one; what diverged is NaN, as Python's json reads it again."""
+    lines = json.dumps(result, indent=1) + "\n"
     return re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), lines)
 
 
 def text(study: Study[Any, Any], result: Mapping[str, Any]) -> str:
     """The same for a terminal, in a few lines."""
     claims = claims_of(result)
-    lines = [f"{study.name}: {verdict(claims)} (seeds: {result['seeds']})"]
+    lines = [f"{study.name}: {verdict(claims)}{_setting(result)} (seeds: {result['seeds']})"]
     return "\n".join([*lines, *(f"  {'yes' if c.holds else 'NO '} {c.expected}: {c.found}" for c in claims)])
 
 

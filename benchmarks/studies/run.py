@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
@@ -11,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .. import environment
-from ..audit.processes import workers
+from ..processes import workers
 from . import STUDIES
 from .study import Numbers
 
@@ -34,19 +35,23 @@ def measure(study: str, setting: Setting, condition: str, seed: int, device: tor
 def run(names: Sequence[str], setting: Setting, seeds: int, device: torch.device, jobs: int = 1) -> Iterator[Result]:
     """A result for each study, as soon as all of it is measured. More than one job is a process for each."""
     described = environment.describe(device)
+    if device.type == "cpu":
+        described["threads"] = 1  # of each process
     cases = [
         (name, setting, condition, seed, device)
         for name in names
         for condition in STUDIES[name].conditions(getattr(STUDIES[name], setting))
         for seed in range(seeds)
     ]
+    missing = collections.Counter(case[0] for case in cases)
     measured: dict[tuple[str, str, int], Numbers] = {}
     with tqdm(total=len(cases), unit="run", disable=None) as progress:
         for (name, _, condition, seed, _), numbers in _each(cases, jobs):
             measured[name, condition, seed] = numbers
             progress.update()
             progress.set_postfix_str(f"{name} {condition}")
-            if sum(key[0] == name for key in measured) == sum(case[0] == name for case in cases):
+            missing[name] -= 1
+            if not missing[name]:
                 yield _result(name, setting, seeds, measured, described)
 
 

@@ -7,14 +7,8 @@ is taken, so that it is one sample's own. The feed-forward network has batch nor
 on. A pair's inputs have 200 independent normal values; its correlation is the normalized inner product of their
 gradients of one random output, averaged over all pairs of 128 inputs and over networks.
 
-The reasoning: a rectifier lets half of the gradient's variance through and a quarter of its covariance, so that without
-an identity path the correlation halves with each layer; with it and batch norm it falls like 1 / (beta sqrt(L)), as the
-variance that batch norm divides by grows by beta^2 a layer (dashed in the figure). But a rectifier's outputs have a
-mean, which batch norm takes away: of beta^2 only the share 1 - 1 / pi counts. So the exponent of L tends to
--pi / (2 pi - 2) = -0.73 instead of -0.5 where beta^2 L is large (dotted; thought of once the numbers were there, but
-with nothing in it to fit). At a beta of 0.1 beta^2 L is about 1 at most: no power of L is reached. Exponents are fitted
-from 8 layers on, as the law is one of many; a fit that begins at 1 layer is flatter. The quick setting draws the figure
-and fits no exponents.
+Exponents are fitted from 8 layers on, as the law is one of many; a fit that begins at 1 layer is flatter. The quick
+setting draws the figure and fits no exponents. No data are needed.
 """
 
 from __future__ import annotations
@@ -24,7 +18,6 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -34,7 +27,7 @@ from torch import Tensor, nn
 from fused_ops import BatchNorm1d
 from fused_ops import functional as F
 
-from .study import Claim, Found, Numbers, Study, over_seeds, values
+from .study import Claim, Found, Numbers, Study, draw_mean, over_seeds, values
 
 Curve = Sequence[float]
 
@@ -192,11 +185,6 @@ def slope(x: Sequence[float], correlation: Curve) -> float:
     return statistics.linear_regression(x, [math.log(max(value, 1e-6)) for value in correlation[-len(x) :]]).slope
 
 
-def curves(found: Found, condition: str, number: str) -> list[Curve]:
-    """What `values` are, of what is a list."""
-    return [one[number] for one in found[condition]]
-
-
 def claims(settings: Settings, found: Found) -> Sequence[Claim]:
     """What figure 1 shows, then how correlations are said to fall."""
     judged = [
@@ -210,12 +198,12 @@ def claims(settings: Settings, found: Found) -> Sequence[Claim]:
     def near(fitted: Sequence[float], expected: float) -> bool:
         return abs(statistics.mean(fitted) - expected) <= settings.tolerance
 
-    slopes = [slope(settings.plain_depths, curve) for curve in curves(found, PLAIN_PAIRS, "correlation")]
+    slopes = [slope(settings.plain_depths, curve) for curve in values(found, PLAIN_PAIRS, "correlation")]
     said = f"{over_seeds(slopes, '.2f')} a layer in its logarithm against {-math.log(2):.2f}"
     judged.append(Claim("feed-forward, correlation falls like 1/2^L", said, near(slopes, -math.log(2))))
     logarithms = [math.log(depth) for depth in settings.residual_depths if depth >= settings.fitted_from]
     for beta in settings.pair_betas:
-        exponents = [slope(logarithms, curve) for curve in curves(found, RESIDUAL_PAIRS.format(beta), "correlation")]
+        exponents = [slope(logarithms, curve) for curve in values(found, RESIDUAL_PAIRS.format(beta), "correlation")]
         fitted = f"an exponent of {over_seeds(exponents, '.2f')}"
         counted = slope(logarithms, derived(beta, settings.residual_depths, MEAN_TAKEN_AWAY))
         law = f"{fitted} against -0.50; {counted:.2f} with the mean taken away"
@@ -252,8 +240,8 @@ def draw(settings: Settings, found: Found, figure: Figure) -> None:
         shifted = [value - 6 * place for value in found[name][0]["series"]]
         panels[0].plot(grid, shifted, color=f"C{place}", linewidth=0.8)
         panels[0].text(-settings.reach, 2.3 - 6 * place, name, fontsize=7)
-        dashes = {"linestyle": "--" if name in (WHITE, BROWN) else "-", "color": f"C{place}"}
-        draw_mean(panels[1], range(settings.lags + 1), curves(found, name, "autocorrelation"), name, **dashes)
+        line, curves = "--" if name in (WHITE, BROWN) else "-", values(found, name, "autocorrelation")
+        draw_mean(panels[1], range(settings.lags + 1), curves, line, color=f"C{place}", label=name)
     panels[0].set(xlabel="input", ylabel="gradient, in deviations, one below the other", yticks=[], ylim=(None, 4))
     panels[1].set(xlabel="lag, in points of the grid", ylabel="autocorrelation")
     if settings.pair_networks:
@@ -263,27 +251,20 @@ def draw(settings: Settings, found: Found, figure: Figure) -> None:
 def draw_pairs(settings: Settings, found: Found, axes: Axes) -> None:
     """Correlations over depth: dashed as expected, dotted with the mean that batch norm takes away."""
     plain, depths = settings.plain_depths, settings.residual_depths
-    draw_mean(axes, plain, curves(found, PLAIN_PAIRS, "correlation"), PLAIN_PAIRS, color="C1")
+    draw_mean(axes, plain, values(found, PLAIN_PAIRS, "correlation"), color="C1", label=PLAIN_PAIRS)
     axes.plot(plain, [0.5**depth for depth in plain], "k--", linewidth=1, label="1/2^L; beta^2 a layer")
     for color, beta in zip(("C5", "C2"), settings.pair_betas, strict=True):
         name = RESIDUAL_PAIRS.format(beta)
-        draw_mean(axes, depths, curves(found, name, "correlation"), name, color=color)
+        draw_mean(axes, depths, values(found, name, "correlation"), color=color, label=name)
         axes.plot(depths, derived(beta, depths, 1), "k--", linewidth=1)
         axes.plot(depths, derived(beta, depths, MEAN_TAKEN_AWAY), "k:", linewidth=1)
     axes.plot([], [], "k:", label="with the mean taken away")
     axes.set(xscale="log", yscale="log", xlabel="layers L", ylabel="correlation of two inputs' gradients")
 
 
-def draw_mean(axes: Axes, x: Sequence[int], lines: Sequence[Curve], name: str, **style: Any) -> None:
-    """The mean over the seeds, and each seed thin behind it."""
-    for line in lines:
-        axes.plot(x, line, linewidth=0.6, alpha=0.4, **style)
-    axes.plot(x, [statistics.mean(at) for at in zip(*lines, strict=True)], label=name, **style)
-
-
 STUDY = Study(
     name="shattered_gradients",
-    title="Shattered gradients: white noise in deep feed-forward networks, not in residual ones",
+    title="Shattered gradients: when a deep network's are white noise",
     source="Balduzzi, Frean, Leary, Lewis, Ma, McWilliams, *The Shattered Gradients Problem*, arXiv:1702.08591, "
     "figure 1 and section 3",
     expected="Over its inputs, the gradient of a shallow rectifier network is like brown noise and that of a deep "
@@ -297,4 +278,11 @@ STUDY = Study(
     measure=measure,
     claims=claims,
     draw=draw,
+    meaning="The reasoning behind the law: a rectifier lets half of the gradient's variance through and a quarter of "
+    "its covariance, so that without an identity path the correlation halves with each layer; with it and batch norm "
+    "it falls like 1 / (beta sqrt(L)), as the variance that batch norm divides by grows by beta^2 a layer (dashed in "
+    "the figure). But a rectifier's outputs have a mean, which batch norm takes away: of beta^2 only the share "
+    "1 - 1 / pi counts. So the exponent of L tends to -pi / (2 pi - 2) = -0.73 instead of -0.5 where beta^2 L is large "
+    "(dotted; thought of once the numbers were there, but with nothing in it to fit). At a beta of 0.1 beta^2 L is "
+    "about 1 at most: no power of L is reached.",
 )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Numbers = Mapping[str, Any]
@@ -35,7 +36,8 @@ class Study(Generic[S, C]):
 
     Settings are frozen dataclasses at the head of the study's file. `without_cause` are the quick ones with that taken
     away (`cause` says what) which the claims are put down to: a study whose verdict stays the same has shown nothing.
-    Conditions, which are picklable, are measured apart from each other, in any order and process.
+    Conditions, which are picklable, are measured apart from each other, in any order and process. `meaning` is what was
+    thought once the numbers were there.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Study(Generic[S, C]):
     measure: Callable[[S, C, int, torch.device], Numbers]
     claims: Callable[[S, Found], Sequence[Claim]]
     draw: Callable[[S, Found, Figure], None]
+    meaning: str = ""
 
 
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
@@ -60,8 +63,8 @@ def verdict(claims: Sequence[Claim]) -> str:
     return REPRODUCED if all(claim.holds for claim in claims) else NOT_REPRODUCED
 
 
-def values(found: Found, condition: str, number: str) -> list[float]:
-    """One number of a condition, seed by seed."""
+def values(found: Found, condition: str, number: str) -> list[Any]:
+    """One number of a condition, or a curve of it, seed by seed."""
     return [one[number] for one in found[condition]]
 
 
@@ -71,9 +74,16 @@ def over_seeds(numbers: Sequence[float], form: str = ".3g") -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def below(expected: str, small: Sequence[float], large: Sequence[float], form: str = ".3g", margin: float = 0) -> Claim:
-    """Holds where with every seed the one is below the other by more than the margin."""
-    holds = all(b - a > margin for a, b in zip(small, large, strict=True))
+def below(
+    expected: str,
+    small: Sequence[float],
+    large: Sequence[float],
+    form: str = ".3g",
+    margin: float = 0,
+    by: float = 0,
+) -> Claim:
+    """Holds where with every seed the one is below the other by more than the margin, or `by` a share of it."""
+    holds = all((1 - by) * b - a > margin for a, b in zip(small, large, strict=True))
     return Claim(expected, f"{over_seeds(small, form)} against {over_seeds(large, form)}", holds)
 
 
@@ -81,3 +91,11 @@ def not_above(expected: str, one: Sequence[float], other: Sequence[float], margi
     """Holds where on average over the seeds the one exceeds the other by no more than the margin."""
     holds = statistics.mean(one) - statistics.mean(other) <= margin
     return Claim(expected, f"{over_seeds(one, form)} against {over_seeds(other, form)}", holds)
+
+
+def draw_mean(axes: Axes, x: Sequence[Any], curves: Sequence[Sequence[float]], line: str = "-", **style: Any) -> None:
+    """The mean over the seeds, and each seed thin behind it."""
+    thin = {name: value for name, value in style.items() if name == "color"}
+    for curve in curves:
+        axes.plot(x, curve, line.lstrip("os"), linewidth=0.6, alpha=0.4, **thin)
+    axes.plot(x, [statistics.mean(at) for at in zip(*curves, strict=True)], line, **style)

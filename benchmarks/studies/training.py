@@ -1,15 +1,16 @@
-"""Training for studies: plain stochastic gradient descent on a classifier, in epochs."""
+"""Training of classifiers for studies, and what is asked of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as TF
 from torch import Tensor, nn
 
-from ..digits import Labelled
+from ..digits import Labelled, batches
 
 
 class Epoch(NamedTuple):
@@ -50,13 +51,13 @@ def fit(
     gradients together.
     """
     inputs, labels = data
-    generator = torch.Generator().manual_seed(seed)
+    updates = len(labels) // batch
+    order = batches(len(labels), epochs * updates, seed, batch)
     history = []
     model.train()
     for _ in range(epochs):
-        order = torch.randperm(len(labels), generator=generator).split(batch)[: len(labels) // batch]
         losses, wrong = [], []
-        for chosen in (indices.to(labels.device) for indices in order):
+        for chosen in (indices.to(labels.device) for indices in itertools.islice(order, updates)):
             logits = model(inputs[chosen])
             loss = TF.cross_entropy(logits, labels[chosen])
             losses.append(loss.detach())
@@ -72,11 +73,39 @@ def fit(
     return history
 
 
+def descend(
+    model: nn.Module, data: Labelled, *, epochs: int, batch: int, seed: int, learning_rate: float, weight_decay: float
+) -> list[Epoch]:
+    """`fit` by stochastic gradient descent with a momentum of 0.9, the learning rate falling to 0 along a cosine."""
+    optimizer = torch.optim.SGD(model.parameters(), learning_rate, momentum=0.9, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(data[1]) // batch))
+    return fit(model, data, optimizer, epochs=epochs, batch=batch, seed=seed, schedule=schedule)
+
+
 @torch.no_grad()
-def error(model: nn.Module, data: Labelled) -> float:
-    """The share of the inputs that an evaluated model gets wrong."""
+def error(model: nn.Module, data: Labelled, training: bool = False) -> float:
+    """The share of the inputs that the model gets wrong: evaluated, or as it is in `training`, where a batch norm goes
+    by these inputs themselves."""
     inputs, labels = data
-    model.eval()
+    model.train(training)
     wrong = (model(inputs).argmax(1) != labels).float().mean().item()
     model.train()
     return wrong
+
+
+def gradient_ratio(model: nn.Module, data: Labelled, layers: Sequence[nn.Module]) -> float:
+    """The norm of the loss's gradient by the first of the layers' outputs over that by the last's."""
+    outputs: list[Tensor] = []
+
+    def keep(layer: nn.Module, operands: tuple[Tensor, ...], output: Tensor) -> None:
+        output.retain_grad()
+        outputs.append(output)
+
+    handles = [layer.register_forward_hook(keep) for layer in (layers[0], layers[-1])]
+    inputs, labels = data
+    TF.cross_entropy(model(inputs), labels).backward()
+    for handle in handles:
+        handle.remove()
+    model.zero_grad()
+    first, last = (0.0 if output.grad is None else output.grad.norm().item() for output in outputs)
+    return first / max(last, 1e-30)
