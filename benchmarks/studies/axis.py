@@ -242,7 +242,7 @@ def draw(settings: Settings, found: Found, figure: Figure) -> None:
         axes.set_ylabel("error on the test images")
     names = {"nuisance": "contrast a nuisance"}
     digit.set_xticks([place + 0.15 for place in range(len(of_digits))], [names.get(task, task) for task in of_digits])
-    level.set_xticks([0.15], ["contrast the label\n(pale: eps 1e-5)"])
+    level.set_xticks([0.15], ["contrast the label\n(right: eps 1e-5)"])
     level.axhline(1 - 1 / settings.levels, color="C3", linestyle="--", label="guessing")
     for norm, color in colors.items():
         digit.bar(0, 0, 0, color=color, alpha=0.5, label=f"{norm} norm")
@@ -264,4 +264,10 @@ STUDY = Study(
     measure=measure,
     claims=claims,
     draw=draw,
+    meaning="In the recurrent network both troubles of batch norm are seen: statistics of 16 images at each step are "
+    "noisy, so that it errs on the images it trains on as well; and one set of running statistics does not fit all "
+    "steps: by the statistics of the 360 test images themselves, step by step, the same networks err 4.8 %, about as "
+    "layer norm's. The Transformer refutes the expectation: on sequences of one length batch norm errs less with each "
+    "seed. What instance norm takes away depends on its eps: with torch's 1e-5 it tells levels of contrast without an "
+    "error, from the faintest images, whose variance is smaller.",
 )

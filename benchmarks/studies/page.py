@@ -27,8 +27,7 @@ PAGE = jinja2.Template(
 
 **Expected.** {{ study.expected }}
 
-**{{ verdict | capitalize }}**{{ setting }} (seeds: {{ result.seeds }}). Figures are means over them (the lowest to the
-highest).
+**{{ verdict | capitalize }}**{{ setting }} (seeds: {{ result.seeds }}). Figures are means over seeds (lowest to highest).
 
 | expected | found | holds |
 |---|---|---|
