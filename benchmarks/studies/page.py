@@ -27,7 +27,7 @@ PAGE = jinja2.Template(
 
 **Expected.** {{ study.expected }}
 
-**{{ verdict | capitalize }}**{{ setting }} (seeds: {{ result.seeds }}). Figures are means over seeds (lowest to highest).
+**{{ verdict | capitalize }}**{{ setting }} (seeds: {{ result.seeds }}). Figures: means over them (lowest to highest).
 
 | expected | found | holds |
 |---|---|---|
