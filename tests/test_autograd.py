@@ -89,7 +89,7 @@ def case_beside_kinks(function: str, residual: bool, activation: Activation | No
     raise AssertionError("itertools.count ended")
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize(("function", "residual", "activation"), CHECKED)
 def test_first_and_second_derivatives_are_those_of_finite_differences(function, residual, activation, each_backend):
     case = case_beside_kinks(function, residual, activation)

@@ -58,7 +58,7 @@ def ordinary() -> list[Any]:
     return calls
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("function", "residual", "activation", "dtype", "way", "training"), ordinary(), indirect=["way"]
 )

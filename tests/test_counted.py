@@ -142,6 +142,7 @@ def partial_rows(each: Workload, dtype: torch.dtype) -> int:
 
 
 @interpreted
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_our_layer_norm_with_residual_and_gelu(dtype: torch.dtype) -> None:
     shape = (64, 1024)
@@ -156,6 +157,7 @@ def test_our_layer_norm_with_residual_and_gelu(dtype: torch.dtype) -> None:
 
 
 @interpreted
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_our_layer_norm_with_residual_and_relu_keeps_a_mask(dtype: torch.dtype) -> None:
     shape = (64, 1024)
@@ -170,6 +172,7 @@ def test_our_layer_norm_with_residual_and_relu_keeps_a_mask(dtype: torch.dtype) 
 
 
 @interpreted
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_our_add_rms_norm(dtype: torch.dtype) -> None:
     shape = (64, 1024)
@@ -189,7 +192,6 @@ SMALL_DEVICE = H200._replace(multiprocessors=2, l2_bytes=H200.l2_bytes // 66)
 
 @interpreted
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.one_in(2)
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("each", "facts", "kernel"),

@@ -272,6 +272,7 @@ LONG = (
 )  # what is in them is in smaller ones
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.full if name in LONG else ()) for name in MODELS]
 )

@@ -163,7 +163,7 @@ def test_ordinary_data(
     check(leaves_of(way, function, residual, dtype, dtype), function, training, activation, dtype)
 
 
-@pytest.mark.one_in(15)
+@pytest.mark.one_in(30)
 @in_ways(*WAYS)
 @pytest.mark.parametrize("p", [0.5, 1.0])
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
