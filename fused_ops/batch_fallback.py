@@ -20,6 +20,7 @@ from .fallback import (
     _looked_into,
     _takes_function,
     goes_on_from,
+    left_a_transform,
     of_type,
     transformed,
 )
@@ -53,15 +54,16 @@ def batch_norm(
     moving = tuple(of_type(tensor, dtype) for tensor in running)
     untold = moving  # by torch's batch norm, which moves them and counts no version
     mean, var = moving or (None, None)
-    if _takes_function(x, weight, bias) and {*map(type, (x, weight, bias))} <= PLAIN:
-        y = _BatchNorm.apply(x, mean, var, weight, bias, momentum, eps)
+    learns = _takes_function(x, weight, bias)
+    if learns and {type(x), type(weight), type(bias)} <= PLAIN and not left_a_transform(x, weight, bias, *moving):
+        y = _apply(x, mean, var, weight, bias, momentum, eps, dtype)
     elif transformed():
         y = differentiable_batch_norm(x, weight, bias, eps).to(x.dtype)
         if moving:  # a transform refuses a copy_ into what lies outside of it, but lets torch's own update pass
             with torch.no_grad():
                 F.batch_norm(x.detach().to(dtype), mean, var, None, None, True, momentum, eps)
     else:
-        if _takes_function(x, weight, bias):  # torch keeps for backward what it moves, which is then to stay as it is
+        if learns:  # torch keeps for backward what it moves, which is then to stay as it is
             moving, untold = tuple(map(torch.clone, moving)), ()
             mean, var = moving or (None, None)
         weight, bias = (None if parameter is None else of_type(parameter, dtype) for parameter in (weight, bias))
@@ -140,8 +142,8 @@ class _BatchNorm(torch.autograd.Function):
         bias: Tensor | None,
         momentum: float,
         eps: float,
+        dtype: torch.dtype,
     ) -> Tensor:
-        dtype = _computed_in(x, running_mean, weight, bias)
         scale, shift = (None if parameter is None else of_type(parameter, dtype) for parameter in (weight, bias))
         scale = _beside(shift) if scale is None else scale
         # All that F.batch_norm calls, which returns the first of these alone.
@@ -199,7 +201,12 @@ class _BatchNorm(torch.autograd.Function):
             dbias if needs_bias else None,
             None,
             None,
+            None,
         )
+
+
+# As `autograd._apply`: nothing under a transform, or that has left one, comes here.
+_apply = super(torch.autograd.Function, _BatchNorm).apply
 
 
 def differentiable_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

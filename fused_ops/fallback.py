@@ -43,15 +43,17 @@ def recorded() -> bool:
 
 def _looked_into() -> bool:
     """Whether somebody compiles, traces or transforms the operations, for whom they are plain and out of place."""
-    return torch.compiler.is_compiling() or recorded() or transformed()
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._get_tracing_state() is not None or transformed()
 
 
 def _takes_function(*tensors: Tensor | None) -> bool:
     """Whether a Function of ours may stand for operations on these: something learns, and nobody traces or transforms
     them, who could not look into it."""
-    if _looked_into():
+    if not torch.is_grad_enabled() or _looked_into():
         return False
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return True in [tensor is not None and tensor.requires_grad for tensor in tensors]
 
 
 def goes_on_from(dy: Tensor) -> bool:

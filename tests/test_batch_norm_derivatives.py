@@ -170,3 +170,18 @@ def test_a_meta_tensor_has_a_meta_result(each_backend):
         y, total = F.add_batch_norm(x, x, mean, var, training=training, activation="relu")
         for output in (y, total):
             assert output.is_meta and output.shape == x.shape and output.stride() == x.stride()
+
+
+@pytest.mark.one_in(1)
+@pytest.mark.usefixtures("each_backend")
+def test_what_has_left_a_transform_learns():
+    left = []
+    func.grad(lambda x: (left.append(2 * x), x.sum())[1])(normal(4, 3, 5))
+    (x,) = left
+    assert torch._C._functorch.is_functorch_wrapped_tensor(x)
+    found = []
+    for of in (x, x.clone().detach()):
+        weight, bias = (normal(3, seed=seed).requires_grad_() for seed in (1, 2))
+        y = F.batch_norm(of, None, None, weight, bias, training=True, activation="gelu")
+        found.append((y, *torch.autograd.grad(y.sum(), (weight, bias))))
+    torch.testing.assert_close(*found)
