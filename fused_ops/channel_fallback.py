@@ -70,9 +70,15 @@ def _group_norm_by_squares(
     return y if is_exact.all().item() else None
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def _lies_channels_last(x: Tensor) -> bool:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]) and not x.is_contiguous()
+    """In one of the two formats, and not contiguous as well."""
+    if x.is_contiguous():
+        return False
+    format_of = _CHANNELS_LAST.get(x.dim())
+    return format_of is not None and x.is_contiguous(memory_format=format_of)
 
 
 def _by_channel(parameter: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
