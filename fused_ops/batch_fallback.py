@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .channel_fallback import _by_channel, _lies_channels_last, stored_norm
+from .channel_fallback import _by_channel, stored_norm
 from .fallback import (
     PLAIN,
     _common_dtype,
@@ -125,7 +125,10 @@ def _beside(bias: Tensor | None) -> Tensor | None:
 
 def _dense(x: Tensor) -> Tensor:
     """x in one of the layouts that torch's backward takes on a GPU, where its forward makes them by itself."""
-    return x if _lies_channels_last(x) else x.contiguous()
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]):
+        return x
+    return x.contiguous()
 
 
 class _BatchNorm(torch.autograd.Function):

@@ -99,18 +99,67 @@ def test_a_large_mean_costs_no_more_digits_than_torchs_own(function, mean, dtype
         assert_within_budget(f"{function} {name}", actual, of_torch, expected.detach().numpy(force=True), terms)
 
 
+# How channels_last comes about: the usual ways beside its own.
+IMAGES = {
+    "channels_last": lambda n: channels_last(normal(n, 8, 5, 7)),
+    "channels_last_3d": lambda n: channels_last(normal(n, 8, 3, 4, 5)),
+    "one of a batch": lambda n: channels_last(normal(n + 1, 8, 5, 7))[1][None],
+    "from rows of pixels": lambda n: normal(5, 7, 8).permute(2, 0, 1)[None],
+    "expanded": lambda n: channels_last(normal(1, 8, 5, 7)).expand(n, -1, -1, -1),
+    "a sequence": lambda n: normal(n, 6, 8).transpose(1, 2).unsqueeze(3),
+    "a transposed image": lambda n: channels_last(normal(n, 8, 5, 7)).transpose(2, 3),
+}
+
+
+@pytest.mark.one_in(1)
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("layout", IMAGES)
+def test_group_norm_of_channels_last_however_it_comes_about(layout, samples):
+    x = IMAGES[layout](samples).requires_grad_()
+    weight, bias = normal(16, seed=1)[::2].requires_grad_(), normal(1, seed=2).expand(8).requires_grad_()
+    found = []
+    for leaves, function in (
+        ((x, weight, bias), F.group_norm),
+        ([leaf.detach().double().contiguous().requires_grad_() for leaf in (x, weight, bias)], TF.group_norm),
+    ):
+        y = function(leaves[0], 2, *leaves[1:])
+        found.append((y.double(), *(gradient.double() for gradient in torch.autograd.grad(y.square().sum(), leaves))))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert found[0][0].shape == x.shape
+
+
+@pytest.mark.one_in(1)
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU torch makes a copy, as the composition does")
-@pytest.mark.parametrize("shape", [(2, 8, 5, 7), (2, 8, 3, 4, 5)], ids=str)
-def test_channels_last_takes_torchs_own_pass_but_where_it_is_inexact(shape):
-    for deviation, mean, torchs in ((1.0, 1.0, True), (1.0, 1e3, False), (1e17, 3e19, False)):
-        x, _, weight, bias = (tensor.detach() for tensor in tensors(*shape))
-        x[1, 2:4] = x[1, 2:4] * deviation + mean  # of one group of one sample; squares of the last overflow
-        x = channels_last(x)
-        y, expected = F.group_norm(x, 4, weight, bias), TF.group_norm(x, 4, weight, bias)
-        assert torch.equal(y, expected) == torchs
-        wide = TF.group_norm(x.double(), 4, weight.double(), bias.double())
-        torch.testing.assert_close(y.double(), wide, rtol=1e-5, atol=1e-5)
-        assert y.stride() == x.stride()
+@pytest.mark.parametrize(
+    ("shape", "deviation", "mean", "torchs"),
+    [
+        ((2, 8, 5, 7), 1.0, 1.0, True),
+        ((2, 8, 3, 4, 5), 1.0, 1.0, True),
+        ((2, 8, 5, 7), 1.0, 1e3, False),
+        ((2, 8, 5, 7), 1e17, 1e19, False),  # squares overflow, and leave an rstd of 0
+        ((1, 4, 128, 128), 1.0, 1.0, False),
+    ],
+    ids=str,
+)
+def test_channels_last_takes_torchs_own_pass_but_where_it_is_inexact(shape, deviation, mean, torchs):
+    x, _, weight, bias = (tensor.detach() for tensor in tensors(*shape))
+    x[-1, 2:4] = x[-1, 2:4] * deviation + mean  # of one group of one sample
+    x = channels_last(x)
+    groups = shape[1] // 2
+    y, expected = F.group_norm(x, groups, weight, bias), TF.group_norm(x, groups, weight, bias)
+    assert torch.equal(y, expected) == torchs
+    wide = TF.group_norm(x.double(), groups, weight.double(), bias.double())
+    torch.testing.assert_close(y.double(), wide, rtol=1e-5, atol=1e-5)
+    assert y.stride() == x.stride()
+
+
+@pytest.mark.parametrize("samples_dim", [0, 1])
+def test_group_norm_of_samples_under_vmap(samples_dim):
+    x, weight, bias = normal(2, 3, 8, 4, 4), normal(8, seed=1), normal(8, seed=2)
+    for given in (x, x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)):
+        y = torch.func.vmap(lambda a: F.group_norm(a, 2, weight, bias), in_dims=samples_dim)(given)
+        batches = given.movedim(samples_dim, 0)
+        torch.testing.assert_close(y, torch.stack([TF.group_norm(a, 2, weight, bias) for a in batches]))
 
 
 @every_function
