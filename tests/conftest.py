@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import heapq
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,17 +24,45 @@ DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is marked as full
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the cases of a test that is marked one_in(n) marks all but every n-th as full. Which ones is as good as drawn,
-    so that no value of a parameter is left out for what its neighbours are, and the same in every run."""
+    """Of the cases of a test that is marked one_in(n) marks all but every n-th as full, and leaves two at least."""
     cases: dict[tuple[str, str], list[pytest.Item]] = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("one_in") and not item.get_closest_marker("full"):
             cases[str(item.path), item.name.partition("[")[0]].append(item)
     for of_test in cases.values():
-        of_test.sort(key=lambda item: zlib.crc32(item.name.encode()))
         (every,) = of_test[0].get_closest_marker("one_in").args  # type: ignore[union-attr]
-        for item in of_test[-(-len(of_test) // every) :]:
+        chosen = max(2, -(-len(of_test) // every))
+        for item in as_different_as_can_be(of_test)[chosen:] if len(of_test) > chosen else ():
             item.add_marker(pytest.mark.full)
+
+
+def as_different_as_can_be(items: list[pytest.Item]) -> list[pytest.Item]:
+    """First those with the most values of parameters that none before has, then the others in an order that is as good
+    as drawn; the same in every run."""
+    drawn = sorted(items, key=lambda item: zlib.crc32(item.name.encode()))
+    values = [{(name, known_by(value)) for name, value in item.callspec.params.items()} for item in drawn]  # type: ignore
+    heap = [(-len(of_item), place) for place, of_item in enumerate(values)]
+    heapq.heapify(heap)
+    first, seen = [], set[tuple[str, Any]]()
+    while heap:
+        promised, place = heapq.heappop(heap)
+        new = values[place] - seen
+        if new and -len(new) == promised:
+            first.append(place)
+            seen |= new
+        elif new:  # it was more before others were chosen
+            heapq.heappush(heap, (-len(new), place))
+    chosen = set(first)
+    return [drawn[place] for place in first] + [item for place, item in enumerate(drawn) if place not in chosen]
+
+
+def known_by(value: Any) -> Any:
+    """What is the same for the same value of a parameter."""
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return type(value), value
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -142,14 +142,14 @@ def test_group_norm_of_channels_last_however_it_comes_about(layout, samples):
     ids=str,
 )
 def test_channels_last_takes_torchs_own_pass_but_where_it_is_inexact(shape, deviation, mean, torchs):
-    x, _, weight, bias = (tensor.detach() for tensor in tensors(*shape))
+    x, _, weight, bias = (tensor.detach() for tensor in tensors(*shape, dtype=torch.float32))
     x[-1, 2:4] = x[-1, 2:4] * deviation + mean  # of one group of one sample
     x = channels_last(x)
     groups = shape[1] // 2
     y, expected = F.group_norm(x, groups, weight, bias), TF.group_norm(x, groups, weight, bias)
     assert torch.equal(y, expected) == torchs
     wide = TF.group_norm(x.double(), groups, weight.double(), bias.double())
-    torch.testing.assert_close(y.double(), wide, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y.double(), wide, rtol=1e-5, atol=5e-4)  # of a mean of a thousand deviations
     assert y.stride() == x.stride()
 
 

@@ -144,12 +144,12 @@ TURNS = {
     "degradation": ["ResNet-56 ends with no more than ResNet-20"],
     "gradient_flow": ["batch norm holds it", "instance norm holds it", "an identity path holds it, small weights"],
     "shattered_gradients": ["near brown noise's with 50 residual layers"],
-    "batch_size": ["batch norm errs more at 2 images than at 16"],
+    "batch_size": ["batch norm errs more at 2 images than at 16", "at 2 group norm errs less than batch norm"],
     "remedies": ["bare: does not learn"],
     "axis": ["where the contrast is a nuisance instance norm errs less", "and batch norm does not"],
     "switch_weights": ["batch has less of a share with"],
 }
-"""Which claims hold on the quick settings, and without the cause do not, by how they begin."""
+"""Which claims hold on the quick settings, and without the cause do not, by how the first that begins so does."""
 FAST = ("gradient_flow", "shattered_gradients", "axis")  # the others take 10 to 60 seconds
 
 
@@ -160,9 +160,9 @@ def test_without_its_cause_the_verdict_is_another(name: str) -> None:
     assert verdict(claims_with("quick", name)) == REPRODUCED
     without = claims_with("without_cause", name)
     assert verdict(without) == NOT_REPRODUCED
-    fallen = [claim.expected for claim in without if not claim.holds]
     for beginning in TURNS[name]:
-        assert any(expected.startswith(beginning) for expected in fallen), fallen
+        claim = next(claim for claim in without if claim.expected.startswith(beginning))
+        assert not claim.holds, claim
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)

@@ -5,7 +5,8 @@ scikit-learn's digits by one schedule. Against the paper: 8 x 8 pixels of one ch
 learning rate and weight decay, and a cosine where it divided the rate by ten twice. A shortcut that changes the shape
 is a 1 x 1 convolution with a norm (its option B, where on CIFAR it took A, without parameters). Responses are of a
 batch, of what a 3 x 3 convolution and its norm make before the sum and the ReLU, before and after training; a block's
-branch is the second of its two. The quick setting looks at training errors alone.
+branch is the second of its two. Gradients are of such a batch's loss by the outputs of the first and of the last 3 x 3
+convolution, before their norms and before training. The quick setting looks at training errors alone.
 """
 
 from __future__ import annotations
@@ -141,15 +142,16 @@ def claims(settings: Settings, found: Found) -> Sequence[Claim]:
     ]  # fmt: skip
     if not settings.looks_inside:
         return judged
-    less, ratio = settings.less, values(found, "plain-56", "gradient_ratio")
+    less, ratio = settings.less, {name: values(found, name, "gradient_ratio") for name in NETWORKS}
+    others = ", ".join(f"{name} {over_seeds(ratio[name])}" for name in NETWORKS if name != "plain-56")
     response = {name: values(found, name, "response") for name in NETWORKS}
     change = {name: values(found, name, "change") for name in ("ResNet-20", "ResNet-56")}
     return (
         *judged,
         Claim(
-            f"plain-56's gradients are healthy: at the first layer and the last within {settings.healthy:g} times",
-            f"{over_seeds(ratio)} before training",
-            all(1 / settings.healthy <= one <= settings.healthy for one in ratio),
+            f"plain-56's gradients are healthy before training: first layer over last up to {settings.healthy:g}",
+            f"{over_seeds(ratio['plain-56'])}; {others}",
+            all(1 / settings.healthy <= one <= settings.healthy for one in ratio["plain-56"]),
         ),
         below(
             f"layers of ResNet-56 respond less than those of plain-56, by over {less:.0%}",

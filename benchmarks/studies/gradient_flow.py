@@ -199,11 +199,14 @@ def holds(
     sizes: Sequence[str],
 ) -> Claim:
     """Whether with every seed and activation the gradient is held, where it changes most, and how often it is held
-    twice as well."""
+    twice as well; one that diverged is not."""
     names = [named(kind, size, norm, path) for kind in settings.activations for size in sizes for norm in norms]
-    most = {name: max(map(abs, values(found, name, "change"))) for name in names}
-    held, twice = (sum(change <= limit for change in most.values()) for limit in (settings.held, settings.held / 2))
-    worst = max(names, key=lambda name: most[name])
+    by_name = {name: values(found, name, "change") for name in names}
+    held, twice = (
+        sum(all(abs(one) <= limit for one in change) for change in by_name.values())
+        for limit in (settings.held, settings.held / 2)
+    )
+    worst = max(names, key=lambda name: max(map(abs, by_name[name])))
     said = f"{over_seeds(values(found, worst, 'change'), '.2f')} decades a layer at most ({worst})"
     count = f"in {held} of {len(names)}, in {twice} to {settings.held / 2:g}"
     return Claim(f"{expected}, to {settings.held:g} decades a layer", f"{said}; {count}", held == len(names))
