@@ -140,6 +140,6 @@ STUDY = Study(
     draw=draw,
     meaning="Of 389 test images one is 0.26 %: at 4 and at 8 images the difference to 16 is on average of one or two "
     "images, and cannot be told from chance. On the images that are trained on batch norm errs more the fewer they are "
-    "at a time, all the way from 16 to 2. The networks are at the beginning of their training; how much of this a longer one "
-    "makes up for was not measured.",
+    "at a time, all the way from 16 to 2. The networks are at the beginning of their training; how much of this a "
+    "longer one makes up for was not measured.",
 )
