@@ -24,14 +24,14 @@ DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is marked as full
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the cases of a test that is marked one_in(n) marks all but every n-th as full, and leaves two at least."""
+    """Of the cases of a test that is marked one_in(n) marks all but every n-th as full, and of many leaves two."""
     cases: dict[tuple[str, str], list[pytest.Item]] = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("one_in") and not item.get_closest_marker("full"):
             cases[str(item.path), item.name.partition("[")[0]].append(item)
     for of_test in cases.values():
         (every,) = of_test[0].get_closest_marker("one_in").args  # type: ignore[union-attr]
-        chosen = max(2, -(-len(of_test) // every))
+        chosen = max(min(2, every - 1), -(-len(of_test) // every))
         for item in as_different_as_can_be(of_test)[chosen:] if len(of_test) > chosen else ():
             item.add_marker(pytest.mark.full)
 

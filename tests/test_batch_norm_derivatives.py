@@ -22,7 +22,7 @@ from tests.norm_cases import DEVICE, normal
 Tensor = torch.Tensor
 
 # torch's own, as it first loads forward-mode differentiation or a compiler.
-pytestmark = [pytest.mark.one_in(5), pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")]
+pytestmark = [pytest.mark.one_in(8), pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")]
 
 
 @pytest.mark.one_in(6)

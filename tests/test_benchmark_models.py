@@ -18,7 +18,7 @@ from benchmarks.whole_models import WHOLE_MODELS
 from benchmarks.workloads import WORKLOADS
 from fused_ops import fuse, fusion_report
 
-pytestmark = pytest.mark.one_in(5)
+pytestmark = pytest.mark.one_in(8)
 
 CPU = torch.device("cpu")
 FUSED = {

@@ -18,7 +18,7 @@ from tests.norm_cases import DEVICE, normal
 Tensor = torch.Tensor
 
 pytestmark = [
-    pytest.mark.one_in(5),
+    pytest.mark.one_in(8),
     pytest.mark.usefixtures("torch_backend"),
     # torch's own, as it first loads forward-mode differentiation or a compiler.
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),

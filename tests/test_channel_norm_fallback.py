@@ -28,7 +28,7 @@ from tests.tolerances import assert_within_budget
 
 Tensor = torch.Tensor
 
-pytestmark = [pytest.mark.one_in(5), pytest.mark.usefixtures("torch_backend")]
+pytestmark = [pytest.mark.one_in(8), pytest.mark.usefixtures("torch_backend")]
 
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
 

@@ -28,7 +28,7 @@ from tests.row_norm_cases import make_case
 Tensor = torch.Tensor
 
 # torch's own, as it first loads Inductor or forward-mode differentiation.
-pytestmark = [pytest.mark.one_in(5), pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")]
+pytestmark = [pytest.mark.one_in(8), pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")]
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ from tests.dropout_cases import FUNCTIONS, ROWS, SIX, call, factor, small_case, 
 Tensor = torch.Tensor
 
 # torch's own, as it first loads forward-mode differentiation.
-pytestmark = [pytest.mark.one_in(5), pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")]
+pytestmark = [pytest.mark.one_in(8), pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")]
 
 each_function = pytest.mark.parametrize("function", FUNCTIONS)
 every_norm = pytest.mark.parametrize("function", SIX)

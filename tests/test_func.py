@@ -20,7 +20,7 @@ from tests.row_norm_cases import RowCase, make_case
 Tensor = torch.Tensor
 
 # torch's own, as it first loads forward-mode differentiation.
-pytestmark = [pytest.mark.one_in(5), pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")]
+pytestmark = [pytest.mark.one_in(8), pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")]
 
 CASES = [
     small_case(function, dtype=torch.float64, residual=True, activation=activation)

@@ -26,7 +26,7 @@ from tests.norm_cases import DEVICE, normal
 
 Tensor = torch.Tensor
 
-pytestmark = [pytest.mark.one_in(5), pytest.mark.usefixtures("each_backend")]
+pytestmark = [pytest.mark.one_in(8), pytest.mark.usefixtures("each_backend")]
 
 
 def trained(model: nn.Module, x: Tensor) -> list[Tensor]:

@@ -26,7 +26,7 @@ from tests.norm_cases import (
 )
 from tests.row_norm_cases import FUNCTIONS, PLACES, make_case
 
-pytestmark = [pytest.mark.one_in(5), pytest.mark.usefixtures("memory_checked")]
+pytestmark = [pytest.mark.one_in(8), pytest.mark.usefixtures("memory_checked")]
 
 Tensor = torch.Tensor
 

@@ -22,7 +22,7 @@ from tests.switch_norm_calls import call, composed, each_mode, every_function, g
 Tensor = torch.Tensor
 
 pytestmark = [
-    pytest.mark.one_in(5),
+    pytest.mark.one_in(8),
     pytest.mark.usefixtures("torch_backend"),
     # torch's own, as it first loads forward-mode differentiation or a compiler.
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),

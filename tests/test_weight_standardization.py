@@ -21,7 +21,7 @@ from tests.norm_cases import DEVICE, normal
 Tensor = torch.Tensor
 
 # torch's own, as it first loads forward-mode differentiation.
-pytestmark = [pytest.mark.one_in(5), pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")]
+pytestmark = [pytest.mark.one_in(8), pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")]
 
 NAMES = ("WSConv1d", "WSConv2d", "WSConv3d")
 each_name = pytest.mark.parametrize("name", NAMES)
