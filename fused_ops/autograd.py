@@ -329,9 +329,7 @@ def _unpack(bits: Tensor, norm: Norm | SwitchNorm, shape: Sequence[int]) -> Tens
     return flags[:, : math.prod(positions)].reshape(shape)
 
 
-# torch.autograd.Function.apply without its look for torch.func's transforms and the wrappers that they leave: no kernel
-# runs for these (functional.dispatch).
-_apply = super(torch.autograd.Function, NormFunction).apply
+_apply = fallback.apply_of(NormFunction)  # no kernel runs under a transform (functional.dispatch)
 
 
 def run(

@@ -19,6 +19,7 @@ from .fallback import (
     _laid_out_as,
     _looked_into,
     _takes_function,
+    apply_of,
     goes_on_from,
     left_a_transform,
     of_type,
@@ -208,8 +209,7 @@ class _BatchNorm(torch.autograd.Function):
         )
 
 
-# As `autograd._apply`: nothing under a transform, or that has left one, comes here.
-_apply = super(torch.autograd.Function, _BatchNorm).apply
+_apply = apply_of(_BatchNorm)
 
 
 def differentiable_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

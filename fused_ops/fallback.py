@@ -43,9 +43,7 @@ def recorded() -> bool:
 
 def _looked_into() -> bool:
     """Whether somebody compiles, traces or transforms the operations, for whom they are plain and out of place."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._get_tracing_state() is not None or transformed()
+    return torch.compiler.is_compiling() or recorded() or transformed()
 
 
 def _takes_function(*tensors: Tensor | None) -> bool:
@@ -54,6 +52,12 @@ def _takes_function(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled() or _looked_into():
         return False
     return True in [tensor is not None and tensor.requires_grad for tensor in tensors]
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """torch.autograd.Function.apply without its look for torch.func's transforms and the wrappers that they leave: for
+    callers who have looked."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def goes_on_from(dy: Tensor) -> bool:

@@ -187,8 +187,7 @@ class _Multiplier:
         return values if self.scale is None else values * self.scale
 
 
-# As `autograd._apply`, without a look for torch.func's transforms.
-_apply = super(torch.autograd.Function, ResidualAddFunction).apply
+_apply = fallback.apply_of(ResidualAddFunction)
 
 
 def run(x: Tensor, residual: Tensor, scale: Tensor | None, seed: Tensor | None, problem: ResidualAdd) -> Tensor:

@@ -25,9 +25,13 @@ DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is marked as full
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of the cases of a test that is marked one_in(n) marks all but every n-th as full, and of many leaves two."""
-    cases: dict[tuple[str, str], list[pytest.Item]] = collections.defaultdict(list)
+    cases: dict[tuple[str, str], list[pytest.Function]] = collections.defaultdict(list)
     for item in items:
-        if item.get_closest_marker("one_in") and not item.get_closest_marker("full"):
+        if (
+            isinstance(item, pytest.Function)
+            and item.get_closest_marker("one_in")
+            and not item.get_closest_marker("full")
+        ):
             cases[str(item.path), item.name.partition("[")[0]].append(item)
     for of_test in cases.values():
         (every,) = of_test[0].get_closest_marker("one_in").args  # type: ignore[union-attr]
@@ -36,11 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.full)
 
 
-def as_different_as_can_be(items: list[pytest.Item]) -> list[pytest.Item]:
+def as_different_as_can_be(items: list[pytest.Function]) -> list[pytest.Function]:
     """First those with the most values of parameters that none before has, then the others in an order that is as good
     as drawn; the same in every run."""
     drawn = sorted(items, key=lambda item: zlib.crc32(item.name.encode()))
-    values = [{(name, known_by(value)) for name, value in item.callspec.params.items()} for item in drawn]  # type: ignore
+    values = [{(name, known_by(value)) for name, value in item.callspec.params.items()} for item in drawn]
     heap = [(-len(of_item), place) for place, of_item in enumerate(values)]
     heapq.heapify(heap)
     first, seen = [], set[tuple[str, Any]]()

@@ -114,6 +114,7 @@ for name in ("auto", "torch"):
         (dx,) = torch.autograd.grad(y.sum(), x)
         torch.testing.assert_close(dx, expected_dx)
         assert backend.explain(x.device).startswith("torch: ")
+fused_ops.LayerNorm(8)(x)
 with fused_ops.use_backend("triton"):
     for call in (lambda: F.layer_norm(x, (8,)), lambda: fused_ops.AddRMSNorm(8)(x, x)):
         try:

@@ -263,12 +263,12 @@ def test_compiling_is_left_out_of_a_default_run_on_a_cpu_but_where_it_is_asked_f
     assert status == {"layer_norm_1024": "timed", "layer_norm_256": "skipped"}
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own tuning
 def test_tuning_is_left_out_of_every_default_run() -> None:
     row, _ = rows_of(WORKLOADS["layer_norm_1024"], *EAGERLY, TUNED)
     assert measured(row, AUTOTUNED).status == "skipped"
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own tuning
 @pytest.mark.full
 def test_tuning_is_timed_where_all_is_compiled() -> None:
     settings = Settings(torch.device("cpu"), "tiny", seconds=0.0, compile_all=True, peers=(*EAGERLY, TUNED))

@@ -8,9 +8,9 @@ its trouble; Cooijmans et al., arXiv:1603.09025, keep a set a step). The batch i
 convolutional network with batch and with instance norm sees images multiplied by a contrast: by any between the lowest
 and the highest, when it tells the digit, and by one of so many levels, when it tells the level. Contrasts are spaced
 evenly on a logarithmic scale, drawn once for each image, and those of the test are like those of training: no shift is
-needed for the difference. eps is small: with torch's 1e-5 instance norm leaves enough of the contrast to tell its
-level (measured beside it). Against the papers: their data are text and
-photographs, ours are images of 8 x 8 pixels. The quick setting has the contrasts alone.
+needed for the difference. eps is small: with torch's 1e-5 instance norm leaves enough of the contrast to tell its level
+(measured beside it). Against the papers: their data are text and photographs, ours are images of 8 x 8 pixels. The
+quick setting has the contrasts alone.
 """
 
 from __future__ import annotations
@@ -184,31 +184,36 @@ def claims(settings: Settings, found: Found) -> Sequence[Claim]:
     return [claim for task in settings.tasks for claim in OF_TASK[task](settings, found)]
 
 
+def pair(found: Found, task: str, norm: str, number: str = "test_error") -> tuple[list[float], list[float]]:
+    """A number of the norm, and the same of batch norm."""
+    return values(found, f"{task}, {norm}", number), values(found, f"{task}, batch", number)
+
+
 def of_recurrent(settings: Settings, found: Found) -> Sequence[Claim]:
     """Layer norm, on either images."""
+    expected = "in a recurrent network layer norm errs less than batch norm"
+    trained = pair(found, "recurrent", "layer", "final_training_error")
     return [
-        below(f"in a recurrent network layer norm errs less than batch norm{where}", layer, batch, ".1%")
-        for number, where in (("test_error", ""), ("final_training_error", ", on the images it trains on"))
-        for layer, batch in [[values(found, f"recurrent, {norm}", number) for norm in ("layer", "batch")]]
+        below(expected, *pair(found, "recurrent", "layer"), ".1%"),
+        below(f"{expected}, on the images it trains on", *trained, ".1%"),
     ]
 
 
 def of_transformer(settings: Settings, found: Found) -> Sequence[Claim]:
     """Layer norm."""
-    layer, batch = (values(found, f"Transformer, {norm}", "test_error") for norm in ("layer", "batch"))
-    return [below("in a Transformer layer norm errs less than batch norm", layer, batch, ".1%")]
+    expected = "in a Transformer layer norm errs less than batch norm"
+    return [below(expected, *pair(found, "Transformer", "layer"), ".1%")]
 
 
 def of_nuisance(settings: Settings, found: Found) -> Sequence[Claim]:
     """Instance norm."""
-    instance, batch = (values(found, f"contrast nuisance, {norm}", "test_error") for norm in ("instance", "batch"))
     expected = f"where the contrast is a nuisance instance norm errs less than batch norm (by over {settings.gain:.0%})"
-    return [below(expected, instance, batch, ".1%", settings.gain)]
+    return [below(expected, *pair(found, "contrast nuisance", "instance"), ".1%", settings.gain)]
 
 
 def of_label(settings: Settings, found: Found) -> Sequence[Claim]:
     """Batch norm, and instance norm is blind."""
-    instance, batch = (values(found, f"contrast label, {norm}", "test_error") for norm in ("instance", "batch"))
+    instance, batch = pair(found, "contrast label", "instance")
     guess, near = 1 - 1 / settings.levels, settings.near_guessing
     return [
         Claim(

@@ -93,9 +93,10 @@ def not_above(expected: str, one: Sequence[float], other: Sequence[float], margi
     return Claim(expected, f"{over_seeds(one, form)} against {over_seeds(other, form)}", holds)
 
 
-def draw_mean(axes: Axes, x: Sequence[Any], curves: Sequence[Sequence[float]], line: str = "-", **style: Any) -> None:
-    """The mean over the seeds, and each seed thin behind it."""
-    thin = {name: value for name, value in style.items() if name == "color"}
+def draw_mean(
+    axes: Axes, x: Sequence[Any], curves: Sequence[Sequence[float]], line: str = "-", *, color: str, **style: Any
+) -> None:
+    """The mean over the seeds, and each seed thin behind it, without markers."""
     for curve in curves:
-        axes.plot(x, curve, line.lstrip("os"), linewidth=0.6, alpha=0.4, **thin)
-    axes.plot(x, [statistics.mean(at) for at in zip(*curves, strict=True)], line, **style)
+        axes.plot(x, curve, line.lstrip("os"), color=color, linewidth=0.6, alpha=0.4)
+    axes.plot(x, [statistics.mean(at) for at in zip(*curves, strict=True)], line, color=color, **style)

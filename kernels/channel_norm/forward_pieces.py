@@ -87,7 +87,13 @@ class ForwardPieces:
         drops = kind.seed is not None
         longest, itemsize = longest_of(kind.plane), kind.x.itemsize
         self.tile = tile = forward_piece_tile(
-            kind.channels, longest, itemsize, kind.channels_last, drops, kind.is_spread, kind.kinds > 0
+            kind.channels,
+            longest,
+            itemsize,
+            kind.channels_last,
+            drops=drops,
+            spread=kind.is_spread,
+            mixes=kind.kinds > 0,
         )
         block = (tile.block_channels, tile.block_plane, tile.stages)
         self.blocks = cdiv(kind.channels, tile.block_channels)
