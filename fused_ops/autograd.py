@@ -1,18 +1,17 @@
-"""torch.autograd for both families: what is saved, which gradients are asked for, and second derivatives."""
+"""What autograd asks of a norm: what is saved, which gradients are wanted, and second derivatives."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch import is_grad_enabled
 
-from . import backend, channel_fallback, fallback
+from . import channel_fallback, fallback
 from .activation import Activation
 from .drops import drop_factor
-from .kernels.families import family_of
 from .kernels.problem import (
     BatchNorm,
     Gradients,
@@ -69,9 +68,6 @@ def is_frozen(norm: Norm | SwitchNorm) -> bool:
     return isinstance(norm, BatchNorm) and not norm.training
 
 
-_what_to_save = functools.lru_cache(maxsize=4096)(what_to_save)  # a tracer would look through the cache, and warn
-
-
 class Saved(NamedTuple):
     """What backward finds again; x is what was normalized."""
 
@@ -92,51 +88,6 @@ class Saved(NamedTuple):
 def without_seed(norm: AnyNorm) -> AnyNorm:
     """What a context keeps of a norm, and what is looked up by it: the numbers in it."""
     return norm if norm.seed is None else norm._replace(seed=None)  # type: ignore[return-value]
-
-
-class NormFunction(torch.autograd.Function):
-    """A norm under autograd, straight to the launchers: y, or (y, total) where the residual is added first."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        norm: Norm,
-        *running: Tensor | None,
-    ) -> Any:
-        needs = ctx.needs_input_grad
-        ctx.norm = without_seed(norm)
-        keeps_x, statistics, bits, keeps_residual = _what_to_save(ctx.norm, Needs(*needs[:4]), residual is not None)
-        y, total, mean, rstd, mask = family_of(norm).forward(
-            x, residual, weight, bias, norm, *running, save_statistics=statistics, save_bits=bits
-        )
-        normalized = None if not keeps_x else x if total is None else total
-        # In the order of Saved.
-        residual = residual if keeps_residual else None
-        ctx.save_for_backward(normalized, residual, weight, bias, mean, rstd, mask, norm.seed)
-        ctx.set_materialize_grads(False)
-        ctx.x_dtype = x.dtype
-        if total is None:
-            return y
-        if not (needs[0] or needs[1]):
-            ctx.mark_non_differentiable(total)
-        return y, total
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        needs = Needs(*ctx.needs_input_grad[:4])
-        saved = Saved(*ctx.saved_tensors)
-        norm = saved.of_call(ctx.norm)
-        run: Backward = family_of(norm).backward
-        if dy is not None and backend.traced(dy):  # as a backward may be whose forward was not
-            from . import ops
-
-            run = ops.backward
-        found = gradients(saved, dy, dtotal, norm, ctx.x_dtype, needs, run)
-        return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
 
 
 def gradients(
@@ -205,12 +156,15 @@ def _shaped(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
 def composes(saved: Saved, dy: Tensor, dtotal: Tensor | None) -> bool:
     """Whether torch's composition has to find the gradients: they are to be differentiated again (create_graph), they
     come in batches (vmap, is_grads_batched), or forward was traced for inference and kept no statistics."""
-    if torch.is_grad_enabled() or fallback.transformed() or (saved.x is not None and saved.rstd is None):
+    if is_grad_enabled() or fallback.transformed() or (saved.x is not None and saved.rstd is None):
         return True
     if torch.compiler.is_compiling():  # a compiler cannot ask, and has no batches
         return False
-    batched = torch._C._functorch.is_legacy_batchedtensor
-    return batched(dy) or (dtotal is not None and batched(dtotal))
+    return is_batched(dy) or is_batched(dtotal)
+
+
+def is_batched(gradient: Tensor | None) -> bool:
+    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def _launched(
@@ -327,24 +281,3 @@ def _unpack(bits: Tensor, norm: Norm | SwitchNorm, shape: Sequence[int]) -> Tens
     if norm.channels_last:
         return flags[:, :channels].reshape(samples, *positions, channels).movedim(-1, 1)
     return flags[:, : math.prod(positions)].reshape(shape)
-
-
-_apply = fallback.apply_of(NormFunction)  # no kernel runs under a transform (functional.dispatch)
-
-
-def run(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm: Norm,
-    *running: Tensor | None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """y, or (y, total) where the residual is added first; through autograd only where something requires it. Batch
-    norm's running statistics, if any, follow the norm."""
-    if torch.is_grad_enabled():
-        for tensor in (x, residual, weight, bias):
-            if tensor is not None and tensor.requires_grad:
-                return _apply(x, residual, weight, bias, norm, *running)
-    out = family_of(norm).forward(x, residual, weight, bias, norm, *running)
-    return out.y if out.total is None else (out.y, out.total)

@@ -30,51 +30,94 @@ from .validation import HALF
 Tensor = torch.Tensor
 
 
-def batch_norm(
+def plan_batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    *,
     training: bool,
     momentum: float,
     eps: float,
-) -> Tensor:
-    """torch's batch_norm in x's type and layout, whatever the other types are; y is a new tensor.
+) -> Callable[..., Tensor]:
+    """torch's batch_norm of tensors like these, as a function of them: in x's type and layout, whatever the other types
+    are; y is a new tensor.
 
     In training the running statistics, if given, move in place: see `put_back_on_failure`.
     """
     if not training:
-        assert running_mean is not None and running_var is not None
-        return stored_norm(x, running_mean, running_var, weight, bias, eps)
+        return lambda x, mean, var, weight, bias: stored_norm(x, mean, var, weight, bias, eps)
     if x.numel() == 0:  # where torch fails without channels, and running statistics stay as they are
-        channels = x.shape[1]
-        return stored_norm(x, x.new_zeros(channels), x.new_ones(channels), weight, bias, eps)
+        return lambda x, mean, var, weight, bias: stored_norm(
+            x, x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]), weight, bias, eps
+        )
     dtype = _computed_in(x, running_mean, running_var, weight, bias)
-    running = tuple(tensor for tensor in (running_mean, running_var) if tensor is not None)
-    moving = tuple(of_type(tensor, dtype) for tensor in running)
-    untold = moving  # by torch's batch norm, which moves them and counts no version
-    mean, var = moving or (None, None)
     learns = _takes_function(x, weight, bias)
-    if learns and {type(x), type(weight), type(bias)} <= PLAIN and not left_a_transform(x, weight, bias, *moving):
-        y = _apply(x, mean, var, weight, bias, momentum, eps, dtype)
+    plain = {type(x), type(weight), type(bias)} <= PLAIN
+    options = (momentum, eps, dtype)
+    if learns and plain and not left_a_transform(x, weight, bias, running_mean, running_var):
+        normalize, copies = _apply, False
     elif transformed():
-        y = differentiable_batch_norm(x, weight, bias, eps).to(x.dtype)
-        if moving:  # a transform refuses a copy_ into what lies outside of it, but lets torch's own update pass
-            with torch.no_grad():
-                F.batch_norm(x.detach().to(dtype), mean, var, None, None, True, momentum, eps)
+        normalize, copies = _transformed, False
     else:
-        if learns:  # torch keeps for backward what it moves, which is then to stay as it is
-            moving, untold = tuple(map(torch.clone, moving)), ()
-            mean, var = moving or (None, None)
-        weight, bias = (None if parameter is None else of_type(parameter, dtype) for parameter in (weight, bias))
-        weight = _beside(bias) if weight is None else weight
-        y = F.batch_norm(_beside_parameters(x, dtype), mean, var, weight, bias, True, momentum, eps)
-        y = _laid_out_as(x, of_type(y, x.dtype))
-    if untold and (transformed() or not _looked_into()):
-        torch.autograd.graph.increment_version([tensor for tensor in untold if not tensor.is_inference()])
-    move(running, moving)
+        # torch keeps for backward what it moves, which is then to stay as it is
+        normalize, copies = _elsewhere, learns
+    untold = not copies and (transformed() or not _looked_into())  # torch's batch norm counts no version
+    running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
+    in_place = not copies and all(tensor.dtype == dtype for tensor in running)
+
+    def move_in_place(x: Tensor, mean: Any, var: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        y = normalize(x, mean, var, weight, bias, *options)
+        if untold and mean is not None:
+            _count_version(mean, var)
+        return y
+
+    def move_copies(x: Tensor, mean: Any, var: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        moving = [tensor.to(dtype, copy=True) for tensor in (mean, var)]
+        y = normalize(x, *moving, weight, bias, *options)
+        move([mean, var], moving)
+        return y
+
+    return move_in_place if in_place else move_copies
+
+
+def _count_version(*moved: Tensor) -> None:
+    """Of what was moved by torch's batch norm, which does not; what was made in inference mode has none."""
+    torch.autograd.graph.increment_version([tensor for tensor in moved if not tensor.is_inference()])
+
+
+def _transformed(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    y = differentiable_batch_norm(x, weight, bias, eps).to(x.dtype)
+    if mean is not None:  # a transform refuses a copy_ into what lies outside of it, but lets torch's own update pass
+        with torch.no_grad():
+            F.batch_norm(x.detach().to(dtype), mean, var, None, None, True, momentum, eps)
     return y
+
+
+def _elsewhere(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    weight, bias = (None if parameter is None else of_type(parameter, dtype) for parameter in (weight, bias))
+    weight = _beside(bias) if weight is None else weight
+    y = F.batch_norm(_beside_parameters(x, dtype), mean, var, weight, bias, True, momentum, eps)
+    return _laid_out_as(x, of_type(y, x.dtype))
 
 
 def put_back_on_failure(
@@ -85,12 +128,15 @@ def put_back_on_failure(
 ) -> Any:
     """run(running_mean, running_var); where it `moves` them and fails they are put back, unless under a transform,
     which refuses that."""
-    if not moves or transformed():
+    if not moves or running_mean is None or running_var is None:
         return run(running_mean, running_var)
-    running = tuple(tensor for tensor in (running_mean, running_var) if tensor is not None)
-    copies = tuple(map(torch.clone, running))
-    if _looked_into():
-        out = run(*(copies or (None, None)))
+    looked_into = _looked_into()
+    if looked_into and transformed():
+        return run(running_mean, running_var)
+    running = [running_mean, running_var]
+    copies = [running_mean.clone(), running_var.clone()]
+    if looked_into:
+        out = run(*copies)
         move(running, copies)
         return out
     try:
@@ -100,7 +146,25 @@ def put_back_on_failure(
         raise
 
 
-def move(running: tuple[Tensor, ...], moved: tuple[Tensor, ...]) -> None:
+def plan_put_back(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`put_back_on_failure` of a function of x, the residual, both running statistics, which it moves, and others."""
+    if _looked_into():
+        return lambda x, residual, mean, var, *others: put_back_on_failure(
+            mean, var, True, lambda mean, var: run(x, residual, mean, var, *others)
+        )
+
+    def put_back(x: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor, *others: Tensor | None) -> Any:
+        copies = [mean.clone(), var.clone()]
+        try:
+            return run(x, residual, mean, var, *others)
+        except BaseException:
+            move([mean, var], copies)
+            raise
+
+    return put_back
+
+
+def move(running: list[Tensor], moved: list[Tensor]) -> None:
     """Gives running statistics the values of those that moved in their place, if others did."""
     for tensor, found in zip(running, moved, strict=True):
         if found is not tensor:

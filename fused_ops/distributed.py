@@ -21,9 +21,9 @@ from .fallback import _laid_out_as
 from .functional.dispatch import _composed, _fused, _kernel
 
 if backend.HAS_TRITON:
-    from . import autograd, sync_autograd
-    from .functional.batch_dispatch import _layout_of
+    from . import planned, sync_autograd
     from .kernels.problem import BatchNorm
+    from .kernels.views import lies_pooled_channels_last
 
 Tensor = torch.Tensor
 
@@ -121,9 +121,9 @@ def _synchronized(
 ) -> Any:
     """y, or (y, total) where the residual is added first, in x's layout. Running statistics move."""
     run = _kernel(x, residual, weight, bias, running_mean, running_var) if x.numel() else None
-    if run is not None and run is autograd.run:
+    if run is not None and run is planned.run:
         fused = _fused(activation, dropout_p, x)
-        norm = BatchNorm(_layout_of(tuple(x.shape), x.stride()), True, momentum, eps, add_first, *fused)
+        norm = BatchNorm(lies_pooled_channels_last(x.shape, x.stride()), True, momentum, eps, add_first, *fused)
         return sync_autograd.run(x, residual, weight, bias, norm, group, (running_mean, running_var))
 
     def composed(*running: Tensor | None) -> Any:

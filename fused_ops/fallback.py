@@ -43,7 +43,9 @@ def recorded() -> bool:
 
 def _looked_into() -> bool:
     """Whether somebody compiles, traces or transforms the operations, for whom they are plain and out of place."""
-    return torch.compiler.is_compiling() or recorded() or transformed()
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._get_tracing_state() is not None or transformed()
 
 
 def _takes_function(*tensors: Tensor | None) -> bool:
@@ -143,12 +145,13 @@ def activate(z: Tensor, activation: Activation | None) -> Tensor:
     return _OUT_OF_PLACE[activation.name](z, **activation.parameters)
 
 
-def _activate_in_place(z: Tensor, activation: Activation) -> Tensor:
+def _in_place(activation: Activation, learns: bool) -> Callable[[Tensor], Tensor]:
+    """The activation of a tensor that may be overwritten, as far as autograd allows it where something learns."""
     table = _IN_PLACE
-    if z.requires_grad:
+    if learns:
         table = _IN_PLACE_FROM_RESULT if min(activation.scalars) >= 0 else {}
     function = table.get(activation.name, _OUT_OF_PLACE[activation.name])
-    return function(z, **activation.parameters)
+    return functools.partial(function, **activation.parameters) if activation.parameters else function
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -158,13 +161,41 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 def finish(normalized: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
     """activation(normalized + residual); `normalized` is a tensor of this call's own that nothing has saved."""
+    return plan_finish(normalized, residual, activation)(normalized, residual)
+
+
+def plan_finish(
+    normalized: Tensor, residual: Tensor | None, activation: Activation | None
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """`finish` of tensors like these, as a function of both."""
     # A compiler makes every operation out of place and fuses it anyway, torch.jit.trace wants the same ones with and
     # without autograd; a tensor subclass may want to be the result.
     if _looked_into() or type(residual) not in PLAIN:
-        return activate(normalized if residual is None else normalized + residual, activation)
-    if residual is not None:
-        normalized = normalized.add_(residual)
-    return normalized if activation is None else _activate_in_place(normalized, activation)
+        return lambda normalized, residual: activate(
+            normalized if residual is None else normalized + residual, activation
+        )
+    act = None
+    if activation is not None:
+        learns = normalized.requires_grad or (residual is not None and residual.requires_grad)
+        act = _in_place(activation, learns and torch.is_grad_enabled())
+    if residual is None:
+        return lambda normalized, _: normalized if act is None else act(normalized)
+    return lambda normalized, residual: (
+        normalized.add_(residual) if act is None else act(normalized.add_(residual))  # type: ignore[arg-type]
+    )
+
+
+def at_first(plan: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
+    """What `plan` decides of the arguments of the first call, for this and all others, which are to be like it."""
+    decided: Callable[..., Any] | None = None
+
+    def run(*arguments: Any) -> Any:
+        nonlocal decided
+        if decided is None:
+            decided = plan(*arguments)
+        return decided(*arguments)
+
+    return run
 
 
 def _probe_rms_eps(dtype: torch.dtype) -> float:
@@ -209,6 +240,15 @@ def layer_norm(
         return F.layer_norm(x, shape, weight, bias, eps)
     y = F.rms_norm(x, shape, weight, eps)
     return y if bias is None else y + bias
+
+
+def plan_layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Shape, eps: float, subtract_mean: bool
+) -> Callable[..., Tensor]:
+    """`layer_norm` of tensors like these, as a function of them."""
+    if subtract_mean and all(tensor is None or tensor.dtype == x.dtype for tensor in (weight, bias)):
+        return lambda x, weight, bias: torch.layer_norm(x, shape, weight, bias, eps)
+    return lambda x, weight, bias: layer_norm(x, shape, weight, bias, eps, subtract_mean)
 
 
 def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:

@@ -249,7 +249,8 @@ def _track(x: Tensor, planes: _Planes, mixture: _Mixture, moving: tuple[Tensor, 
         return
     if transformed():  # refuses a copy_ into what lies outside of it, but lets torch's own update pass
         running_mean, running_var = moving
-        batch_fallback.batch_norm(x.detach(), running_mean, running_var, None, None, True, momentum, 1.0)
+        tensors = (x.detach(), running_mean, running_var, None, None)
+        batch_fallback.plan_batch_norm(*tensors, training=True, momentum=momentum, eps=1.0)(*tensors)
         return
     count = x.shape[0] * math.prod(x.shape[2:])
     # An infinite shift is the mean, and leaves NaN.

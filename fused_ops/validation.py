@@ -34,31 +34,34 @@ def floating(function: str, argument: str, tensor: Tensor) -> None:
         )
 
 
-def _sizes(function: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+def sizes(function: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     """normalized_shape as a tuple of Python's own integers (or torch's symbolic ones)."""
-    # A tuple is told first: an abstract class takes long to ask.
-    is_sequence = isinstance(normalized_shape, (tuple, Sequence))
-    sizes: Sequence[Any] = normalized_shape if is_sequence else (normalized_shape,)  # type: ignore[assignment]
+    if type(normalized_shape) is tuple and {*map(type, normalized_shape)} == _INTEGERS:  # as modules pass it
+        return normalized_shape
+    is_sequence = isinstance(normalized_shape, (tuple, Sequence))  # an abstract class takes long to ask
+    given: Sequence[Any] = normalized_shape if is_sequence else (normalized_shape,)  # type: ignore[assignment]
+    if not len(given):
+        raise ArgumentError(f"{function}: normalized_shape must name at least one dim, but is {normalized_shape!r}")
     try:
-        return tuple([size if isinstance(size, int | torch.SymInt) else operator.index(size) for size in sizes])  # type: ignore[misc]
+        return tuple([size if isinstance(size, int | torch.SymInt) else operator.index(size) for size in given])  # type: ignore[misc]
     except TypeError:
         raise TypeError(
             f"{function}: normalized_shape must be an integer or a sequence of integers, but is {normalized_shape!r}"
         ) from None
 
 
-def row_span(function: str, x: Tensor, normalized_shape: int | Sequence[int]) -> tuple[tuple[int, ...], int]:
-    """(normalized_shape as a tuple, its number of elements); it must be the last dims of x."""
+_INTEGERS = {int}
+
+
+def row_span(function: str, x: Tensor, shape: tuple[int, ...]) -> int:
+    """The number of elements of a row: its normalized_shape must be the last dims of x."""
     floating(function, "input", x)
-    shape = _sizes(function, normalized_shape)
-    if not shape:
-        raise ArgumentError(f"{function}: normalized_shape must name at least one dim, but is {normalized_shape!r}")
     if x.shape[-len(shape) :] != shape:
         raise ArgumentError(
             f"{function}: normalized_shape must be the last dims of the input, but it is {shape} and the input has "
             f"shape {tuple(x.shape)}"
         )
-    return shape, math.prod(shape)
+    return math.prod(shape)
 
 
 def channels(function: str, x: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -49,30 +50,47 @@ def column_sum_of_any_span_kernel(
     sum_columns(PartialDScale_ptr, DScaleSums_ptr, partial_rows, col, span, BLOCK_ROWS)
 
 
-def column_sum(
-    dweight: Tensor | None, dbias: Tensor | None, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Sums partial gradients [partial_rows, span] over their rows, in a fixed order; None stays None."""
-    given = dweight if dweight is not None else dbias
-    if given is None:
-        return None, None
-    partial_rows, span = given.shape
-    sums = (
-        None if dweight is None else torch.empty(span, dtype=weight_dtype, device=given.device),
-        None if dbias is None else torch.empty(span, dtype=bias_dtype, device=given.device),
-    )
-    tensors = (dweight, dbias, *sums)
-    launch, programs = _launcher(span, *[None if tensor is None else tensor.dtype for tensor in tensors])
-    launch(programs, given.device, (), tensors, partial_rows)
-    return sums
+Sums = tuple[Tensor | None, Tensor | None]
 
 
 @functools.cache
-def _launcher(span: int, *dtypes: torch.dtype | None) -> tuple[Launcher, int]:
-    """A launcher for tensors of these types, and how many programs it takes."""
+def column_summer(
+    span: int, partial_dtype: torch.dtype, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
+) -> Callable[[Tensor | None, Tensor | None], Sums]:
+    """What sums partial gradients [partial_rows, span] for dweight and dbias over their rows, in a fixed order; the
+    types are of the sums, None without."""
+    if weight_dtype is None and bias_dtype is None:
+        return lambda dweight, dbias: (None, None)
     config = column_sum_config(span)
-    constants = (span, config.block_rows, config.block_span)
-    return Launcher(column_sum_kernel, config.num_warps, *constants), cdiv(span, config.block_span)
+    launch = Launcher(column_sum_kernel, config.num_warps, span, config.block_rows, config.block_span)
+    programs = cdiv(span, config.block_span)
+
+    def run(partial_dweight: Tensor | None, partial_dbias: Tensor | None) -> Sums:
+        partials: Tensor = partial_dbias if partial_dweight is None else partial_dweight  # type: ignore[assignment]
+        device = partials.device
+        dweight = dbias = None
+        if weight_dtype is not None:
+            dweight = torch.empty(span, dtype=weight_dtype, device=device)
+        if bias_dtype is not None:
+            if dweight is not None and bias_dtype == weight_dtype:
+                dbias = torch.empty_like(dweight)  # takes half the time
+            else:
+                dbias = torch.empty(span, dtype=bias_dtype, device=device)
+        launch(programs, device, (), (partial_dweight, partial_dbias, dweight, dbias), partials.shape[0])
+        return dweight, dbias
+
+    return run
+
+
+def column_sum(
+    dweight: Tensor | None, dbias: Tensor | None, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
+) -> Sums:
+    """Sums partial gradients as `column_summer` does; None stays None."""
+    given = dweight if dweight is not None else dbias
+    if given is None:
+        return None, None
+    dtypes = (None if dweight is None else weight_dtype, None if dbias is None else bias_dtype)
+    return column_summer(given.shape[1], given.dtype, *dtypes)(dweight, dbias)
 
 
 def column_sum_of_any_span(partials: Tensor, dtype: torch.dtype) -> Tensor:

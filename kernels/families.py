@@ -14,13 +14,19 @@ from .row_norm import forward as row_forward
 
 
 class Family(NamedTuple):
-    """The launchers of a norm, and what allocates all that they return but the gradients of parameters."""
+    """The launchers of a norm, and what allocates all that they return but the gradients of parameters.
+
+    What plans a direction decides all of it for tensors that lie as those it is given, and returns a function of a seed
+    and of these (in forward of running statistics, too).
+    """
 
     name: str
     forward: Callable[..., Forward]
     backward: Callable[..., Gradients]
     allocate: Callable[..., Forward]
     allocate_gradients: Callable[..., tuple[Tensor | None, Tensor | None]]
+    plan_forward: Callable[..., Callable[..., Forward]]
+    plan_backward: Callable[..., Callable[..., Gradients]]
 
 
 ROW_NORM = Family(
@@ -29,6 +35,8 @@ ROW_NORM = Family(
     row_backward.row_norm_backward,
     row_forward.allocate,
     row_backward.allocate_gradients,
+    row_forward.plan_forward,
+    row_backward.plan_backward,
 )
 GROUP_NORM = Family(
     "group_norm",
@@ -36,6 +44,8 @@ GROUP_NORM = Family(
     channel_backward.group_norm_backward,
     channel_forward.allocate,
     channel_backward.allocate_gradients,
+    channel_forward.plan_forward,
+    channel_backward.plan_backward,
 )
 
 BATCH_NORM = Family(
@@ -44,6 +54,8 @@ BATCH_NORM = Family(
     batch_backward.batch_norm_backward,
     batch_forward.allocate,
     channel_backward.allocate_gradients,
+    batch_forward.plan_forward,
+    batch_backward.plan_backward,
 )
 _FAMILIES: dict[type, Family] = {RowNorm: ROW_NORM, GroupNorm: GROUP_NORM, BatchNorm: BATCH_NORM}
 

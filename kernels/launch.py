@@ -47,7 +47,13 @@ def assume_device(facts: DeviceFacts) -> Iterator[None]:
 
 def device_facts(device: torch.device) -> DeviceFacts:
     """The facts of a device, by torch's properties; of the assumed one for CPU tensors."""
-    return _present_facts(device) if device.type == "cuda" else _absent_device
+    return _present_facts(device) if is_gpu(device) else _absent_device
+
+
+@functools.cache
+def is_gpu(device: torch.device) -> bool:
+    """Asked of every launch, and a device takes long to tell its type."""
+    return device.type == "cuda"
 
 
 @functools.cache

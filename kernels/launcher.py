@@ -8,7 +8,7 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
-from .launch import THREADS_PER_WARP
+from .launch import THREADS_PER_WARP, is_gpu
 
 Tensor = torch.Tensor
 Tensors = tuple[Tensor | None, ...]
@@ -17,6 +17,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # read by @triton.jit at the
 
 _HIP = torch.version.hip is not None
 _hooks = triton.knobs.runtime
+_drivers = triton.runtime.driver
 
 
 def _somebody_watches() -> bool:
@@ -57,19 +58,14 @@ class Launcher:
 
         `given` are tensors from outside, at any address; `allocated` come from torch's allocators, which align them.
         """
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self._launch(programs, device, given, allocated, scalars)
-        else:
-            self._launch(programs, device, given, allocated, scalars)
-
-    def _launch(
-        self, programs: int, device: torch.device, given: Tensors, allocated: Tensors, scalars: tuple[float, ...]
-    ) -> None:
         arguments = (*given, *allocated, *scalars, *self.constants)
         if not self._compiles:
             self._require_types_of_before(given + allocated)
             self._first_launch(programs, arguments)
+            return
+        if is_gpu(device) and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self(programs, device, given, allocated, *scalars)
             return
         addresses = 0
         for tensor in given:
@@ -80,7 +76,7 @@ class Launcher:
             aligned = tuple([tensor is None or tensor.data_ptr() & 15 == 0 for tensor in given])
         if _HIP:  # AMD's compiler addresses a tensor under 2 GB with 32 bits
             aligned = (aligned, *[t is None or t.untyped_storage().nbytes() < 2**31 for t in (*given, *allocated)])
-        driver = triton.runtime.driver.active
+        driver = _drivers.active
         key = (driver, device, aligned)
         compiled = self._compiled.get(key)
         if compiled is None:

@@ -1,13 +1,81 @@
-"""Tensor -> the view that a kernel sees: rows, samples of planes, or a matrix; every layout case ends here."""
+"""Tensor -> what a kernel sees: rows, samples of planes, or a matrix; every layout case ends here."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
+
+Tensors = tuple[torch.Tensor | None, ...]
+
+
+class View(Protocol):
+    """A way in which kernels see activations: runs of elements without gaps, rows or samples, a stride apart."""
+
+    def stride(self, tensor: torch.Tensor) -> int | None:
+        """Distance between the runs of a tensor that lies so; None of one that has to be copied."""
+
+    def copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy that lies so."""
+
+    def dense_stride(self, tensor: torch.Tensor) -> int:
+        """The stride of that copy."""
+
+
+class Reading(NamedTuple):
+    """How the tensors of calls are read: the strides of the activations, 0 of those that are absent, and what puts
+    copies in the place of tensors that do not lie as kernels see them."""
+
+    strides: list[int]
+    read: Callable[[Tensors], Tensors]
+
+
+def plan_reading(view: View, given: Tensors, activations: int) -> Reading:
+    """The reading of tensors that lie as these do: `activations` of them by the view, the rest as `columns`."""
+    strides = [0] * activations
+    copied = []
+    for index, tensor in enumerate(given[:activations]):
+        if tensor is not None:
+            stride = view.stride(tensor)
+            if stride is None:
+                copied.append(index)
+                stride = view.dense_stride(tensor)
+            strides[index] = stride
+    lies = all(tensor is None or _is_column(tensor) for tensor in given[activations:])
+    if lies and not copied:
+        return Reading(strides, _as_they_lie)
+
+    def read(given: Tensors) -> Tensors:
+        tensors = list(given[:activations])
+        for index in copied:
+            tensors[index] = view.copied(tensors[index])  # type: ignore[arg-type]
+        return *tensors, *map(columns, given[activations:])
+
+    return Reading(strides, read)
+
+
+def _as_they_lie(given: Tensors) -> Tensors:
+    return given
+
+
+def _is_column(parameter: torch.Tensor) -> bool:
+    return parameter.is_contiguous() and not parameter.is_neg()
+
+
+def columns(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """A weight or bias as one contiguous run of its elements; None stays None."""
+    return parameter if parameter is None or _is_column(parameter) else parameter.resolve_neg().contiguous()
+
+
+def vector_length(itemsize: int, *strides: int) -> int:
+    """Elements of the widest access, 16 bytes at most, that every one of these row strides keeps aligned."""
+    return math.gcd(16 // itemsize, *strides)
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
 
 
 def _row_stride(shape: Sequence[int], strides: Sequence[int], span: int) -> int | None:
@@ -36,30 +104,21 @@ def _row_stride(shape: Sequence[int], strides: Sequence[int], span: int) -> int 
 row_stride = functools.lru_cache(maxsize=4096)(_row_stride)
 
 
-def row_view(tensor: torch.Tensor, span: int) -> tuple[torch.Tensor, int]:
-    """`tensor` as rows of `span` contiguous elements, with their stride; copied only where its layout is not that."""
-    if tensor.is_neg():  # a view that torch negates as it reads
-        tensor = tensor.resolve_neg()
-    if tensor.is_contiguous():
-        return tensor, span
-    stride = row_stride(tuple(tensor.shape), tensor.stride(), span)
-    if stride is None:
-        return tensor.contiguous(), span
-    return tensor, stride
+class Rows(NamedTuple):
+    """Rows of `span` contiguous elements."""
 
+    span: int
 
-def columns(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """A weight or bias as one contiguous run of its elements; None stays None."""
-    if parameter is None:
-        return None
-    if parameter.is_neg():
-        parameter = parameter.resolve_neg()
-    return parameter if parameter.is_contiguous() else parameter.contiguous()
+    def stride(self, tensor: torch.Tensor) -> int | None:
+        if tensor.is_neg():  # a view that torch negates as it reads
+            return None
+        return self.span if tensor.is_contiguous() else row_stride(tuple(tensor.shape), tensor.stride(), self.span)
 
+    def copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.resolve_neg().contiguous()
 
-def vector_length(itemsize: int, *strides: int) -> int:
-    """Elements of the widest access, 16 bytes at most, that every one of these row strides keeps aligned."""
-    return math.gcd(16 // itemsize, *strides)
+    def dense_stride(self, tensor: torch.Tensor) -> int:
+        return self.span
 
 
 # --- samples of planes ---------------------------------------------------------------------------------------------
@@ -93,15 +152,22 @@ def lies_channels_last(shape: Sequence[int], strides: Sequence[int], groups: int
     return _sample_stride(shape, strides, True) is not None or strides[1] == 1
 
 
-def sample_view(tensor: torch.Tensor, channels_last: bool) -> tuple[torch.Tensor, int]:
-    """`tensor` in one of the two layouts of `sample_stride`, with its stride; copied only where it has the other."""
-    if tensor.is_neg():
+class Samples(NamedTuple):
+    """Samples in one of the two layouts of `sample_stride`."""
+
+    channels_last: bool
+
+    def stride(self, tensor: torch.Tensor) -> int | None:
+        return None if tensor.is_neg() else sample_stride(tuple(tensor.shape), tensor.stride(), self.channels_last)
+
+    def copied(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.resolve_neg()
-    stride = sample_stride(tuple(tensor.shape), tensor.stride(), channels_last)
-    if stride is None:
-        tensor = tensor.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else tensor.contiguous()
-        return tensor, math.prod(tensor.shape[1:])
-    return tensor, stride
+        if self.channels_last:
+            return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+        return tensor.contiguous()
+
+    def dense_stride(self, tensor: torch.Tensor) -> int:
+        return math.prod(tensor.shape[1:])
 
 
 def empty_samples(like: torch.Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -164,12 +230,24 @@ def lies_pooled_channels_last(shape: Sequence[int], strides: Sequence[int]) -> b
     return math.prod(shape[2:]) == 1 or lies_channels_last(shape, strides, 1)
 
 
-def pooled_view(tensor: torch.Tensor, channels_last: bool, planes: PooledPlanes) -> tuple[torch.Tensor, int]:
-    """`tensor` as its `pooled_planes`, with the stride of its samples; copied where it cannot lie so."""
-    tensor, stride = sample_view(tensor, channels_last)
-    if planes.samples == 1 and tensor.shape[0] != 1 and stride != math.prod(tensor.shape[1:]):
-        tensor = empty_samples(tensor, channels_last).copy_(tensor)
-    return tensor, 0 if planes.samples == 1 else stride
+class Pooled(NamedTuple):
+    """Samples as their `pooled_planes`; the stride of one sample, which is all, is 0."""
+
+    channels_last: bool
+    planes: PooledPlanes
+
+    def stride(self, tensor: torch.Tensor) -> int | None:
+        samples = Samples(self.channels_last)
+        stride = samples.stride(tensor)
+        if stride is None or self.planes.samples != 1:
+            return stride
+        return 0 if tensor.shape[0] == 1 or stride == samples.dense_stride(tensor) else None
+
+    def copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        return empty_samples(tensor, self.channels_last).copy_(tensor)
+
+    def dense_stride(self, tensor: torch.Tensor) -> int:
+        return 0 if self.planes.samples == 1 else Samples(self.channels_last).dense_stride(tensor)
 
 
 # --- elements, in whatever order they lie in memory ----------------------------------------------------------------

@@ -157,24 +157,39 @@ class FamilyCall(NamedTuple):
 @pytest.fixture
 def family_calls(monkeypatch: pytest.MonkeyPatch) -> list[FamilyCall]:
     """Grows with every forward and backward of a norm that autograd runs by kernels."""
-    autograd = pytest.importorskip("fused_ops.autograd", reason="Triton is not installed")
+    planned = pytest.importorskip("fused_ops.planned", reason="Triton is not installed")
     calls: list[FamilyCall] = []
-    original = autograd.family_of
+    original = planned.family_of
 
     def noted(norm: Any) -> Any:
         family = original(norm)
 
-        def noting(direction: str) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                result = getattr(family, direction)(*args, **kwargs)
-                calls.append(FamilyCall(direction, args, kwargs, result))
+        def plan_forward(*planned_for: Any) -> Callable[..., Any]:
+            norm, statistics, bits = planned_for[4:7]
+            run = family.plan_forward(*planned_for)
+
+            def forward(*args: Any) -> Any:
+                result = run(*args)
+                kwargs = {"save_statistics": statistics, "save_bits": bits}
+                calls.append(FamilyCall("forward", (*args[1:5], norm, *args[5:]), kwargs, result))
                 return result
 
-            return call
+            return forward
 
-        return family._replace(forward=noting("forward"), backward=noting("backward"))
+        def plan_backward(*planned_for: Any) -> Callable[..., Any]:
+            *_, norm, wanted = planned_for
+            run = family.plan_backward(*planned_for)
 
-    monkeypatch.setattr(autograd, "family_of", noted)
+            def backward(*args: Any) -> Any:
+                result = run(*args)
+                calls.append(FamilyCall("backward", (*args[1:], norm, wanted), {}, result))
+                return result
+
+            return backward
+
+        return family._replace(plan_forward=plan_forward, plan_backward=plan_backward)
+
+    monkeypatch.setattr(planned, "family_of", noted)
     return calls
 
 
@@ -194,6 +209,7 @@ def memory_checked() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def unwritten_memory_is_nan() -> Iterator[None]:
     """Fills what torch.empty returns with NaN, so that an element no kernel writes cannot pass by luck."""
+    fused_ops.known.forget()  # decided under what another test has replaced
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -35,7 +35,7 @@ def test_running_statistics_change_only_when_the_call_succeeds(function, point, 
 
     patched = {
         "norm": (torch, "_batch_norm_impl_index", fails),
-        "finish": (fused_ops.fallback, "finish", fails),
+        "finish": (fused_ops.fallback, "plan_finish", fails),
     }
     monkeypatch.setattr(*patched[point])
     with pytest.raises(RuntimeError, match="out of memory"):

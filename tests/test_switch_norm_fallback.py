@@ -220,7 +220,7 @@ def test_a_call_that_fails_moves_nothing(function, point, monkeypatch):
     def fails(*arguments: Any) -> None:
         raise RuntimeError("out of memory")
 
-    place = (fused_ops.switch_fallback, "_laid_out_as") if point == "norm" else (fused_ops.fallback, "finish")
+    place = (fused_ops.switch_fallback, "_laid_out_as") if point == "norm" else (fused_ops.fallback, "plan_finish")
     monkeypatch.setattr(*place, fails)
     running, before = statistics(4), statistics(4)
     with pytest.raises(RuntimeError, match="out of memory"):

@@ -1,27 +1,24 @@
-"""How a batch norm runs: the kernels, or the composition in `batch_fallback`. Its arguments are validated."""
+"""How a batch norm runs: the kernels, or the composition in `batch_fallback`. Each is decided for tensors that lie, and
+learn, in one way.
+"""
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 
-from .. import backend, batch_fallback
+from .. import backend, batch_fallback, fallback, known, validation
 from ..activation import Activation
-from .dispatch import _composed, _fused, _kernel
+from .dispatch import _activated, _kernel, _plan_composed, _plan_kernels
 
 if backend.HAS_TRITON:
-    from .. import autograd
     from ..kernels.problem import BatchNorm
     from ..kernels.views import lies_pooled_channels_last
-
-    _layout_of = functools.lru_cache(maxsize=4096)(lies_pooled_channels_last)
 
 Tensor = torch.Tensor
 
 
-def _batch_norm(
+def _plan_batch_norm(
+    function: str,
     x: Tensor,
     residual: Tensor | None,
     running_mean: Tensor | None,
@@ -33,20 +30,23 @@ def _batch_norm(
     eps: float,
     add_first: bool,
     activation: Activation | None,
-    dropout_p: float = 0.0,
-) -> Any:
-    """y, or (y, total) where the residual is added first, in x's layout. In training running statistics move."""
+    dropout_p: float,
+) -> known.Call:
+    """y, or (y, total) where the residual is added first, in x's layout, once the arguments are checked, as a function
+    of the six tensors. In training running statistics move."""
+    count = validation.batch(function, x, running_mean, running_var, training)
+    validation.operands(function, x, (count,), weight, bias, residual, added_first=add_first)
     run = _kernel(x, residual, weight, bias, running_mean, running_var) if x.numel() else None
     if run is not None:
-        layout = _layout_of if run is autograd.run else lies_pooled_channels_last  # a tracer looks through a cache
-        fused = _fused(activation, dropout_p, x)
-        norm = BatchNorm(layout(tuple(x.shape), x.stride()), training, momentum, eps, add_first, *fused)
-        return run(x, residual, weight, bias, norm, running_mean, running_var)
+        channels_last = lies_pooled_channels_last(x.shape, x.stride())
+        norm = BatchNorm(channels_last, training, momentum, eps, add_first, *_activated(activation))
+        kernels = _plan_kernels(run, x, residual, weight, bias, norm, dropout_p, running_mean, running_var)
+        return lambda x, residual, mean, var, weight, bias: kernels(x, residual, weight, bias, mean, var)
 
-    def composed(mean: Tensor | None, var: Tensor | None) -> Any:
-        def normalize(x: Tensor) -> Tensor:
-            return batch_fallback.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    def plan(x: Tensor, *others: Tensor | None) -> known.Call:
+        return batch_fallback.plan_batch_norm(x, *others, training=training, momentum=momentum, eps=eps)
 
-        return _composed(x, residual, add_first, activation, normalize, dropout_p)
-
-    return batch_fallback.put_back_on_failure(running_mean, running_var, training, composed)
+    tensors = (x, running_mean, running_var, weight, bias)
+    normalize = fallback.at_first(plan) if add_first else plan(*tensors)  # the total may be of another type
+    composed = _plan_composed(normalize, add_first, activation, dropout_p)
+    return batch_fallback.plan_put_back(composed) if training and running_mean is not None else composed

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .. import validation
+from .. import known, validation
 from ..activation import ActivationLike, resolve
-from .batch_dispatch import _batch_norm
+from .batch_dispatch import _plan_batch_norm
 
 Tensor = torch.Tensor
 
@@ -58,12 +58,14 @@ def batch_norm(
         torch.Size([2, 8, 16, 16])
     """
     function = "batch_norm"
-    count = validation.batch(function, input, running_mean, running_var, training)
-    validation.operands(function, input, (count,), weight, bias, residual)
-    momentum = validation.number(function, "momentum", momentum)
-    eps = validation.epsilon(function, eps, training)
-    found = resolve(activation)
-    return _batch_norm(input, residual, running_mean, running_var, weight, bias, training, momentum, eps, False, found)
+    training = bool(training)
+    momentum, eps = validation.number(function, "momentum", momentum), validation.epsilon(function, eps, training)
+    options = (training, momentum, eps, False, resolve(activation), 0.0)
+    tensors = (input, residual, running_mean, running_var, weight, bias)
+    key, call = known.recall(function, options, *tensors)
+    if call is None:
+        call = known.remember(key, _plan_batch_norm(function, *tensors, *options))
+    return call(*tensors)
 
 
 def add_batch_norm(
@@ -100,12 +102,12 @@ def add_batch_norm(
         >>> y, total = add_batch_norm(torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4), mean, var, training=True)
     """
     function = "add_batch_norm"
-    count = validation.batch(function, input, running_mean, running_var, training)
-    validation.operands(function, input, (count,), weight, bias, residual, added_first=True)
+    training = bool(training)
     p = validation.dropout(function, dropout_p, training)
-    momentum = validation.number(function, "momentum", momentum)
-    eps = validation.epsilon(function, eps, training)
-    found = resolve(activation)
-    return _batch_norm(
-        input, residual, running_mean, running_var, weight, bias, training, momentum, eps, True, found, p
-    )
+    momentum, eps = validation.number(function, "momentum", momentum), validation.epsilon(function, eps, training)
+    options = (training, momentum, eps, True, resolve(activation), p)
+    tensors = (input, residual, running_mean, running_var, weight, bias)
+    key, call = known.recall(function, options, *tensors)
+    if call is None:
+        call = known.remember(key, _plan_batch_norm(function, *tensors, *options))
+    return call(*tensors)

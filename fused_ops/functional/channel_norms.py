@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .. import residual_fallback, validation
+from .. import known, validation
 from ..activation import ActivationLike, resolve
-from .dispatch import _autocasts, _channel_norm, _instance_norm
+from .channel_dispatch import _plan_group_norm, _plan_instance_norm
 
 Tensor = torch.Tensor
 
@@ -50,12 +50,12 @@ def group_norm(
         True
     """
     function = "group_norm"
-    num_groups = validation.groups(function, input, num_groups)
-    validation.operands(function, input, (input.shape[1],), weight, bias, residual)
-    found = resolve(activation)
-    if _autocasts(input):
-        input, residual = input.float(), None if residual is None else residual.float()
-    return _channel_norm(input, residual, weight, bias, num_groups, float(eps), False, found)
+    groups = validation.num_groups(function, num_groups)
+    options = (groups, float(eps), False, resolve(activation), 0.0)
+    key, call = known.recall(function, options, input, residual, weight, bias)
+    if call is None:
+        call = known.remember(key, _plan_group_norm(function, input, residual, weight, bias, *options))
+    return call(input, residual, weight, bias)
 
 
 def add_group_norm(
@@ -87,15 +87,13 @@ def add_group_norm(
         >>> y, total = add_group_norm(torch.randn(2, 64, 8, 8), torch.randn(2, 64, 8, 8), 32)
     """
     function = "add_group_norm"
-    num_groups = validation.groups(function, input, num_groups)
-    validation.operands(function, input, (input.shape[1],), weight, bias, residual, added_first=True)
+    groups = validation.num_groups(function, num_groups)
     p = validation.dropout(function, dropout_p, training)
-    found = resolve(activation)
-    if _autocasts(input):
-        # torch adds in the tensors' own type and normalizes in float32, so y and total are of two types.
-        total = residual_fallback.dropout(input, residual, p) + residual
-        return _channel_norm(total.float(), None, weight, bias, num_groups, float(eps), False, found), total
-    return _channel_norm(input, residual, weight, bias, num_groups, float(eps), True, found, p)
+    options = (groups, float(eps), True, resolve(activation), p)
+    key, call = known.recall(function, options, input, residual, weight, bias)
+    if call is None:
+        call = known.remember(key, _plan_group_norm(function, input, residual, weight, bias, *options))
+    return call(input, residual, weight, bias)
 
 
 def instance_norm(
@@ -142,22 +140,13 @@ def instance_norm(
         torch.Size([2, 8, 16, 16])
     """
     function = "instance_norm"
-    count = validation.planes(function, input, running_mean, running_var, use_input_stats)
-    validation.operands(function, input, (count,), weight, bias, residual)
     momentum = validation.number(function, "momentum", momentum)
-    return _instance_norm(
-        input,
-        residual,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        use_input_stats,
-        momentum,
-        float(eps),
-        False,
-        resolve(activation),
-    )
+    options = (bool(use_input_stats), momentum, float(eps), False, resolve(activation), 0.0)
+    tensors = (input, residual, running_mean, running_var, weight, bias)
+    key, call = known.recall(function, options, *tensors)
+    if call is None:
+        call = known.remember(key, _plan_instance_norm(function, *tensors, *options))
+    return call(*tensors)
 
 
 def add_instance_norm(
@@ -183,21 +172,11 @@ def add_instance_norm(
         >>> y, total = add_instance_norm(torch.randn(2, 8, 16, 16), torch.randn(2, 8, 16, 16), activation="relu")
     """
     function = "add_instance_norm"
-    count = validation.planes(function, input, running_mean, running_var, use_input_stats)
-    validation.operands(function, input, (count,), weight, bias, residual, added_first=True)
     p = validation.dropout(function, dropout_p, training)
     momentum = validation.number(function, "momentum", momentum)
-    return _instance_norm(
-        input,
-        residual,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        use_input_stats,
-        momentum,
-        float(eps),
-        True,
-        resolve(activation),
-        p,
-    )
+    options = (bool(use_input_stats), momentum, float(eps), True, resolve(activation), p)
+    tensors = (input, residual, running_mean, running_var, weight, bias)
+    key, call = known.recall(function, options, *tensors)
+    if call is None:
+        call = known.remember(key, _plan_instance_norm(function, *tensors, *options))
+    return call(*tensors)

@@ -9,7 +9,7 @@ from ..activation import Activation, ActivationLike, resolve
 from .dispatch import _kernel
 
 if backend.HAS_TRITON:
-    from .. import autograd, drops, residual_autograd, residual_ops
+    from .. import drops, planned, residual_autograd, residual_ops
     from ..kernels.problem import ResidualAdd
 
 Tensor = torch.Tensor
@@ -88,7 +88,7 @@ def _residual_add(
     fused = () if activation is None else (activation.name, *activation.scalars)
     problem = ResidualAdd(dropout_p, drop_path_p, *fused)
     seed = drops.draw_seed(x.device) if dropout_p > 0.0 or drop_path_p > 0.0 else None
-    run = residual_autograd.run if run is autograd.run else residual_ops.run
+    run = residual_autograd.run if run is planned.run else residual_ops.run
     return run(x, residual, scale, seed, problem)
 
 

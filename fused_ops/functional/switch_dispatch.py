@@ -12,7 +12,7 @@ from ..activation import Activation
 from .dispatch import _composed, _fused, _kernel
 
 if backend.HAS_TRITON:
-    from .. import autograd, switch_autograd
+    from .. import planned, switch_autograd
     from ..kernels.problem import SwitchNorm
     from ..kernels.views import lies_channels_last
 
@@ -39,7 +39,7 @@ def _switch_norm(
 ) -> Any:
     """y, or (y, total) where the residual is added first, in x's layout. In training running statistics move."""
     run = _kernel(x, residual, weight, bias, mean_weight, var_weight, running_mean, running_var) if x.numel() else None
-    if run is not None and run is autograd.run:  # a tracer gets torch's operations
+    if run is not None and run is planned.run:  # a tracer gets torch's operations
         fused = _fused(activation, dropout_p, x)
         channels_last = _layout_of(tuple(x.shape), x.stride(), x.shape[1])
         norm = SwitchNorm(channels_last, training, momentum, eps, add_first, *fused)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import validation
-from .dispatch import _row_norm
+from .. import known
+from .row_dispatch import _plan_weight_standardize
 
 Tensor = torch.Tensor
 
@@ -35,16 +35,8 @@ def weight_standardize(weight: Tensor, eps: float = 1e-5) -> Tensor:
         >>> torch.nn.functional.conv2d(x, weight_standardize(weight)).shape
         torch.Size([2, 16, 6, 6])
     """
-    validation.filters("weight_standardize", weight)
-    if weight.is_contiguous():
-        return _standardized_rows(weight.flatten(1), eps).view(weight.shape)
-    # Filters are rows in whatever order their elements lie in memory.
-    order = [0, *sorted(range(1, weight.dim()), key=weight.stride, reverse=True)]
-    filters = weight.permute(order)
-    back = [order.index(dim) for dim in range(weight.dim())]
-    return _standardized_rows(filters.flatten(1), eps).view(filters.shape).permute(back)
-
-
-def _standardized_rows(rows: Tensor, eps: float) -> Tensor:
-    span = rows.shape[1]
-    return _row_norm(rows, None, None, None, (span,), span, float(eps), True, None)
+    function, options = "weight_standardize", (float(eps),)
+    key, call = known.recall(function, options, weight)
+    if call is None:
+        call = known.remember(key, _plan_weight_standardize(function, weight, *options))
+    return call(weight)

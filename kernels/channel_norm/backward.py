@@ -12,7 +12,7 @@ from ..dropout import drop_numbers
 from ..launch import cdiv
 from ..launcher import Launcher, Tensors
 from ..problem import BatchNorm, Gradients, GroupNorm, SwitchNorm, Tensor, Wanted, parameter_zeros
-from ..views import columns, empty_samples, sample_view
+from ..views import Samples, View, empty_samples, plan_reading
 from .backward_kernels import channel_norm_backward_kernel
 from .backward_pieces import BackwardKind, BackwardPieces, Floats, Pair, Strides
 from .config import group_backward_tile, plane_kind, plane_units, widest_access, with_dropout
@@ -39,61 +39,93 @@ def group_norm_backward(
     norm.add_first, dx and dresidual are the same values, but for dropout: without it ask for both only where their
     types differ.
     """
+    tensors = (dy, dtotal, x, residual, bits, weight, bias, mean, rstd)
+    return plan_backward(*tensors, norm, wanted)(norm.seed, *tensors)
+
+
+def plan_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor | None,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    norm: GroupNorm,
+    wanted: Wanted,
+) -> Callable[..., Gradients]:
+    """`group_norm_backward` of all tensors that lie as these do: a function of the seed and of them."""
     groups, channels_last, _, add_first, activation, alpha, beta, dropout_p, seed = norm
     samples, channels, *positions = dy.shape
     plane = math.prod(positions)
-    dx, dresidual = allocate_gradients(dy, x, norm, wanted)
     if dy.numel() == 0:
-        return Gradients(dx, dresidual, *parameter_zeros(weight, bias, wanted))
-
-    given, units, vec, dtypes = operands(
-        dy, dtotal, (x, residual, bits, weight, bias, mean, rstd), norm, wanted,
-        (channels, plane, channels_last), lambda tensor: sample_view(tensor, channels_last),
-    )  # fmt: skip
+        return without_elements(norm, wanted)
+    tensors = (dy, dtotal, x, residual, bits, weight, bias, mean, rstd, seed)
+    read, units, vec, dtypes = plan_operands(
+        tensors, norm, wanted, (channels, plane, channels_last), Samples(channels_last)
+    )
     kind = (channels, groups, plane_kind(plane), channels_last, False, False, vec, add_first, activation, wanted)
     schedule = _schedule(*kind, *dtypes)
     floats = (*drop_numbers(seed, dropout_p, plane), alpha, beta)
-    return Gradients(dx, dresidual, *schedule(samples, plane, given, (dx, dresidual), units, floats))
+    norm = norm._replace(seed=None)  # that of each call is its own
+
+    def run(seed: Tensor | None, dy: Tensor, dtotal: Tensor | None, x: Tensor | None, *others: Any) -> Gradients:
+        out = allocate_gradients(dy, x, norm, wanted)
+        given = read((dy, dtotal, x, *others, seed))
+        return Gradients(*out, *schedule(samples, plane, given, out, units, floats))
+
+    return run
+
+
+def without_elements(norm: GroupNorm | BatchNorm, wanted: Wanted) -> Callable[..., Gradients]:
+    """The backward of calls that have none."""
+    return lambda seed, dy, dtotal, x, residual, bits, weight, bias, *_: Gradients(
+        *allocate_gradients(dy, x, norm, wanted), *parameter_zeros(weight, bias, wanted)
+    )
 
 
 class Operands(NamedTuple):
-    """What a backward reads, as kernels take it: tensors, dy first, strides of samples in units of vec elements, and
-    the types of `BackwardKind`."""
+    """What a backward reads, as kernels take it: a function of dy and what follows it, the seed last; strides of
+    samples in units of vec elements, and the types of `BackwardKind`."""
 
-    given: Tensors
+    read: Callable[[Tensors], Tensors]
     strides: Strides
     vec: int
     dtypes: list[Any]
 
 
-def operands(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    saved: Tensors,
+def plan_operands(
+    tensors: Tensors,
     norm: GroupNorm | BatchNorm | SwitchNorm,
     wanted: Wanted,
     sizes: tuple[int, int, bool],
-    view: Callable[[Tensor], tuple[Tensor, int]],
+    view: View,
+    reads_x: bool = True,
 ) -> Operands:
-    """The operands of a call with elements; `saved` are x and what follows it in `group_norm_backward`, `sizes` the
-    channels of a sample, the length of a plane and whether channels lie last, as `view` shows them with a stride."""
-    x, residual, bits, weight, bias, mean, rstd = saved
-    bias_read = columns(bias)
-    if norm.activation is None or bits is not None:  # z is not computed again
-        residual = bias_read = None
-    needs_dx = wanted.dx or (norm.add_first and wanted.dresidual)
-    strides = [0, 0, 0, 0]
-    activations = [dy, dtotal if needs_dx else None, x, residual]
-    for index, tensor in enumerate(activations):
-        if tensor is not None:
-            activations[index], strides[index] = view(tensor)
+    """The operands of calls on `tensors`, dy and what follows it in `group_norm_backward`, then the seed; `sizes` are
+    the channels of a sample, the length of a plane and whether channels lie last, as the view shows them."""
+    dy, _, _, _, bits, _, bias, *_ = tensors
+    assert dy is not None
+    computes_z = norm.activation is not None and bits is None
+    reads_total = wanted.dx or (norm.add_first and wanted.dresidual)
+
+    def needed(tensors: Tensors) -> Tensors:
+        dy, dtotal, x, residual, bits, weight, bias, mean, rstd, seed = tensors
+        dtotal = dtotal if reads_total else None
+        x = x if reads_x else None
+        residual, bias = (residual, bias) if computes_z else (None, None)
+        return dy, dtotal, x, residual, bits, weight, bias, mean, rstd, seed
+
+    given = needed(tensors)
+    # What was saved may come back in another layout, from whoever packed it.
+    strides, read = plan_reading(view, given, activations=4)
     channels, plane, _ = sizes
     # What is written has no gaps, and may be read again.
     vec = widest_access(dy.element_size(), *sizes, *strides, channels * plane)
-    # What was saved may come back in another layout, from whoever packed it.
-    given = (*activations, columns(bits), columns(weight), bias_read, columns(mean), columns(rstd), norm.seed)
     dtypes = [None if tensor is None else tensor.dtype for tensor in (*given, bias)]  # bias: read or not, dbias's type
-    return Operands(given, [stride // vec for stride in strides], vec, dtypes)
+    return Operands(lambda tensors: read(needed(tensors)), [stride // vec for stride in strides], vec, dtypes)
 
 
 def allocate_gradients(dy: Tensor, x: Tensor | None, norm: GroupNorm | BatchNorm | SwitchNorm, wanted: Wanted) -> Pair:

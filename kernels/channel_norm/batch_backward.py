@@ -5,16 +5,17 @@ planes, or twice where statistics are given.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from ..launch import cdiv
 from ..launcher import Launcher, Tensors
-from ..problem import BatchNorm, Gradients, Tensor, Wanted, parameter_zeros
-from ..views import PooledPlanes, pooled_planes, pooled_view
-from .backward import allocate_gradients, operands
-from .backward_pieces import BackwardKind, BackwardPieces, Strides
+from ..problem import BatchNorm, Gradients, Tensor, Wanted
+from ..views import Pooled, PooledPlanes, pooled_planes
+from .backward import allocate_gradients, plan_operands, without_elements
+from .backward_pieces import BackwardKind, BackwardPieces, Pair, Strides
 from .batch_forward import batch_drop_numbers
 from .batch_kernels import batch_norm_backward_kernel
 from .config import ChannelTile, batch_backward_tile, pooled_plane_kind, with_dropout
@@ -34,54 +35,82 @@ def batch_norm_backward(
     wanted: Wanted,
 ) -> Gradients:
     """The wanted gradients, as of `group_norm_backward`. Not norm.training, mean and rstd are no functions of x."""
-    dx, dresidual = allocate_gradients(dy, x, norm, wanted)
-    if dy.numel() == 0:
-        return Gradients(dx, dresidual, *parameter_zeros(weight, bias, wanted))
+    tensors = (dy, dtotal, x, residual, bits, weight, bias, mean, rstd)
+    return plan_backward(*tensors, norm, wanted)(norm.seed, *tensors)
 
-    saved = (x, residual, bits, weight, bias, mean, rstd)
-    kind, view, given, strides = prepare_backward(dy, dtotal, saved, norm, wanted)
+
+def plan_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor | None,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    norm: BatchNorm,
+    wanted: Wanted,
+) -> Callable[..., Gradients]:
+    """`batch_norm_backward` of all tensors that lie as these do: a function of the seed and of them."""
+    if dy.numel() == 0:
+        return without_elements(norm, wanted)
+    tensors = (dy, dtotal, x, residual, bits, weight, bias, mean, rstd, norm.seed)
+    kind, view, read, strides = prepare_backward(tensors, norm, wanted)
     floats = (*batch_drop_numbers(norm, dy), norm.alpha, norm.beta)
     tile = None
     if norm.training and view.channels_last:
         is_read = kind.residual is not None
         tile = batch_backward_tile(view.plane, view.channels // kind.groups, dy.element_size(), is_read)
-    if tile is None:
-        found = backward_pieces_of(kind)(view.samples, view.plane, given, (dx, dresidual), strides, floats)
-        return Gradients(dx, dresidual, *found)
-    dweight = torch.empty(kind.groups, dtype=kind.weight, device=dy.device) if wanted.dweight else None
-    dbias = torch.empty(kind.groups, dtype=kind.dbias, device=dy.device) if wanted.dbias else None
-    launch, programs = _whole_channels(kind, tile), cdiv(kind.groups, tile.block_channels)
-    launch(programs, dy.device, given, (dx, dresidual, dweight, dbias), view.plane, *floats)
-    return Gradients(dx, dresidual, dweight, dbias)
+    norm = norm._replace(seed=None)  # that of each call is its own
+
+    if tile is not None:
+        launch, programs = _whole_channels(kind, tile), cdiv(kind.groups, tile.block_channels)
+
+        def compute(given: Tensors, out: Pair) -> Pair:
+            device = given[0].device  # type: ignore[union-attr]
+            dweight = torch.empty(kind.groups, dtype=kind.weight, device=device) if wanted.dweight else None
+            dbias = torch.empty(kind.groups, dtype=kind.dbias, device=device) if wanted.dbias else None
+            launch(programs, device, given, (*out, dweight, dbias), view.plane, *floats)
+            return dweight, dbias
+
+    else:
+        pieces = backward_pieces_of(kind)
+
+        def compute(given: Tensors, out: Pair) -> Pair:
+            return pieces(view.samples, view.plane, given, out, strides, floats)
+
+    def run(seed: Tensor | None, dy: Tensor, dtotal: Tensor | None, x: Tensor | None, *others: Any) -> Gradients:
+        out = allocate_gradients(dy, x, norm, wanted)
+        return Gradients(*out, *compute(read((dy, dtotal, x, *others, seed)), out))
+
+    return run
 
 
 class PreparedBackward(NamedTuple):
-    """A call as kernels take it: tensors that they can read, dy first, strides in units of kind.vec."""
+    """Calls as kernels take them: what reads dy and what follows it; strides in units of kind.vec."""
 
     kind: BackwardKind
     view: PooledPlanes
-    given: Tensors
+    read: Callable[[Tensors], Tensors]
     strides: Strides
 
 
-def prepare_backward(
-    dy: Tensor, dtotal: Tensor | None, saved: Tensors, norm: BatchNorm, wanted: Wanted
-) -> PreparedBackward:
-    """What `batch_norm_backward` was given, of which there are elements; `saved` are x and what follows it there."""
-    x, residual, bits, weight, bias, mean, rstd = saved
+def prepare_backward(tensors: Tensors, norm: BatchNorm, wanted: Wanted) -> PreparedBackward:
+    """Calls of `batch_norm_backward` on tensors that lie as these do, dy with elements first and the seed last."""
+    dy, bits = tensors[0], tensors[4]
+    assert dy is not None
     view = pooled_planes(dy.shape, norm.channels_last)
     computes_z = norm.activation is not None and bits is None
-    if not (computes_z or wanted.dweight or (norm.training and (wanted.dx or wanted.dresidual))):
-        x = None
-    given, strides, vec, dtypes = operands(
-        dy, dtotal, (x, residual, bits, weight, bias, mean, rstd), norm, wanted,
-        view[1:], lambda tensor: pooled_view(tensor, norm.channels_last, view),
-    )  # fmt: skip
+    reads_x = computes_z or wanted.dweight or (norm.training and (wanted.dx or wanted.dresidual))
+    read, strides, vec, dtypes = plan_operands(
+        tensors, norm, wanted, view[1:], Pooled(norm.channels_last, view), reads_x
+    )
     kind = BackwardKind(
         view.channels, dy.shape[1], pooled_plane_kind(view), view.channels_last, True, not norm.training,
         vec, norm.add_first, norm.activation, wanted, *dtypes,
     )  # fmt: skip
-    return PreparedBackward(kind, view, given, strides)
+    return PreparedBackward(kind, view, read, strides)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from ..dropout import drop_numbers
 from ..launch import cdiv
 from ..launcher import Launcher, Tensors
 from ..problem import BatchNorm, Forward, Tensor, compute_dtype
-from ..views import PooledPlanes, columns, empty_samples, pooled_planes, pooled_view
+from ..views import Pooled, PooledPlanes, columns, empty_samples, plan_reading, pooled_planes
 from .batch_kernels import batch_norm_forward_kernel
 from .config import ChannelTile, batch_forward_tile, pooled_plane_kind, widest_access, with_dropout
 from .forward_pieces import Floats, ForwardKind, ForwardPieces, Running
@@ -38,32 +39,66 @@ def batch_norm_forward(
     the norm's. weight, bias and the running statistics have an element a channel. With save_bits, a bit says that the
     activation's slope is 1.
     """
-    out = allocate(x, residual, norm, save_statistics, save_bits)
+    run = plan_forward(x, residual, weight, bias, norm, save_statistics, save_bits, running_mean, running_var)
+    return run(norm.seed, x, residual, weight, bias, running_mean, running_var)
+
+
+def plan_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: BatchNorm,
+    save_statistics: bool,
+    save_bits: bool,
+    *running: Tensor | None,
+) -> Callable[..., Forward]:
+    """`batch_norm_forward` of all tensors that lie as these do: a function of the seed and of them."""
     if x.numel() == 0:
-        return out
-    running = (columns(running_mean), columns(running_var))
-    kind, view, given, strides = prepare(x, residual, weight, bias, norm, running, save_statistics, save_bits)
+        return lambda seed, x, residual, *_: allocate(x, residual, norm, save_statistics, save_bits)
+    kind, view, read, strides = prepare(x, residual, weight, bias, norm, running, save_statistics, save_bits)
     floats = numbers_of(norm, x)
     tile = None
     if norm.training and view.channels_last:
         waiting = 2 if residual is not None and not norm.add_first else 1
         tile = batch_forward_tile(view.plane, view.channels // kind.groups, x.element_size(), waiting)
+    norm = norm._replace(seed=None)  # that of each call is its own
+    training, momentum = norm.training, norm.momentum
+
     if tile is not None:
-        launch = _whole_channels(kind, tile)
-        y, total, mean, rstd, bits = out
-        launch(
-            cdiv(kind.groups, tile.block_channels), y.device, (*given, *running), (y, total, bits, mean, rstd),
-            view.plane, norm.momentum, *floats,
-        )  # fmt: skip
-        store_moved((running_mean, running_var), running)
+        launch, programs = _whole_channels(kind, tile), cdiv(kind.groups, tile.block_channels)
+
+        def compute(given: Tensors, out: Forward, moved: Running) -> None:
+            y, total, mean, rstd, bits = out
+            launch(programs, y.device, (*given, *moved), (y, total, bits, mean, rstd), view.plane, momentum, *floats)
+
+    else:
+        pieces = pieces_of(kind)
+
+        def compute(given: Tensors, out: Forward, moved: Running) -> None:
+            call = (view.samples, view.plane, given, out, strides, floats, moved)
+            if training:
+                pieces(*call, momentum)
+            else:
+                pieces.by_running_statistics(*call)
+
+    def run(
+        seed: Tensor | None,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+    ) -> Forward:
+        out = allocate(x, residual, norm, save_statistics, save_bits)
+        moved = (columns(running_mean), columns(running_var))
+        compute(read((x, residual, weight, bias, seed)), out, moved)
+        if training:
+            store_moved((running_mean, running_var), moved)
         return out
-    call = (view.samples, view.plane, given, out, strides, floats)
-    if not norm.training:
-        pieces_of(kind).by_running_statistics(*call, running)
-        return out
-    pieces_of(kind)(*call, running, norm.momentum)
-    store_moved((running_mean, running_var), running)
-    return out
+
+    return run
 
 
 def numbers_of(norm: BatchNorm, x: Tensor) -> Floats:
@@ -80,12 +115,11 @@ def batch_drop_numbers(norm: BatchNorm, x: Tensor) -> tuple[int, int, float]:
 
 
 class Prepared(NamedTuple):
-    """A call as kernels take it: x, residual, weight and bias that they can read, the seed; strides in units of
-    kind.vec."""
+    """Calls as kernels take them: what reads x, residual, weight, bias and the seed; strides in units of kind.vec."""
 
     kind: ForwardKind
     view: PooledPlanes
-    given: Tensors
+    read: Callable[[Tensors], Tensors]
     strides: tuple[int, int]
 
 
@@ -95,26 +129,23 @@ def prepare(
     weight: Tensor | None,
     bias: Tensor | None,
     norm: BatchNorm,
-    running: Running,
+    running: tuple[Tensor | None, ...],
     save_statistics: bool,
     save_bits: bool,
 ) -> Prepared:
-    """What `batch_norm_forward` was given, of which there are elements."""
+    """Calls of `batch_norm_forward` on tensors that lie as these do, of which there are elements."""
     view = pooled_planes(x.shape, norm.channels_last)
-    groups = x.shape[1]
-    x, x_stride = pooled_view(x, norm.channels_last, view)
-    residual, residual_stride = (None, 0) if residual is None else pooled_view(residual, norm.channels_last, view)
-    given = (x, residual, columns(weight), columns(bias), norm.seed)
-    dtypes: list[Any] = [None if tensor is None else tensor.dtype for tensor in (*given, *running)]
+    tensors = (x, residual, weight, bias, norm.seed)
+    strides, read = plan_reading(Pooled(norm.channels_last, view), tensors, activations=2)
+    dtypes: list[Any] = [None if tensor is None else tensor.dtype for tensor in (*tensors, *(running or (None, None)))]
     vec, dense_vec = (
-        widest_access(x.element_size(), *view[1:], *strides)
-        for strides in ((x_stride, residual_stride), (view.channels * view.plane,))
+        widest_access(x.element_size(), *view[1:], *of_runs) for of_runs in (strides, (view.channels * view.plane,))
     )
     kind = ForwardKind(
-        view.channels, groups, pooled_plane_kind(view), view.channels_last, True, vec, dense_vec,
+        view.channels, x.shape[1], pooled_plane_kind(view), view.channels_last, True, vec, dense_vec,
         norm.add_first, norm.activation, save_bits, save_statistics, *dtypes,
     )  # fmt: skip
-    return Prepared(kind, view, given, (x_stride // vec, residual_stride // vec))
+    return Prepared(kind, view, read, (strides[0] // vec, strides[1] // vec))
 
 
 def store_moved(statistics: Running, moved: Running) -> None:

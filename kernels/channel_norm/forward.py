@@ -13,7 +13,7 @@ from ..dropout import drop_numbers
 from ..launch import cdiv
 from ..launcher import Launcher, Tensors
 from ..problem import Forward, GroupNorm, Tensor, compute_dtype
-from ..views import columns, empty_samples, sample_view
+from ..views import Samples, empty_samples, plan_reading
 from .config import group_forward_tile, plane_kind, plane_units, widest_access, with_dropout
 from .forward_kernels import channel_norm_forward_kernel
 from .forward_pieces import Floats, ForwardKind, ForwardPieces
@@ -36,24 +36,45 @@ def group_norm_forward(
     x is [samples, channels, *positions]; x or a residual is copied where its samples have gaps or another layout than
     the norm's. weight and bias have an element a channel. With save_bits, a bit says that the activation's slope is 1.
     """
+    run = plan_forward(x, residual, weight, bias, norm, save_statistics, save_bits)
+    return run(norm.seed, x, residual, weight, bias)
+
+
+def plan_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: GroupNorm,
+    save_statistics: bool,
+    save_bits: bool,
+) -> Callable[..., Forward]:
+    """`group_norm_forward` of all tensors that lie as these do: a function of the seed and of them."""
     groups, channels_last, eps, add_first, activation, alpha, beta, dropout_p, seed = norm
+    norm = norm._replace(seed=None)  # that of each call is its own
+    if x.numel() == 0:
+        return lambda seed, x, residual, *_: allocate(x, residual, norm, save_statistics, save_bits)
     samples, channels, *positions = x.shape
     plane = math.prod(positions)
-    out = allocate(x, residual, norm, save_statistics, save_bits)
-    if x.numel() == 0:
-        return out
-    x, x_stride = sample_view(x, channels_last)
-    residual, residual_stride = (None, 0) if residual is None else sample_view(residual, channels_last)
-    given = (x, residual, columns(weight), columns(bias), seed)
-    dtypes = [None if tensor is None else tensor.dtype for tensor in given]
+    tensors = (x, residual, weight, bias, seed)
+    strides, read = plan_reading(Samples(channels_last), tensors, activations=2)
+    dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
     itemsize = x.element_size()
-    vec = widest_access(itemsize, channels, plane, channels_last, x_stride, residual_stride)
+    vec = widest_access(itemsize, channels, plane, channels_last, *strides)
     dense_vec = widest_access(itemsize, channels, plane, channels_last, channels * plane)
     kind = (channels, groups, plane_kind(plane), channels_last, False, vec, dense_vec)
     schedule = _schedule(*kind, add_first, activation, save_bits, save_statistics, *dtypes)
     floats = (*drop_numbers(seed, dropout_p, plane), eps, alpha, beta)
-    schedule(samples, plane, given, out, (x_stride // vec, residual_stride // vec), floats)
-    return out
+    units = strides[0] // vec, strides[1] // vec
+
+    def run(
+        seed: Tensor | None, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> Forward:
+        out = allocate(x, residual, norm, save_statistics, save_bits)
+        schedule(samples, plane, read((x, residual, weight, bias, seed)), out, units, floats)
+        return out
+
+    return run
 
 
 def allocate(x: Tensor, residual: Tensor | None, norm: GroupNorm, save_statistics: bool, save_bits: bool) -> Forward:

@@ -11,8 +11,8 @@ import torch
 from ..dropout import drop_numbers
 from ..launcher import Launcher
 from ..problem import Gradients, Kinds, Mixture, SwitchNorm, Tensor, Wanted, compute_dtype
-from ..views import columns, sample_view
-from .backward import allocate_gradients, operands
+from ..views import Samples, columns
+from .backward import allocate_gradients, plan_operands
 from .backward_pieces import BackwardKind, BackwardPieces
 from .config import MERGE_REGISTERS, MERGED, plane_kind
 from .switch_forward import merging_programs
@@ -48,10 +48,10 @@ def switch_norm_backward(
     samples, channels, *positions = dy.shape
     plane, device = math.prod(positions), dy.device
     dx, dresidual = allocate_gradients(dy, x, norm, wanted)
-    given, units, vec, dtypes = operands(
-        dy, dtotal, (x, residual, bits, weight, bias, mean, rstd), norm, wanted,
-        (channels, plane, channels_last), lambda tensor: sample_view(tensor, channels_last),
-    )  # fmt: skip
+    tensors = (dy, dtotal, x, residual, bits, weight, bias, mean, rstd, seed)
+    sizes = (channels, plane, channels_last)
+    read, units, vec, dtypes = plan_operands(tensors, norm, wanted, sizes, Samples(channels_last))
+    given = read(tensors)
     dtypes += [mixture.kinds, mixture.mean_weight.dtype, mixture.var_weight.dtype, *wanted_of_mixture]
     kind = BackwardKind(
         channels, channels, plane_kind(plane), channels_last, False, False, vec, add_first, activation, wanted, *dtypes,

@@ -12,7 +12,7 @@ from ..dropout import drop_numbers
 from ..launch import cdiv
 from ..launcher import Launcher
 from ..problem import Forward, GroupNorm, Kinds, Mixture, SwitchNorm, Tensor, compute_dtype
-from ..views import columns, sample_view
+from ..views import Samples, columns, plan_reading
 from .batch_forward import store_moved
 from .config import MERGE_REGISTERS, MERGED, plane_kind, widest_access
 from .forward import allocate as allocate_of_planes
@@ -41,31 +41,31 @@ def switch_norm_forward(
     out = allocate(x, residual, norm, save_statistics, save_bits)
     if x.numel() == 0:
         return out, None
-    x, x_stride = sample_view(x, channels_last)
-    residual, residual_stride = (None, 0) if residual is None else sample_view(residual, channels_last)
-    given = (x, residual, columns(weight), columns(bias), seed)
+    tensors = (x, residual, weight, bias, seed)
+    strides, read = plan_reading(Samples(channels_last), tensors, activations=2)
+    given = read(tensors)
     floats = (*drop_numbers(seed, dropout_p, plane), eps, alpha, beta)
     running = (columns(running_mean), columns(running_var))
     weights = (columns(mixture.mean_weight), columns(mixture.var_weight))
     dtypes: list[Any] = [None if tensor is None else tensor.dtype for tensor in (*given, *running)]
     dtypes += [mixture.kinds, mixture.mean_weight.dtype, mixture.var_weight.dtype]
     vec, dense_vec = (
-        widest_access(x.element_size(), channels, plane, channels_last, *strides)
-        for strides in ((x_stride, residual_stride), (channels * plane,))
+        widest_access(x.element_size(), channels, plane, channels_last, *of_runs)
+        for of_runs in (strides, (channels * plane,))
     )
     kind = ForwardKind(
         channels, channels, plane_kind(plane), channels_last, False, vec, dense_vec,
         add_first, activation, save_bits, save_statistics, *dtypes,
     )  # fmt: skip
-    strides = (x_stride // vec, residual_stride // vec)
+    units = (strides[0] // vec, strides[1] // vec)
     pieces, merge = _pieces(kind), _merge(kind, training)
-    moments, *lengths = pieces.reduce(samples, plane, given, out.total, strides, floats)
+    moments, *lengths = pieces.reduce(samples, plane, given, out.total, units, floats)
     means = torch.empty(samples * channels + samples + channels, dtype=compute_dtype(x.dtype), device=x.device)
     kinds = Kinds(means, torch.empty_like(means))
     merge(merging_programs(samples, channels), x.device, running, (*moments, *kinds), samples, *lengths, momentum)
     if training:
         store_moved((running_mean, running_var), running)
-    pieces.finish(samples, plane, given, out, strides, floats, (*kinds, *weights))
+    pieces.finish(samples, plane, given, out, units, floats, (*kinds, *weights))
     return out, kinds
 
 

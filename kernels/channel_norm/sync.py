@@ -25,12 +25,14 @@ class SyncForward:
     ) -> None:
         self.norm = norm
         self.out = allocate(x, residual, norm, save_statistics=False, save_bits=save_bits)
-        self.call = prepare(x, residual, weight, bias, norm, (None, None), True, save_bits)
+        tensors = (x, residual, weight, bias)
+        self.kind, self.view, read, self.strides = prepare(*tensors, norm, (), True, save_bits)
+        self.given = read((*tensors, norm.seed))
         self.floats = numbers_of(norm, x)
 
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:
         """A rough mean of x, the difference of the mean from it, and the sum of squared deviations, [channels] each."""
-        kind, view, given, strides = self.call
+        kind, view, given, strides = self.kind, self.view, self.given, self.strides
         pieces = pieces_of(kind)
         origin = torch.empty(kind.groups, dtype=compute_dtype(kind.x), device=self.out.y.device)
         mean, m2 = torch.empty_like(origin), torch.empty_like(origin)
@@ -40,7 +42,7 @@ class SyncForward:
 
     def finish(self, mean: Tensor, rstd: Tensor) -> Forward:
         """y and what else was asked for, after `moments`."""
-        kind, view, given, strides = self.call
+        kind, view, given, strides = self.kind, self.view, self.given, self.strides
         out = self.out._replace(mean=mean, rstd=rstd)
         pieces_of(kind).finish(view.samples, view.plane, given, out, strides, self.floats)
         return out
@@ -67,13 +69,14 @@ class SyncBackward:
         # Others need the means, whether dx is wanted here or not; and who has it stored must always have it stored.
         with_dx = wanted._replace(dx=True)
         self.dx, self.dresidual = allocate_gradients(dy, x, norm, with_dx)
-        saved = (x, residual, bits, weight, bias, mean, rstd)
-        self.call = prepare_backward(dy, dtotal, saved, norm, with_dx)
+        tensors = (dy, dtotal, x, residual, bits, weight, bias, mean, rstd, norm.seed)
+        self.kind, self.view, read, self.strides = prepare_backward(tensors, norm, with_dx)
+        self.given = read(tensors)
         self.floats = (*batch_drop_numbers(norm, dy), norm.alpha, norm.beta)
 
     def means(self) -> tuple[Tensor, Tensor]:
         """The means of g = dz * weight and of g * x_hat over dy, [channels] each."""
-        kind, view, given, strides = self.call
+        kind, view, given, strides = self.kind, self.view, self.given, self.strides
         means, self.parameters, self.lengths = backward_pieces_of(kind).sum_up(
             view.samples, view.plane, given, self._written(), strides, self.floats
         )
@@ -83,7 +86,7 @@ class SyncBackward:
 
     def finish(self, mean_g: Tensor, mean_g_x_hat: Tensor) -> Gradients:
         """The wanted gradients, after `means`, from the means over all that mean and rstd depend on."""
-        kind, view, given, strides = self.call
+        kind, view, given, strides = self.kind, self.view, self.given, self.strides
         pieces = backward_pieces_of(kind)
         if self.wanted.dx or (self.wanted.dresidual and not pieces.leaves_dz):
             means = (None, None, None, None, mean_g, mean_g_x_hat)

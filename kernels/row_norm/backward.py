@@ -11,10 +11,11 @@ import torch
 import triton
 
 from ..activations import ACTIVATIONS
-from ..column_sum import column_sum
+from ..column_sum import column_summer
 from ..dropout import rate_of
 from ..launch import (
     DeviceFacts,
+    RowConfig,
     backward_chunk_config,
     backward_programs,
     backward_walk_config,
@@ -28,7 +29,7 @@ from ..launch import (
 )
 from ..launcher import Launcher, Tensors
 from ..problem import Gradients, RowNorm, Tensor, Wanted, compute_dtype, parameter_zeros
-from ..views import columns, row_view, vector_length
+from ..views import Rows, plan_reading, vector_length
 from .backward_kernels import (
     row_gradient_apply_kernel,
     row_gradient_sums_kernel,
@@ -61,35 +62,68 @@ def row_norm_backward(
     norm.add_first, dx and dresidual are the same values, but for dropout: without it ask for both only where their
     types differ.
     """
+    tensors = (dy, dtotal, x, residual, bits, weight, bias, mean, rstd)
+    return plan_backward(*tensors, norm, wanted)(norm.seed, *tensors)
+
+
+def plan_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor | None,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    norm: RowNorm,
+    wanted: Wanted,
+) -> Callable[..., Gradients]:
+    """`row_norm_backward` of all tensors that lie as these do: a function of the seed and of them."""
     span, _, subtract_mean, add_first, activation, alpha, beta, dropout_p, seed = norm
-    if not (wanted.dx or (add_first and wanted.dresidual)):
-        dtotal = None
-    if activation is None or bits is not None:  # z is not computed again
-        residual = bias_read = None
-    else:
-        bias_read = columns(bias)
-    dx, dresidual = allocate_gradients(dy, x, norm, wanted)
+    norm = norm._replace(seed=None)  # that of each call is its own
     rows = dy.numel() // span if span else 0
     if rows == 0:
-        return Gradients(dx, dresidual, *parameter_zeros(weight, bias, wanted))
+        return lambda seed, dy, dtotal, x, residual, bits, weight, bias, *_: Gradients(
+            *allocate_gradients(dy, x, norm, wanted), *parameter_zeros(weight, bias, wanted)
+        )
+    reads_total = wanted.dx or (add_first and wanted.dresidual)
+    computes_z = activation is not None and bits is None
 
-    strides = [0, 0, 0, 0]
-    activations = [dy, dtotal, x, residual]
-    for index, tensor in enumerate(activations):
-        if tensor is not None:
-            activations[index], strides[index] = row_view(tensor, span)
-    vec = vector_length(dy.element_size(), *strides)
+    def needed(given: Tensors) -> Tensors:
+        """Those of dy and what follows it that kernels read, None in the place of others."""
+        dy, dtotal, x, residual, bits, weight, bias, mean, rstd, seed = given
+        dtotal = dtotal if reads_total else None
+        residual, bias = (residual, bias) if computes_z else (None, None)
+        return dy, dtotal, x, residual, bits, weight, bias, mean, rstd, seed
+
+    given = needed((dy, dtotal, x, residual, bits, weight, bias, mean, rstd, seed))
     # What was saved may come back in another layout, from whoever packed it.
-    given = (*activations, columns(bits), columns(weight), bias_read, columns(mean), columns(rstd), seed)
+    strides, read = plan_reading(Rows(span), given, activations=4)
+    vec = vector_length(dy.element_size(), *strides)
     dtypes = [None if tensor is None else tensor.dtype for tensor in given]
-    facts = device_facts(dy.device)
-    schedule = _schedule(facts.shared_bytes, span, vec, subtract_mean, add_first, activation, wanted, *dtypes)
+    schedule = _schedule(span, vec, subtract_mean, add_first, activation, wanted, *dtypes)
+    units = [stride // vec for stride in strides]
     floats = (*rate_of(seed, dropout_p), alpha, beta)
-    partials = schedule(rows, given, (dx, dresidual), [stride // vec for stride in strides], floats, facts)
-    if not (wanted.dweight or wanted.dbias):
-        return Gradients(dx, dresidual, None, None)
-    sums = column_sum(*partials, weight if weight is None else weight.dtype, bias if bias is None else bias.dtype)
-    return Gradients(dx, dresidual, *sums)
+    sum_partials = column_summer(
+        span, compute_dtype(dy.dtype),
+        weight.dtype if weight is not None and wanted.dweight else None,
+        bias.dtype if bias is not None and wanted.dbias else None,
+    )  # fmt: skip
+
+    def run(
+        seed: Tensor | None,
+        dy: Tensor,
+        dtotal: Tensor | None,
+        x: Tensor | None,
+        *others: Tensor | None,
+    ) -> Gradients:
+        dx, dresidual = out = allocate_gradients(dy, x, norm, wanted)
+        given = read(needed((dy, dtotal, x, *others, seed)))
+        partials = schedule(rows, given, out, units, floats, device_facts(dy.device))
+        return Gradients(dx, dresidual, *sum_partials(*partials))
+
+    return run
 
 
 def allocate_gradients(dy: Tensor, x: Tensor | None, norm: RowNorm, wanted: Wanted) -> Partials:
@@ -143,6 +177,17 @@ class _Kind(NamedTuple):
         _, slope, passes = ACTIVATIONS[self.activation]
         return slope, passes
 
+    def config(self, shared_bytes: int) -> RowConfig | None:
+        """The tile of whole rows, None where a row has to be cut into chunks."""
+        # What a program keeps in registers while it goes down the rows.
+        operands = sum(dtype is not None for dtype in (self.bits, self.weight, self.bias)) + sum(self.wanted[2:])
+        config = row_backward_config(self.span, self.dy.itemsize, operands, self.loaded_bytes, shared_bytes)
+        if config is None or self.seed is None:
+            return config
+        # What draws what is dropped takes registers, too.
+        most = max(168, config.most_registers or 0)
+        return replace(config, most_registers=registers_a_thread(config.num_warps, most))
+
     def partials(self, partial_rows: int, device: torch.device) -> Partials:
         """Uninitialized partial sums [partial_rows, span] for dweight and dbias, each only where wanted."""
         _, _, wants_dweight, wants_dbias = self.wanted
@@ -155,30 +200,34 @@ class _Kind(NamedTuple):
 
 
 @functools.cache
-def _schedule(shared_bytes: int, *fields: Any) -> Schedule:
+def _schedule(*fields: Any) -> Schedule:
     kind = _Kind(*fields)
-    # What a program keeps in registers while it goes down the rows.
-    operands = sum(dtype is not None for dtype in (kind.bits, kind.weight, kind.bias)) + sum(kind.wanted[2:])
-    config = row_backward_config(kind.span, kind.dy.itemsize, operands, kind.loaded_bytes, shared_bytes)
-    if config is None:
+    if kind.config(_ANY_SHARED_BYTES) is None:
         return _LongRows(kind)
-    if kind.seed is not None:  # what draws what is dropped takes registers, too
-        most = max(168, config.most_registers or 0)
-        config = replace(config, most_registers=registers_a_thread(config.num_warps, most))
-    tile = (config.block_rows, config.block_span, config.stages)
-    constants = (kind.span, kind.vec, kind.subtract_mean, kind.add_first, kind.needs_dx, *kind.slope, *tile)
-    launch = Launcher(row_norm_backward_kernel, config.num_warps, *constants, most_registers=config.most_registers)
+
+    @functools.cache
+    def tile(shared_bytes: int) -> tuple[RowConfig, Launcher]:
+        config = kind.config(shared_bytes)
+        assert config is not None
+        tile = (config.block_rows, config.block_span, config.stages)
+        constants = (kind.span, kind.vec, kind.subtract_mean, kind.add_first, kind.needs_dx, *kind.slope, *tile)
+        most = config.most_registers
+        return config, Launcher(row_norm_backward_kernel, config.num_warps, *constants, most_registers=most)
 
     def whole_rows(
         rows: int, given: Tensors, out: Tensors, strides: Strides, floats: Floats, facts: DeviceFacts
     ) -> Partials:
         device = given[0].device  # type: ignore[union-attr]
+        config, launch = tile(facts.shared_bytes)
         programs = backward_programs(cdiv(rows, config.block_rows), config, facts)
         partials = kind.partials(programs, device)
         launch(programs, device, given, (*out, *partials), rows, *strides, *floats)
         return partials
 
     return whole_rows
+
+
+_ANY_SHARED_BYTES = 0  # whether rows are held whole does not depend on them
 
 
 class _LongRows:

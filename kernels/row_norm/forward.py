@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import empty_like
 
 from ..activations import ACTIVATIONS
 from ..dropout import rate_of
 from ..launch import cdiv, chunk_config, device_facts, row_forward_config, walk_stages, walks_rows
 from ..launcher import Launcher, Tensors
 from ..problem import Forward, RowNorm, Tensor, compute_dtype
-from ..views import columns, row_view, vector_length
+from ..views import Rows, plan_reading, vector_length
 from .forward_kernels import row_apply_kernel, row_moments_kernel, row_norm_forward_kernel, row_walk_forward_kernel
 
 Strides = tuple[int, int]
@@ -36,36 +37,62 @@ def row_norm_forward(
     x or a residual whose trailing dims do not hold a row contiguously is copied. weight and bias have `norm.span`
     elements. With save_bits, bit i of a row says that the activation's slope is 1 at its element i.
     """
+    run = plan_forward(x, residual, weight, bias, norm, save_statistics, save_bits)
+    return run(norm.seed, x, residual, weight, bias)
+
+
+def plan_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: RowNorm,
+    save_statistics: bool,
+    save_bits: bool,
+) -> Callable[..., Forward]:
+    """`row_norm_forward` of all tensors that lie as these do: a function of the seed and of them."""
     span, eps, subtract_mean, add_first, activation, alpha, beta, dropout_p, seed = norm
+    norm = norm._replace(seed=None)  # that of each call is its own
     rows = x.numel() // span if span else 0
-    out = allocate(x, residual, norm, save_statistics, save_bits)
     if rows == 0:
-        return out
-    x, x_stride = row_view(x, span)
-    residual, residual_stride = (None, 0) if residual is None else row_view(residual, span)
-    given = (x, residual, columns(weight), columns(bias), seed)
+        return lambda seed, x, residual, *_: allocate(x, residual, norm, save_statistics, save_bits)
+    tensors = (x, residual, weight, bias, seed)
+    (x_stride, residual_stride), read = plan_reading(Rows(span), tensors, activations=2)
     vec = vector_length(x.element_size(), x_stride, residual_stride)
-    dtypes = [None if tensor is None else tensor.dtype for tensor in given]
+    dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
     schedule = _schedule(span, vec, subtract_mean, add_first, activation, save_bits, save_statistics, *dtypes)
-    schedule(rows, given, out, (x_stride // vec, residual_stride // vec), (*rate_of(seed, dropout_p), eps, alpha, beta))
-    return out
+    units = x_stride // vec, residual_stride // vec
+    floats = (*rate_of(seed, dropout_p), eps, alpha, beta)
+
+    def run(
+        seed: Tensor | None, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> Forward:
+        out = allocate(x, residual, norm, save_statistics, save_bits)
+        schedule(rows, read((x, residual, weight, bias, seed)), out, units, floats)
+        return out
+
+    return run
 
 
 def allocate(x: Tensor, residual: Tensor | None, norm: RowNorm, save_statistics: bool, save_bits: bool) -> Forward:
     """What `row_norm_forward` returns, nothing in it yet."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = empty_like(x, memory_format=_WITHOUT_GAPS)
+    if not (save_statistics or save_bits or norm.add_first):
+        return Forward(y, None, None, None, None)
     total = mean = rstd = bits = None
     if norm.add_first:
-        total = torch.empty_like(residual, memory_format=torch.contiguous_format)  # type: ignore[arg-type]
-    if save_statistics or save_bits:
-        rows = x.numel() // max(1, norm.span)
-        if save_statistics:
-            rstd = torch.empty(rows, dtype=compute_dtype(x.dtype), device=x.device)
-            if norm.subtract_mean:
-                mean = torch.empty_like(rstd)
-        if save_bits:
-            bits = torch.empty((rows, cdiv(norm.span, 8)), dtype=torch.uint8, device=x.device)
+        total = empty_like(residual, memory_format=_WITHOUT_GAPS)  # type: ignore[arg-type]
+    rows = x.numel() // max(1, norm.span)
+    if save_statistics:
+        rstd = torch.empty(rows, dtype=compute_dtype(x.dtype), device=x.device)
+        if norm.subtract_mean:
+            mean = empty_like(rstd)
+    if save_bits:
+        bits = torch.empty((rows, cdiv(norm.span, 8)), dtype=torch.uint8, device=x.device)
     return Forward(y, total, mean, rstd, bits)
+
+
+_WITHOUT_GAPS = torch.contiguous_format
 
 
 # --- schedules, one for each kind of call --------------------------------------------------------------------------

@@ -1,0 +1,124 @@
+"""How a norm of planes runs: the kernels, eagerly or as an op, or the composition in `channel_fallback`. Each is
+decided for tensors that lie, and learn, in one way.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from .. import backend, channel_fallback, known, residual_fallback, validation
+from ..activation import Activation
+from .dispatch import _activated, _autocasts, _kernel, _plan_composed, _plan_kernels
+
+if backend.HAS_TRITON:
+    from ..kernels.problem import GroupNorm, RowNorm
+    from ..kernels.views import lies_channels_last
+
+Tensor = torch.Tensor
+
+
+def _plan_group_norm(
+    function: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    add_first: bool,
+    activation: Activation | None,
+    dropout_p: float,
+) -> known.Call:
+    """y, or (y, total) where the residual is added first, once the arguments are checked, as a function of the four
+    tensors."""
+    validation.groups(function, x, groups)
+    validation.operands(function, x, (x.shape[1],), weight, bias, residual, added_first=add_first)
+    options = (groups, eps, add_first, activation, dropout_p)
+    if not _autocasts(x):
+        return _plan(x, residual, weight, bias, *options)
+    if add_first:
+        return lambda *tensors: _added_in_own_type(*tensors, *options)
+    return lambda x, residual, weight, bias: _at_once(
+        x.float(), None if residual is None else residual.float(), weight, bias, *options
+    )
+
+
+def _added_in_own_type(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """Under autocast torch adds in the tensors' own type and normalizes in float32, so y and total are of two types."""
+    groups, eps, _, activation, dropout_p = options
+    total = residual_fallback.dropout(x, residual, dropout_p) + residual
+    return _at_once(total.float(), None, weight, bias, groups, eps, False, activation, 0.0), total
+
+
+def _at_once(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *options: Any) -> Any:
+    return _plan(x, residual, weight, bias, *options)(x, residual, weight, bias)
+
+
+def _plan_instance_norm(
+    function: str,
+    x: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    add_first: bool,
+    activation: Activation | None,
+    dropout_p: float,
+) -> known.Call:
+    """`_plan_group_norm` of single channels, as a function of the six tensors; or by running statistics, which else
+    follow what was normalized."""
+    count = validation.planes(function, x, running_mean, running_var, use_input_stats)
+    validation.operands(function, x, (count,), weight, bias, residual, added_first=add_first)
+    if running_mean is not None and not use_input_stats:  # no reduction, and no kernel
+
+        def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            return channel_fallback.stored_norm(x, mean, var, weight, bias, eps)
+
+        return _plan_composed(normalize, add_first, activation, dropout_p)
+
+    call = _plan(x, residual, weight, bias, x.shape[1] or 1, eps, add_first, activation, dropout_p)
+
+    def by_own_statistics(x: Tensor, residual: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
+        out = call(x, residual, weight, bias)
+        if mean is not None:
+            channel_fallback.track_planes(out[1] if add_first else x, mean, var, momentum)
+        return out
+
+    return by_own_statistics
+
+
+def _plan(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    add_first: bool,
+    activation: Activation | None,
+    dropout_p: float,
+) -> known.Call:
+    """In x's layout; instance norm has a group for each channel."""
+    run = _kernel(x, residual, weight, bias)
+    if run is not None:
+        norm: GroupNorm | RowNorm
+        if groups == 1 and math.prod(x.shape[2:]) == 1 and (x.dim() == 2 or x.stride(-1) == 1):  # rows
+            norm = RowNorm(x.shape[1], eps, True, add_first, *_activated(activation))
+        else:
+            channels_last = lies_channels_last(x.shape, x.stride(), groups)
+            norm = GroupNorm(groups, channels_last, eps, add_first, *_activated(activation))
+        return _plan_kernels(run, x, residual, weight, bias, norm, dropout_p)
+
+    def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return channel_fallback.group_norm(x, groups, weight, bias, eps)
+
+    return _plan_composed(normalize, add_first, activation, dropout_p)

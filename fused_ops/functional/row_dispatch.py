@@ -1,0 +1,138 @@
+"""How a row norm runs: the kernels, eagerly or as an op, or the composition in `fallback`. Each is decided for tensors
+that lie, and learn, in one way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import backend, fallback, known, residual_fallback, validation
+from ..activation import Activation
+from .dispatch import _activated, _autocasts, _kernel, _plan_composed, _plan_kernels
+
+if backend.HAS_TRITON:
+    from ..kernels.problem import RowNorm
+
+Tensor = torch.Tensor
+Shape = tuple[int, ...]
+
+
+def _plan_row_norm(
+    function: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shape: Shape,
+    eps: float | None,
+    subtract_mean: bool,
+    activation: Activation | None,
+) -> known.Call:
+    """y of a call, once its arguments are checked, as a function of its four tensors."""
+    span = validation.row_span(function, x, shape)
+    validation.operands(function, x, shape, weight, bias, residual)
+    return _plan(x, residual, weight, bias, shape, span, _of_torch(eps, x), subtract_mean, activation)
+
+
+def _plan_add_row_norm(
+    function: str,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shape: Shape,
+    eps: float | None,
+    subtract_mean: bool,
+    activation: Activation | None,
+    dropout_p: float,
+) -> known.Call:
+    """(y, total), as `_plan_row_norm`."""
+    span = validation.row_span(function, x, shape)
+    validation.operands(function, x, shape, weight, bias, residual, added_first=True)
+    own_eps = _of_torch(eps, x)
+    if _autocasts(x):
+        options = (shape, span, own_eps, subtract_mean, activation)
+        return lambda *tensors: _added_in_own_type(*tensors, *options, dropout_p)
+    run = _kernel(x, residual, weight, bias)
+    if run is None:
+        return _plan_composed(_normalize(shape, own_eps, subtract_mean), True, activation, dropout_p)
+    norm = RowNorm(span, own_eps, subtract_mean, True, *_activated(activation))
+    return _plan_kernels(run, x, residual, weight, bias, norm, dropout_p)
+
+
+def _normalize(shape: Shape, eps: float, subtract_mean: bool) -> Callable[..., Tensor]:
+    return fallback.at_first(
+        lambda x, weight, bias: fallback.plan_layer_norm(x, weight, bias, shape, eps, subtract_mean)
+    )
+
+
+def _plan_weight_standardize(function: str, weight: Tensor, eps: float) -> known.Call:
+    """The standardized weight, as `_plan_row_norm`."""
+    validation.filters(function, weight)
+    order = [*range(weight.dim())]
+    if not weight.is_contiguous():  # filters are rows in whatever order their elements lie in memory
+        order = [0, *sorted(order[1:], key=weight.stride, reverse=True)]
+    back = [order.index(dim) for dim in range(weight.dim())]
+    moved = order != back
+
+    def rows_of(weight: Tensor) -> Tensor:
+        return (weight.permute(order) if moved else weight).flatten(1)
+
+    rows = rows_of(weight)
+    norm = _plan(rows, None, None, None, rows.shape[1:], rows.shape[1], eps, True, None)
+    shape = [weight.shape[dim] for dim in order]
+
+    def run(weight: Tensor) -> Tensor:
+        y = norm(rows_of(weight), None, None, None).view(shape)
+        return y.permute(back) if moved else y
+
+    return run
+
+
+def _of_torch(eps: float | None, x: Tensor) -> float:
+    return fallback.DEFAULT_RMS_EPS[x.dtype] if eps is None else eps
+
+
+def _plan(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shape: Shape,
+    span: int,
+    eps: float,
+    subtract_mean: bool,
+    activation: Activation | None,
+) -> known.Call:
+    if _autocasts(x):
+        return lambda x, residual, weight, bias: _plan_at_once(
+            x.float(), None if residual is None else residual.float(), weight, bias,
+            shape, span, eps, subtract_mean, activation,
+        )  # fmt: skip
+    run = _kernel(x, residual, weight, bias)
+    if run is None:
+        return _plan_composed(_normalize(shape, eps, subtract_mean), False, activation, 0.0)
+    norm = RowNorm(span, eps, subtract_mean, False, *_activated(activation))
+    return _plan_kernels(run, x, residual, weight, bias, norm, 0.0)
+
+
+def _plan_at_once(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *options: Any
+) -> Tensor:
+    return _plan(x, residual, weight, bias, *options)(x, residual, weight, bias)
+
+
+def _added_in_own_type(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Under autocast torch adds in the tensors' own type and normalizes in float32, so y and total are of two types."""
+    *norm, dropout_p = options
+    total = residual + residual_fallback.dropout(x, residual, dropout_p)
+    return _plan_at_once(total.float(), None, weight, bias, *norm), total

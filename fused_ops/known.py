@@ -1,0 +1,77 @@
+"""Calls that came before: what was checked and decided for one is kept, by all that it depended on.
+
+Checks and decisions are the greater part of what a small call costs, and are the same each time. Nothing is kept, and
+nothing found again, while somebody compiles, traces or transforms the operations: he wants to see them made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import is_autocast_enabled, is_grad_enabled
+from torch.autograd import forward_ad
+
+from . import backend
+from .fallback import PLAIN
+
+Tensor = torch.Tensor
+Key = tuple[Any, ...]
+Call = Callable[..., Any]
+
+MOST = 4096  # calls; when shapes vary without end, all is forgotten now and then
+
+_calls: dict[Key, Call] = {}
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_tracing_state = torch._C._get_tracing_state
+_transforms = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+def watched() -> bool:
+    """Whether somebody compiles, traces or transforms the operations."""
+    return (
+        torch.compiler.is_compiling()  # first: a compiler must not look at the others
+        or _tracing_state() is not None
+        or _transforms() is not None
+        or forward_ad._current_level >= 0
+        or _dispatch_modes() > 0
+    )
+
+
+def signature(tensor: Tensor | None) -> Key | None:
+    """All of a tensor that a decision may depend on; TypeError for what is no plain tensor."""
+    if tensor is None:
+        return None
+    if type(tensor) not in PLAIN:
+        raise TypeError
+    # A number negated by a view, or left over from a transform, is not what lies in memory.
+    odd = tensor.is_neg() or _wrapped(tensor)
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad, odd
+
+
+def recall(function: str, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Key | None, Call | None]:
+    """What the call is known by, None if it cannot be, and what `remember` was told of one like it."""
+    if watched():
+        return None, None
+    try:
+        state = backend.get_backend(), is_grad_enabled(), is_autocast_enabled("cuda")
+        key = (function, options, *state, *map(signature, tensors))
+        return key, _calls.get(key)
+    except TypeError:  # no tensor, or an option or a size that cannot be told again
+        return None, None
+
+
+def remember(key: Key | None, call: Call) -> Call:
+    """The call itself, kept for those of the same key."""
+    if key is not None:
+        if len(_calls) >= MOST:
+            forget()
+        _calls[key] = call
+    return call
+
+
+def forget() -> None:
+    """Decides anew from now on, as whoever has changed what decisions follow from may want."""
+    _calls.clear()

@@ -1,0 +1,192 @@
+"""A norm's calls as kernels run them, under autograd or without: planned once for tensors that lie in one way."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import is_grad_enabled
+
+from . import backend, fallback, known
+from .autograd import (
+    Needs,
+    Saved,
+    as_needed,
+    composes,
+    gradients,
+    is_batched,
+    wanted_of_kernels,
+    what_to_save,
+    without_seed,
+)
+from .kernels.families import family_of
+from .kernels.problem import Gradients, Norm
+
+Tensor = torch.Tensor
+
+_what_to_save = functools.lru_cache(maxsize=4096)(what_to_save)  # a tracer would look through the cache, and warn
+
+
+MOST_BACKWARDS = 64  # that a plan keeps
+
+
+class Plan:
+    """How calls on tensors that lie in one way run by kernels: forward as a function of them, backward as one for each
+    way in which gradients come."""
+
+    __slots__ = ("backwards", "forward", "norm", "saving", "x_dtype")
+
+    def __init__(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: Norm,
+        needs: Needs,
+        *running: Tensor | None,
+    ) -> None:
+        self.norm, self.x_dtype = without_seed(norm), x.dtype
+        self.saving = saving = _what_to_save(self.norm, needs, residual is not None)
+        self.forward = family_of(norm).plan_forward(
+            x, residual, weight, bias, norm, saving.statistics, saving.bits, *running
+        )
+        self.backwards: dict[known.Key, Callable[..., tuple[Tensor | None, ...]]] = {}
+
+    def backward(
+        self, saved: Saved, dy: Tensor | None, dtotal: Tensor | None, needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradient of each argument of `NormFunction`, where needed."""
+        key = _key_of_backward(saved, dy, dtotal, needed)
+        run = None if key is None else self.backwards.get(key)
+        if run is not None:
+            return run(saved, dy, dtotal)
+        needs, running = Needs(*needed[2:6]), (None,) * (len(needed) - 6)
+        norm = saved.of_call(self.norm)
+        if dy is None or backend.traced(dy) or composes(saved, dy, dtotal):
+            from . import ops  # a tracer may look at a backward whose forward it has not seen
+
+            return None, None, *gradients(saved, dy, dtotal, norm, self.x_dtype, needs, ops.backward), *running
+        run = _plan_gradients(saved, dy, dtotal, norm, self.x_dtype, needs, running)
+        if key is not None and len(self.backwards) < MOST_BACKWARDS:
+            self.backwards[key] = run
+        return run(saved, dy, dtotal)
+
+
+def _key_of_backward(
+    saved: Saved, dy: Tensor | None, dtotal: Tensor | None, needed: tuple[bool, ...]
+) -> known.Key | None:
+    """All that a backward depends on, given its plan; None where somebody looks into it, or differentiates again."""
+    if is_grad_enabled() or known.watched() or is_batched(dy) or is_batched(dtotal):
+        return None
+    try:
+        gradients = known.signature(dy), known.signature(dtotal)
+    except TypeError:
+        return None
+    # Saved tensors have the shapes that they had, but come back from whoever packed them.
+    return needed, *gradients, *[None if tensor is None else (tensor.dtype, tensor.stride()) for tensor in saved]
+
+
+def _plan_gradients(
+    saved: Saved,
+    dy: Tensor,
+    dtotal: Tensor | None,
+    norm: Norm,
+    x_dtype: torch.dtype,
+    needs: Needs,
+    running: tuple[None, ...],
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """By kernel: a function of what was saved and both gradients."""
+    wanted = wanted_of_kernels(saved, dy, norm, needs)
+    launch = None
+    if any(wanted):
+        x, residual, weight, bias, mean, rstd, bits, _ = saved
+        tensors = (dy, dtotal, x, residual, bits, weight, bias, mean, rstd)
+        launch = family_of(norm).plan_backward(*tensors, norm, wanted)
+    norm = without_seed(norm)
+
+    def run(saved: Saved, dy: Tensor, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = _NO_GRADIENTS
+        if launch is not None:
+            x, residual, weight, bias, mean, rstd, bits, seed = saved
+            found = launch(seed, dy, dtotal, x, residual, bits, weight, bias, mean, rstd)
+        return None, None, *as_needed(found, dy, saved, norm, x_dtype, needs), *running
+
+    return run
+
+
+_NO_GRADIENTS = Gradients(None, None, None, None)
+
+
+class NormFunction(torch.autograd.Function):
+    """A norm under autograd, straight to the launchers: y, or (y, total) where the residual is added first."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: Plan,
+        seed: Tensor | None,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *running: Tensor | None,
+    ) -> Any:
+        y, total, mean, rstd, bits = plan.forward(seed, x, residual, weight, bias, *running)
+        keeps_x, _, _, keeps_residual = plan.saving
+        normalized = None if not keeps_x else x if total is None else total
+        # In the order of Saved.
+        residual = residual if keeps_residual else None
+        ctx.save_for_backward(normalized, residual, weight, bias, mean, rstd, bits, seed)
+        ctx.set_materialize_grads(False)
+        ctx.plan = plan
+        if total is None:
+            return y
+        if True not in ctx.needs_input_grad[2:4]:
+            ctx.mark_non_differentiable(total)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        return ctx.plan.backward(Saved(*ctx.saved_tensors), dy, dtotal, ctx.needs_input_grad)
+
+
+_apply = fallback.apply_of(NormFunction)  # no kernel runs under a transform (functional.dispatch)
+
+
+def plan(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: Norm,
+    *running: Tensor | None,
+) -> Callable[..., Any]:
+    """How calls on tensors that lie, and learn, as these do run: y, or (y, total) where the residual is added first,
+    as a function of the seed of what is dropped, if any, the four tensors and batch norm's running statistics. Through
+    autograd only where something requires it."""
+    if is_grad_enabled():
+        needs = Needs(*[tensor is not None and tensor.requires_grad for tensor in (x, residual, weight, bias)])
+        if any(needs):
+            return functools.partial(_apply, Plan(x, residual, weight, bias, norm, needs, *running))
+    forward = family_of(norm).plan_forward(x, residual, weight, bias, norm, False, False, *running)
+
+    def infer(*seed_and_tensors: Tensor | None) -> Any:
+        y, total, _, _, _ = forward(*seed_and_tensors)
+        return y if total is None else (y, total)
+
+    return infer
+
+
+def run(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: Norm,
+    *running: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `plan` decides, at once."""
+    return plan(x, residual, weight, bias, norm, *running)(norm.seed, x, residual, weight, bias, *running)

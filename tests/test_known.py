@@ -1,0 +1,220 @@
+"""Calls that came before: one like it is decided once, one that differs in anything that matters is decided anew."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import fused_ops
+from fused_ops import functional as F
+from fused_ops import known
+from tests.conftest import DEVICE
+
+Tensor = torch.Tensor
+
+C = 8
+OF_CHANNELS = {
+    "group_norm": lambda x, **options: F.group_norm(x, 2, parameter(), parameter(), **options),
+    "instance_norm": lambda x, **options: F.instance_norm(x, None, None, parameter(), parameter(), **options),
+    "batch_norm": lambda x, **options: F.batch_norm(x, None, None, parameter(), parameter(), training=True, **options),
+}
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "layer_norm": lambda x, **options: F.layer_norm(x, (C,), parameter(), parameter(), **options),
+    "rms_norm": lambda x, **options: F.rms_norm(x, (C,), parameter(), **options),
+    **OF_CHANNELS,
+}
+every_function = pytest.mark.parametrize("function", FUNCTIONS)
+
+
+def parameter() -> Tensor:
+    return torch.linspace(0.5, 1.5, C, device=DEVICE)
+
+
+def image(**options: Any) -> Tensor:
+    """[4, C, 2, C], so that it is rows of C elements as well as planes of C channels."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, C, 2, C, generator=generator).to(DEVICE, **options)
+
+
+@pytest.fixture
+def decisions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Grows with every call that is decided, by what it is then known by."""
+    made: list[Any] = []
+    original = known.remember
+
+    def noted(key: Any, call: Any) -> Any:
+        made.append(key)
+        return original(key, call)
+
+    monkeypatch.setattr(known, "remember", noted)
+    yield made
+
+
+@every_function
+def test_a_call_is_decided_once(function, decisions, each_backend):
+    call = FUNCTIONS[function]
+    first, second = call(image()), call(image())
+    assert torch.equal(first, second)
+    assert len(decisions) == 1
+
+
+def negated(x: Tensor) -> Tensor:
+    """A view with the same memory, shape and strides, which torch negates as it reads."""
+    return torch._neg_view(x)
+
+
+CHANGES: dict[str, Callable[[Callable[..., Tensor]], Tensor]] = {
+    "shape": lambda call: call(image()[:3]),
+    "strides": lambda call: call(image().transpose(0, 2).contiguous().transpose(0, 2)),
+    "dtype": lambda call: call(image(dtype=torch.float64)),
+    "requires_grad": lambda call: call(image().requires_grad_()),
+    "negated": lambda call: call(negated(image())),
+    "eps": lambda call: call(image(), eps=0.25),
+    "activation": lambda call: call(image(), activation=fused_ops.Activation("leaky_relu", negative_slope=0.5)),
+    "residual": lambda call: call(image(), residual=image()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@every_function
+def test_a_call_that_differs_is_decided_anew(function, change, decisions, each_backend):
+    call = FUNCTIONS[function]
+    call(image())
+    found = CHANGES[change](call)
+    assert len(decisions) == 2
+    known.forget()
+    assert torch.equal(found, CHANGES[change](call))
+
+
+def test_modes_are_told_apart(decisions):
+    def call() -> Tensor:
+        return F.layer_norm(image().requires_grad_(), C)
+
+    call()
+    with torch.no_grad():
+        call()
+    with fused_ops.use_backend("torch"):
+        call()
+    try:
+        torch.set_autocast_enabled("cuda", True)
+        call()
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert len({*decisions}) == 4
+
+
+def test_an_activation_module_is_read_each_time(each_backend):
+    module = torch.nn.LeakyReLU(0.5)
+    x = image()
+    before = F.layer_norm(x, C, activation=module)
+    module.negative_slope = 0.25
+    after = F.layer_norm(x, C, activation=module)
+    assert torch.equal(after, torch.where(before < 0, before / 2, before))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")  # torch's own
+@every_function
+def test_nothing_is_known_to_who_looks_into_a_call(function, decisions, each_backend):
+    call = FUNCTIONS[function]
+    call(image())
+    torch.func.vmap(call)(image()[None])
+    with torch.autograd.forward_ad.dual_level():
+        call(image())
+    with torch._subclasses.FakeTensorMode():
+        call(torch.empty(4, C, 2, C))
+    torch.jit.trace(call, image(), check_trace=False)
+    assert [key is None for key in decisions] == [False, True, True, True, True]
+
+
+def test_a_wrong_call_stays_wrong_after_a_right_one(each_backend):
+    x = torch.randn(4, C)
+    F.layer_norm(x, (C,))
+    for _ in range(2):
+        with pytest.raises(TypeError, match="normalized_shape"):
+            F.layer_norm(x, (float(C),))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="weight"):
+            F.layer_norm(x, (C,), torch.ones(C + 1))
+    F.group_norm(image(), 2)
+    with pytest.raises(TypeError, match="num_groups"):
+        F.group_norm(image(), 2.0)  # type: ignore[arg-type]
+
+
+def test_it_does_not_grow_without_end(monkeypatch):
+    monkeypatch.setattr(known, "MOST", 3)
+    for rows in range(1, 9):
+        F.layer_norm(torch.randn(rows, C), C)
+        assert len(known._calls) <= 3
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_no_tensor_is_kept(dropout_p, each_backend):
+    tensors = [image().requires_grad_(), image().requires_grad_(), parameter().requires_grad_()]
+    y, total = F.add_layer_norm(*tensors[:2], C, tensors[2], dropout_p=dropout_p)
+    (y.sum() + total.sum()).backward()
+    places = [weakref.ref(tensor) for tensor in tensors]
+    del tensors, y, total
+    gc.collect()
+    assert [place() for place in places] == [None] * 3
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_known_call_draws_as_an_unknown_one(requires_grad, each_backend):
+    x, residual = image().requires_grad_(requires_grad), torch.zeros_like(image())
+
+    def draws() -> list[Tensor]:
+        torch.manual_seed(1)
+        return [F.add_layer_norm(x, residual, C, dropout_p=0.5)[1].detach() for _ in range(2)]
+
+    first, second = draws(), draws()
+    assert not torch.equal(*first)
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("packed", ["transposed", "cloned"])
+@every_function
+def test_saved_tensors_may_come_back_otherwise(function, packed, triton_backend):
+    """After a backward whose saved tensors came back as they went."""
+
+    def gradient() -> Tensor:
+        x = image().requires_grad_()
+        (found,) = torch.autograd.grad(FUNCTIONS[function](x, activation="silu").square().sum(), x)
+        return found
+
+    def unpack(tensor: Tensor) -> Tensor:
+        if packed == "cloned":
+            return tensor.clone()
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+    plain = gradient()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        assert torch.equal(gradient(), plain)
+
+
+@every_function
+def test_gradients_may_come_otherwise(function, each_backend):
+    x = image().requires_grad_()
+    call = FUNCTIONS[function]
+    dense = torch.randn(x.shape, device=DEVICE)
+    ways = [dense, dense.transpose(0, 2).contiguous().transpose(0, 2), negated(-dense), dense[..., :1].expand(x.shape)]
+    for dy in [*ways, *ways]:
+        (found,) = torch.autograd.grad(call(x), x, dy)
+        known.forget()
+        (expected,) = torch.autograd.grad(call(x), x, dy.clone())
+        torch.testing.assert_close(found, expected)
+
+
+def test_fewer_gradients_may_be_asked_for(triton_backend):
+    x, weight = image().requires_grad_(), parameter().requires_grad_()
+
+    def found(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(F.layer_norm(x, C, weight, activation="relu").square().sum(), inputs)
+
+    both = found(x, weight)
+    for _ in range(2):
+        assert torch.equal(*found(x), both[0]) and torch.equal(*found(weight), both[1])
+        assert all(map(torch.equal, found(x, weight), both))
