@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_ops
 from fused_ops import functional as F
@@ -117,6 +118,13 @@ def test_an_activation_module_is_read_each_time(each_backend):
     assert torch.equal(after, torch.where(before < 0, before / 2, before))
 
 
+class Watching(TorchDispatchMode):
+    """A mode that lets every operation pass."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")  # torch's own
 @every_function
 def test_nothing_is_known_to_who_looks_into_a_call(function, decisions, each_backend):
@@ -128,7 +136,9 @@ def test_nothing_is_known_to_who_looks_into_a_call(function, decisions, each_bac
     with torch._subclasses.FakeTensorMode():
         call(torch.empty(4, C, 2, C))
     torch.jit.trace(call, image(), check_trace=False)
-    assert [key is None for key in decisions] == [False, True, True, True, True]
+    with Watching():
+        call(image())
+    assert [key is None for key in decisions] == [False, True, True, True, True, True]
 
 
 def test_a_wrong_call_stays_wrong_after_a_right_one(each_backend):
@@ -182,7 +192,7 @@ def test_saved_tensors_may_come_back_otherwise(function, packed, triton_backend)
 
     def gradient() -> Tensor:
         x = image().requires_grad_()
-        (found,) = torch.autograd.grad(FUNCTIONS[function](x, activation="silu").square().sum(), x)
+        (found,) = torch.autograd.grad(FUNCTIONS[function](x, activation="silu"), x, image())
         return found
 
     def unpack(tensor: Tensor) -> Tensor:
@@ -214,7 +224,22 @@ def test_fewer_gradients_may_be_asked_for(triton_backend):
     def found(*inputs: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(F.layer_norm(x, C, weight, activation="relu").square().sum(), inputs)
 
-    both = found(x, weight)
-    for _ in range(2):
-        assert torch.equal(*found(x), both[0]) and torch.equal(*found(weight), both[1])
-        assert all(map(torch.equal, found(x, weight), both))
+    (of_x,), (of_weight,), both = found(x), found(weight), found(x, weight)
+    assert torch.equal(of_x, both[0]) and torch.equal(of_weight, both[1])
+
+
+@every_function
+def test_gradients_may_be_differentiated_after_plain_ones(function, triton_backend):
+    x = image(dtype=torch.float64).requires_grad_()
+
+    def gradient(create_graph: bool) -> Tensor:
+        (found,) = torch.autograd.grad(FUNCTIONS[function](x).square().sum(), x, create_graph=create_graph)
+        return found
+
+    plain = gradient(False)
+    second = gradient(True)
+    torch.testing.assert_close(second, plain)
+    (of_known,) = torch.autograd.grad(second.square().sum(), x)
+    known.forget()
+    (expected,) = torch.autograd.grad(gradient(True).square().sum(), x)
+    torch.testing.assert_close(of_known, expected)
