@@ -44,7 +44,7 @@ def plan_batch_norm(
     """torch's batch_norm of tensors like these, as a function of them: in x's type and layout, whatever the other types
     are; y is a new tensor.
 
-    In training the running statistics, if given, move in place: see `put_back_on_failure`.
+    In training the running statistics, if given, move in place: see `plan_put_back`.
     """
     if not training:
         return lambda x, mean, var, weight, bias: stored_norm(x, mean, var, weight, bias, eps)
@@ -120,48 +120,30 @@ def _elsewhere(
     return _laid_out_as(x, of_type(y, x.dtype))
 
 
-def put_back_on_failure(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    moves: bool,
-    run: Callable[[Tensor | None, Tensor | None], Any],
-) -> Any:
-    """run(running_mean, running_var); where it `moves` them and fails they are put back, unless under a transform,
-    which refuses that."""
-    if not moves or running_mean is None or running_var is None:
-        return run(running_mean, running_var)
-    looked_into = _looked_into()
-    if looked_into and transformed():
-        return run(running_mean, running_var)
-    running = [running_mean, running_var]
-    copies = [running_mean.clone(), running_var.clone()]
-    if looked_into:
-        out = run(*copies)
-        move(running, copies)
-        return out
-    try:
-        return run(running_mean, running_var)
-    except BaseException:
-        move(running, copies)
-        raise
-
-
 def plan_put_back(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`put_back_on_failure` of a function of x, the residual, both running statistics, which it moves, and others."""
-    if _looked_into():
-        return lambda x, residual, mean, var, *others: put_back_on_failure(
-            mean, var, True, lambda mean, var: run(x, residual, mean, var, *others)
-        )
+    """A function of x, the residual, both running statistics, which it moves, and others: these are put back where it
+    fails, unless under a transform, which refuses that."""
+    if not _looked_into():
 
-    def put_back(x: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor, *others: Tensor | None) -> Any:
+        def put_back(x: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor, *others: Tensor | None) -> Any:
+            copies = [mean.clone(), var.clone()]
+            try:
+                return run(x, residual, mean, var, *others)
+            except BaseException:
+                move([mean, var], copies)
+                raise
+
+        return put_back
+    if transformed():
+        return run
+
+    def move_at_last(x: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor, *others: Tensor | None) -> Any:
         copies = [mean.clone(), var.clone()]
-        try:
-            return run(x, residual, mean, var, *others)
-        except BaseException:
-            move([mean, var], copies)
-            raise
+        out = run(x, residual, *copies, *others)
+        move([mean, var], copies)
+        return out
 
-    return put_back
+    return move_at_last
 
 
 def move(running: list[Tensor], moved: list[Tensor]) -> None:

@@ -18,7 +18,7 @@ from .activation import Activation, ActivationLike, resolve
 from .channel_fallback import _by_channel, by_statistics
 from .collectives import Moments, computed_in, gather_statistics, reduce_means, values_of_channel
 from .fallback import _laid_out_as
-from .functional.dispatch import _composed, _fused, _kernel
+from .functional.dispatch import _fused, _kernel, _plan_composed
 
 if backend.HAS_TRITON:
     from . import planned, sync_autograd
@@ -126,13 +126,13 @@ def _synchronized(
         norm = BatchNorm(lies_pooled_channels_last(x.shape, x.stride()), True, momentum, eps, add_first, *fused)
         return sync_autograd.run(x, residual, weight, bias, norm, group, (running_mean, running_var))
 
-    def composed(*running: Tensor | None) -> Any:
-        def normalize(x: Tensor) -> Tensor:
-            return _SyncBatchNorm.apply(x, weight, bias, momentum, eps, group, *running)
+    def normalize(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any) -> Tensor:
+        return _SyncBatchNorm.apply(x, weight, bias, momentum, eps, group, mean, var)
 
-        return _composed(x, residual, add_first, activation, normalize, dropout_p)
-
-    return batch_fallback.put_back_on_failure(running_mean, running_var, True, composed)
+    composed = _plan_composed(normalize, add_first, activation, dropout_p)
+    if running_mean is not None:
+        composed = batch_fallback.plan_put_back(composed)
+    return composed(x, residual, running_mean, running_var, weight, bias)
 
 
 class _SyncBatchNorm(torch.autograd.Function):

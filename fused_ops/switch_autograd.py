@@ -25,6 +25,8 @@ from .kernels.channel_norm.switch_forward import switch_norm_forward
 from .kernels.problem import Gradients, Kinds, Mixture, SwitchNorm
 
 Tensor = torch.Tensor
+# x, residual, weight, bias, and the weights of the mixture for means and for variances.
+Operands = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]
 
 
 class SwitchNormFunction(torch.autograd.Function):
@@ -123,19 +125,10 @@ def _composed(
     return Gradients(dx, dresidual, dweight, dbias), MixtureGradients(*of_mixture)
 
 
-def run(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean_weight: Tensor,
-    var_weight: Tensor,
-    norm: SwitchNorm,
-    *running: Tensor | None,
-) -> Tensor | tuple[Tensor, Tensor]:
+def run(operands: Operands, norm: SwitchNorm, *running: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
     """y, or (y, total) where the residual is added first; through autograd only where something requires it."""
-    operands = (x, residual, weight, bias, mean_weight, var_weight)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in operands):
         return SwitchNormFunction.apply(*operands, norm, *running)
-    out, _ = switch_norm_forward(x, residual, weight, bias, Mixture(mean_weight, var_weight), norm, *running)
+    x, residual, weight, bias, *mixture = operands
+    out, _ = switch_norm_forward(x, residual, weight, bias, Mixture(*mixture), norm, *running)
     return out.y if out.total is None else (out.y, out.total)

@@ -69,7 +69,7 @@ def switch_norm(
 ) -> Tensor:
     """Switchable norm in x's type and layout, whatever the other types are; y is a new tensor.
 
-    In training the running statistics, if given, move in place: see `batch_fallback.put_back_on_failure`.
+    In training the running statistics, if given, move in place: see `batch_fallback.plan_put_back`.
     """
     operands = (x, weight, bias, mean_weight, var_weight)
     if x.numel() == 0:  # nothing to take statistics of, nothing to be mixed, and running ones stay as they are

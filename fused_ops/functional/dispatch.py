@@ -95,15 +95,3 @@ def _plan_composed(
         return y if activation is None else finish(y, None), total
 
     return run
-
-
-def _composed(
-    x: Tensor,
-    residual: Any,
-    add_first: bool,
-    activation: Activation | None,
-    normalize: Callable[[Tensor], Tensor],
-    dropout_p: float = 0.0,
-) -> Any:
-    """`_plan_composed`, at once."""
-    return _plan_composed(normalize, add_first, activation, dropout_p)(x, residual)

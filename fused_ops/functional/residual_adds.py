@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .. import backend, residual_fallback, validation
+from .. import backend, known, residual_fallback, validation
 from ..activation import Activation, ActivationLike, resolve
-from .dispatch import _kernel
+from .dispatch import _activated, _kernel
 
 if backend.HAS_TRITON:
     from .. import drops, planned, residual_autograd, residual_ops
@@ -62,34 +62,45 @@ def residual_add(
         torch.Size([8, 16])
     """
     function = "residual_add"
-    validation.floating(function, "x", x)
-    if residual is None:
-        raise validation.ArgumentError(f"{function}: residual must be a tensor, but is None")
-    validation.like_input(function, residual, x, may_be_float32=True)
-    validation.broadcasts(function, "scale", scale, x)
-    dropout_p = validation.rate(function, "dropout_p", dropout_p)
-    drop_path_p = validation.rate(function, "drop_path_p", drop_path_p)
-    validation.samples(function, drop_path_p, x)
-    rates = (dropout_p, drop_path_p) if training else (0.0, 0.0)
-    return _residual_add(x, residual, scale, *rates, resolve(activation))
+    rates = (
+        validation.rate(function, "dropout_p", dropout_p),
+        validation.rate(function, "drop_path_p", drop_path_p),
+    )
+    options = (*rates, bool(training), resolve(activation))
+    key, call = known.recall(function, options, x, residual, scale)
+    if call is None:
+        call = known.remember(key, _plan_residual_add(function, x, residual, scale, *options))
+    return call(x, residual, scale)
 
 
-def _residual_add(
+def _plan_residual_add(
+    function: str,
     x: Tensor,
     residual: Tensor,
     scale: Tensor | None,
     dropout_p: float,
     drop_path_p: float,
+    training: bool,
     activation: Activation | None,
-) -> Tensor:
-    run = _kernel(x, residual, scale) if scale is None or _goes_by_channel(scale, x) else None
-    if run is None:
-        return residual_fallback.residual_add(x, residual, scale, dropout_p, drop_path_p, activation)
-    fused = () if activation is None else (activation.name, *activation.scalars)
-    problem = ResidualAdd(dropout_p, drop_path_p, *fused)
-    seed = drops.draw_seed(x.device) if dropout_p > 0.0 or drop_path_p > 0.0 else None
-    run = residual_autograd.run if run is planned.run else residual_ops.run
-    return run(x, residual, scale, seed, problem)
+) -> known.Call:
+    """y of a call, once its arguments are checked, as a function of the three tensors."""
+    validation.floating(function, "x", x)
+    if residual is None:
+        raise validation.ArgumentError(f"{function}: residual must be a tensor, but is None")
+    validation.like_input(function, residual, x, may_be_float32=True)
+    validation.broadcasts(function, "scale", scale, x)
+    validation.samples(function, drop_path_p, x)
+    rates = (dropout_p, drop_path_p) if training else (0.0, 0.0)
+    way = _kernel(x, residual, scale) if scale is None or _goes_by_channel(scale, x) else None
+    if way is None:
+        return lambda x, residual, scale: residual_fallback.residual_add(x, residual, scale, *rates, activation)
+    problem, drop = ResidualAdd(*rates, *_activated(activation)), max(rates) > 0.0
+    run = residual_autograd.run if way is planned.run else residual_ops.run
+
+    def by_kernel(x: Tensor, residual: Tensor, scale: Tensor | None) -> Tensor:
+        return run(x, residual, scale, drops.draw_seed(x.device) if drop else None, problem)
+
+    return by_kernel
 
 
 def _goes_by_channel(scale: Tensor, x: Tensor) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .. import validation
+from .. import known, validation
 from ..activation import ActivationLike, resolve
-from .switch_dispatch import _switch_norm
+from .switch_dispatch import _plan_switch_norm
 
 Tensor = torch.Tensor
 
@@ -64,27 +64,14 @@ def switch_norm(
         torch.Size([2, 8, 16, 16])
     """
     function = "switch_norm"
-    count = validation.batch(function, input, running_mean, running_var, training)
-    validation.operands(function, input, (count,), weight, bias, residual)
-    validation.mixture(function, input, mean_weight, var_weight)
-    momentum = validation.number(function, "momentum", momentum)
     # torch refuses an eps of 0 for a batch's variance alone, which a layer's is mixed into here.
-    eps = validation.epsilon(function, eps, training=False)
-    return _switch_norm(
-        input,
-        residual,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        mean_weight,
-        var_weight,
-        training,
-        momentum,
-        eps,
-        False,
-        resolve(activation),
-    )
+    numbers = validation.number(function, "momentum", momentum), validation.epsilon(function, eps, training=False)
+    options = (bool(training), *numbers, False, resolve(activation), 0.0)
+    tensors = (input, residual, running_mean, running_var, weight, bias, mean_weight, var_weight)
+    key, call = known.recall(function, options, *tensors)
+    if call is None:
+        call = known.remember(key, _plan_switch_norm(function, *tensors, *options))
+    return call(*tensors)
 
 
 def add_switch_norm(
@@ -123,25 +110,11 @@ def add_switch_norm(
         >>> y, total = add_switch_norm(x, x, mean, var, None, None, shares, shares, training=True)
     """
     function = "add_switch_norm"
-    count = validation.batch(function, input, running_mean, running_var, training)
-    validation.operands(function, input, (count,), weight, bias, residual, added_first=True)
-    validation.mixture(function, input, mean_weight, var_weight)
     p = validation.dropout(function, dropout_p, training)
-    momentum = validation.number(function, "momentum", momentum)
-    eps = validation.epsilon(function, eps, training=False)
-    return _switch_norm(
-        input,
-        residual,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        mean_weight,
-        var_weight,
-        training,
-        momentum,
-        eps,
-        True,
-        resolve(activation),
-        p,
-    )
+    numbers = validation.number(function, "momentum", momentum), validation.epsilon(function, eps, training=False)
+    options = (bool(training), *numbers, True, resolve(activation), p)
+    tensors = (input, residual, running_mean, running_var, weight, bias, mean_weight, var_weight)
+    key, call = known.recall(function, options, *tensors)
+    if call is None:
+        call = known.remember(key, _plan_switch_norm(function, *tensors, *options))
+    return call(*tensors)
