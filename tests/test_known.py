@@ -23,6 +23,9 @@ OF_CHANNELS = {
     "group_norm": lambda x, **options: F.group_norm(x, 2, parameter(), parameter(), **options),
     "instance_norm": lambda x, **options: F.instance_norm(x, None, None, parameter(), parameter(), **options),
     "batch_norm": lambda x, **options: F.batch_norm(x, None, None, parameter(), parameter(), training=True, **options),
+    "switch_norm": lambda x, **options: F.switch_norm(
+        x, None, None, parameter(), parameter(), parameter()[:3], parameter()[:3], training=True, **options
+    ),
 }
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "layer_norm": lambda x, **options: F.layer_norm(x, (C,), parameter(), parameter(), **options),
