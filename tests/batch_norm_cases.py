@@ -20,6 +20,7 @@ from tests.channel_norm_cases import with_layout
 from tests.channel_norm_ways import in_pieces
 from tests.layouts import channels_last
 from tests.norm_cases import Case, drawn, normal
+from tests.schedules import forget_schedules
 
 Tensor = torch.Tensor
 
@@ -119,13 +120,6 @@ class Way:
     def case(self, function: str, **fields: Any) -> BatchCase:
         case = make_case(function, *SHAPES[self.name], **fields)
         return with_layout(case, channels_last) if "channels_last" in self.name else case
-
-
-def forget_schedules() -> None:
-    for module in (forward_module, backward_module):
-        for member in vars(module).values():
-            if hasattr(member, "cache_clear"):
-                member.cache_clear()
 
 
 @contextlib.contextmanager

@@ -14,12 +14,11 @@ import fused_ops.kernels.channel_norm.backward as backward_module
 import fused_ops.kernels.channel_norm.backward_pieces as backward_pieces
 import fused_ops.kernels.channel_norm.forward as forward_module
 import fused_ops.kernels.channel_norm.forward_pieces as forward_pieces
-import fused_ops.kernels.column_sum as column_sum_module
 from fused_ops.kernels.channel_norm.config import PieceTile
 from tests.channel_norm_cases import ChannelCase, make_case, with_layout
 from tests.layouts import Layout, channels_last
+from tests.schedules import forget_schedules
 
-MODULES = (forward_module, backward_module, column_sum_module)
 # Channels of a group, positions, groups. Hardly a size is a power of two.
 SHAPES = {
     "whole": (3, (7, 9), 3),
@@ -61,14 +60,6 @@ class Way:
 
     def lay_out(self, case: ChannelCase) -> ChannelCase:
         return with_layout(case, self.layout)
-
-
-def forget_schedules() -> None:
-    """Schedules are built once for each kind of call, from the configurations of that moment."""
-    for module in MODULES:
-        for member in vars(module).values():
-            if hasattr(member, "cache_clear"):
-                member.cache_clear()
 
 
 @contextlib.contextmanager

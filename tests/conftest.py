@@ -138,11 +138,11 @@ def schedule(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Other schedules for the row norms, until the test ends."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from tests.row_norm_schedule import Schedule
+    from tests.schedules import forget_schedules
 
-    schedule = Schedule(monkeypatch)
-    yield schedule
+    yield Schedule(monkeypatch)
     monkeypatch.undo()
-    schedule.forget_schedules()
+    forget_schedules()
 
 
 class FamilyCall(NamedTuple):

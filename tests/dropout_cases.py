@@ -16,6 +16,7 @@ from fused_ops import functional as F
 from tests import batch_norm_cases, channel_norm_ways, every_norm, row_norm_cases
 from tests.norm_cases import DEVICE, Case, with_fields
 from tests.row_norm_schedule import Schedule
+from tests.schedules import forget_schedules
 
 Tensor = torch.Tensor
 
@@ -80,7 +81,7 @@ def _rows_running(way: str) -> Iterator[Callable[..., Case]]:
             yield make
         finally:
             patch.undo()
-            schedule.forget_schedules()
+            forget_schedules()
 
 
 def ways_of(function: str) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ import torch
 from fused_ops import Activation, get_backend, reference
 from fused_ops import functional as F
 from tests.norm_cases import DEVICE, Result, normal, same_bits, torch_activate
+from tests.schedules import forget_schedules
 from tests.tolerances import assert_within_budget
 
 Tensor = torch.Tensor
@@ -111,16 +112,13 @@ def blocks_of(elements: int) -> Iterator[None]:
     """Programs take so many elements inside, which an interpreter, that is slow by the program, does not mind."""
     from fused_ops.kernels import residual
 
-    caches = [value for value in vars(residual).values() if hasattr(value, "cache_clear")]
     usual, residual._block = residual._block, lambda of_what: elements
     try:
-        for cached in caches:
-            cached.cache_clear()
+        forget_schedules()
         yield
     finally:
         residual._block = usual
-        for cached in caches:
-            cached.cache_clear()
+        forget_schedules()
 
 
 # --- functions of the operands -------------------------------------------------------------------------------------

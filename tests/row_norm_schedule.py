@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-import fused_ops.kernels.column_sum as column_sum_module
 import fused_ops.kernels.row_norm.backward as backward_module
 import fused_ops.kernels.row_norm.forward as forward_module
 from fused_ops.kernels import launch
 from tests.row_norm_cases import FUNCTIONS
+from tests.schedules import forget_schedules
 
 Call = tuple[str, bool, "str | None"]
 
@@ -51,21 +51,12 @@ def calls(quick: list[Call]) -> pytest.MarkDecorator:
 class Schedule:
     """Puts other configurations in the place of the launchers' own until the test ends."""
 
-    MODULES = (forward_module, backward_module, column_sum_module)
-
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
 
     def replace(self, module: ModuleType, name: str, function: Callable[..., Any]) -> None:
         self._monkeypatch.setattr(module, name, function)
-        self.forget_schedules()
-
-    def forget_schedules(self) -> None:
-        """Schedules are built once for each kind of call, from the configurations of that moment."""
-        for module in self.MODULES:
-            for member in vars(module).values():
-                if hasattr(member, "cache_clear"):
-                    member.cache_clear()
+        forget_schedules()
 
     def forward(self, kind: str, block_span: int = 256, steps: int = 1) -> None:
         """Whole rows as configured, or chunks of steps * block_span elements, walked or shared.

@@ -21,6 +21,7 @@ from benchmarks.audit.rows import traffic_findings
 from benchmarks.audit.watch import watch
 from benchmarks.workloads import WORKLOADS, Shape
 from tests.conftest import HAS_GPU
+from tests.schedules import forget_schedules
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="a compiled kernel cannot be watched")
 
@@ -213,10 +214,6 @@ def test_rows_that_are_shared_without_need_are_caught(
 ) -> None:
     """Rows of 4096 fit on chip, and those of 65536 are walked within the L2; shared they move more than they may."""
     from fused_ops.kernels.row_norm import backward, forward
-
-    def forget_schedules() -> None:
-        forward._schedule.cache_clear()
-        backward._schedule.cache_clear()
 
     with monkeypatch.context() as patched:
         patched.setattr(forward, "row_forward_config", lambda *sizes: None)

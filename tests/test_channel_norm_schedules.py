@@ -21,7 +21,8 @@ from fused_ops.kernels.channel_norm import forward as forward_module
 from fused_ops.kernels.channel_norm import group_norm_forward
 from fused_ops.kernels.problem import GroupNorm, slope_takes_two_values
 from fused_ops.kernels.views import lies_channels_last
-from tests.channel_norm_ways import WAYS, Way, forget_schedules, in_pieces
+from tests.channel_norm_ways import WAYS, Way, in_pieces
+from tests.schedules import forget_schedules
 
 pytestmark = [pytest.mark.one_in(8), pytest.mark.usefixtures("triton_backend", "memory_checked")]
 

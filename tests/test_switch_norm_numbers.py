@@ -17,10 +17,9 @@ from tests.tolerances import allowed_error, largest_error
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels")
 
-import fused_ops.kernels.channel_norm.switch_backward as backward_module
-import fused_ops.kernels.channel_norm.switch_forward as forward_module
 from tests.channel_norm_ways import in_pieces
 from tests.dropout_cases import factor
+from tests.schedules import forget_schedules
 
 pytestmark = [pytest.mark.one_in(8), pytest.mark.usefixtures("triton_backend", "memory_checked")]
 
@@ -35,13 +34,6 @@ WAYS = {
     "channels_last in small pieces": (2, 19, 7, 5),
 }
 PLACES = [("switch_norm", False), ("switch_norm", True), ("add_switch_norm", True)]
-
-
-def forget_schedules() -> None:
-    for module in (forward_module, backward_module):
-        for member in vars(module).values():
-            if hasattr(member, "cache_clear"):
-                member.cache_clear()
 
 
 @pytest.fixture

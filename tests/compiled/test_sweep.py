@@ -13,6 +13,7 @@ from benchmarks.audit.inert import compiling_for
 from benchmarks.audit.sweep_calls import FEW, ChannelCall, Kind, RowCall
 from benchmarks.audit.targets import TARGETS
 from fused_ops.kernels.launcher import Launcher
+from tests.schedules import forget_schedules
 
 KIND = Kind(torch.bfloat16, "gelu", "after")
 MODULES = (
@@ -67,10 +68,3 @@ def test_it_names_what_spills(call: RowCall | ChannelCall) -> None:
     forget_schedules()
     assert found and all(f"sm_90: {spill.kernel} spills {spill.bytes} bytes" in str(spill) for spill in found)
     assert str(call) in str(found[0])
-
-
-def forget_schedules() -> None:
-    """They hold launchers, which are made once for each kind of call."""
-    for family in ("row_norm", "channel_norm"):
-        for direction in ("forward", "backward"):
-            importlib.import_module(f"fused_ops.kernels.{family}.{direction}")._schedule.cache_clear()
