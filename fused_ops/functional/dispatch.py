@@ -10,6 +10,7 @@ import torch
 
 from .. import backend, fallback, residual_fallback, validation
 from ..activation import Activation
+from ..fallback import of_type
 from ..known import Call
 
 if backend.HAS_TRITON:
@@ -82,16 +83,20 @@ def _plan_composed(
 ) -> Call:
     """The composition around a norm that keeps its argument's layout, for calls that are alike: a function of x, the
     residual and what else the norm takes."""
-    finish = fallback.at_first(lambda y, residual: fallback.plan_finish(y, residual, activation))
+    finish: Callable[..., Tensor] | None = None
 
     def run(x: Tensor, residual: Any, *others: Any) -> Any:
-        if not add_first:
+        nonlocal finish
+        if add_first:
+            # x in front, so that the total has its layout
+            total = residual_fallback.dropout(x, residual, dropout_p) + residual
+            y, residual = of_type(normalize(total, *others), x.dtype), None
+        else:
             y = normalize(x, *others)
-            return y if residual is None and activation is None else finish(y, residual)
-        # x in front, so that the total has its layout
-        total = residual_fallback.dropout(x, residual, dropout_p) + residual
-        y = normalize(total, *others)
-        y = y if y.dtype == x.dtype else y.to(x.dtype)
-        return y if activation is None else finish(y, None), total
+        if residual is not None or activation is not None:
+            if finish is None:  # decided by the first y for all, which are like it
+                finish = fallback.plan_finish(y, residual, activation)
+            y = finish(y, residual)
+        return (y, total) if add_first else y
 
     return run

@@ -4,7 +4,6 @@ that lie, and learn, in one way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,15 +57,12 @@ def _plan_add_row_norm(
         return lambda *tensors: _added_in_own_type(*tensors, *options, dropout_p)
     run = _kernel(x, residual, weight, bias)
     if run is None:
-        return _plan_composed(_normalize(shape, own_eps, subtract_mean), True, activation, dropout_p)
+        normalize = fallback.at_first(  # the total may be of another type
+            lambda total, weight, bias: fallback.plan_layer_norm(total, weight, bias, shape, own_eps, subtract_mean)
+        )
+        return _plan_composed(normalize, True, activation, dropout_p)
     norm = RowNorm(span, own_eps, subtract_mean, True, *_activated(activation))
     return _plan_kernels(run, x, residual, weight, bias, norm, dropout_p)
-
-
-def _normalize(shape: Shape, eps: float, subtract_mean: bool) -> Callable[..., Tensor]:
-    return fallback.at_first(
-        lambda x, weight, bias: fallback.plan_layer_norm(x, weight, bias, shape, eps, subtract_mean)
-    )
 
 
 def _plan_weight_standardize(function: str, weight: Tensor, eps: float) -> known.Call:
@@ -114,7 +110,8 @@ def _plan(
         )  # fmt: skip
     run = _kernel(x, residual, weight, bias)
     if run is None:
-        return _plan_composed(_normalize(shape, eps, subtract_mean), False, activation, 0.0)
+        normalize = fallback.plan_layer_norm(x, weight, bias, shape, eps, subtract_mean)
+        return _plan_composed(normalize, False, activation, 0.0)
     norm = RowNorm(span, eps, subtract_mean, False, *_activated(activation))
     return _plan_kernels(run, x, residual, weight, bias, norm, 0.0)
 
