@@ -38,24 +38,22 @@ def plan_batch_norm(
     bias: Tensor | None,
     *,
     training: bool,
-    momentum: float,
     eps: float,
 ) -> Callable[..., Tensor]:
-    """torch's batch_norm of tensors like these, as a function of them: in x's type and layout, whatever the other types
-    are; y is a new tensor.
+    """torch's batch_norm of tensors like these, as a function of them and the momentum; y is a new tensor, in x's type
+    and layout whatever the other types are.
 
     In training the running statistics, if given, move in place: see `plan_put_back`.
     """
     if not training:
-        return lambda x, mean, var, weight, bias: stored_norm(x, mean, var, weight, bias, eps)
+        return lambda x, mean, var, weight, bias, momentum: stored_norm(x, mean, var, weight, bias, eps)
     if x.numel() == 0:  # where torch fails without channels, and running statistics stay as they are
-        return lambda x, mean, var, weight, bias: stored_norm(
+        return lambda x, mean, var, weight, bias, momentum: stored_norm(
             x, x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]), weight, bias, eps
         )
     dtype = _computed_in(x, running_mean, running_var, weight, bias)
     learns = _takes_function(x, weight, bias)
     plain = {type(x), type(weight), type(bias)} <= PLAIN
-    options = (momentum, eps, dtype)
     if learns and plain and not left_a_transform(x, weight, bias, running_mean, running_var):
         normalize, copies = _apply, False
     elif transformed():
@@ -67,15 +65,15 @@ def plan_batch_norm(
     running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
     in_place = not copies and all(tensor.dtype == dtype for tensor in running)
 
-    def move_in_place(x: Tensor, mean: Any, var: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        y = normalize(x, mean, var, weight, bias, *options)
+    def move_in_place(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, momentum: float) -> Tensor:
+        y = normalize(x, mean, var, weight, bias, momentum, eps, dtype)
         if untold and mean is not None:
             _count_version(mean, var)
         return y
 
-    def move_copies(x: Tensor, mean: Any, var: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def move_copies(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, momentum: float) -> Tensor:
         moving = [tensor.to(dtype, copy=True) for tensor in (mean, var)]
-        y = normalize(x, *moving, weight, bias, *options)
+        y = normalize(x, *moving, weight, bias, momentum, eps, dtype)
         move([mean, var], moving)
         return y
 
@@ -125,7 +123,7 @@ def plan_put_back(run: Callable[..., Any]) -> Callable[..., Any]:
     fails, unless under a transform, which refuses that."""
     if not _looked_into():
 
-        def put_back(x: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor, *others: Tensor | None) -> Any:
+        def put_back(x: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor, *others: Any) -> Any:
             copies = [mean.clone(), var.clone()]
             try:
                 return run(x, residual, mean, var, *others)
@@ -137,7 +135,7 @@ def plan_put_back(run: Callable[..., Any]) -> Callable[..., Any]:
     if transformed():
         return run
 
-    def move_at_last(x: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor, *others: Tensor | None) -> Any:
+    def move_at_last(x: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor, *others: Any) -> Any:
         copies = [mean.clone(), var.clone()]
         out = run(x, residual, *copies, *others)
         move([mean, var], copies)

@@ -18,10 +18,10 @@ from .activation import Activation, ActivationLike, resolve
 from .channel_fallback import _by_channel, by_statistics
 from .collectives import Moments, computed_in, gather_statistics, reduce_means, values_of_channel
 from .fallback import _laid_out_as
-from .functional.dispatch import _fused, _kernel, _plan_composed
+from .functional.dispatch import _fused, _kernels, _plan_composed
 
 if backend.HAS_TRITON:
-    from . import planned, sync_autograd
+    from . import drops, planned, sync_autograd
     from .kernels.problem import BatchNorm
     from .kernels.views import lies_pooled_channels_last
 
@@ -120,10 +120,11 @@ def _synchronized(
     dropout_p: float = 0.0,
 ) -> Any:
     """y, or (y, total) where the residual is added first, in x's layout. Running statistics move."""
-    run = _kernel(x, residual, weight, bias, running_mean, running_var) if x.numel() else None
-    if run is not None and run is planned.run:
-        fused = _fused(activation, dropout_p, x)
-        norm = BatchNorm(lies_pooled_channels_last(x.shape, x.stride()), True, momentum, eps, add_first, *fused)
+    plan = _kernels(x, residual, weight, bias, running_mean, running_var) if x.numel() else None
+    if plan is not None and plan is planned.plan:
+        channels_last = lies_pooled_channels_last(x.shape, x.stride())
+        norm = BatchNorm(channels_last, True, momentum, eps, add_first, *_fused(activation, dropout_p))
+        norm = norm._replace(seed=drops.draw_seed(x.device) if dropout_p > 0.0 else None)
         return sync_autograd.run(x, residual, weight, bias, norm, group, (running_mean, running_var))
 
     def normalize(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any) -> Tensor:

@@ -6,7 +6,7 @@ nothing found again, while somebody compiles, traces or transforms the operation
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -40,27 +40,58 @@ def watched() -> bool:
     )
 
 
+def recall(
+    function: str, options: tuple[Any, ...], *tensors: Tensor | None, inner: int = 0
+) -> tuple[Key | None, Call | None]:
+    """What the call is known by, None if it cannot be, and what `remember` was told of one like it.
+
+    inner: of the first two tensors, x and a residual, only so many of the last dims matter, and not how often they are
+    there: these are rows.
+    """
+    if watched():
+        return None, None
+    seen: Iterable[Any] = map(signature, tensors)
+    try:
+        if inner:
+            x, residual, *others = tensors
+            seen = (_rows(x, inner), _rows(residual, inner), _are_alike(x, residual), *map(signature, others))
+        key = (function, options, backend.get_backend(), is_grad_enabled(), is_autocast_enabled("cuda"), *seen)
+        return key, _calls.get(key)
+    except TypeError:  # no tensor, or an option or a size that cannot be told again
+        return None, None
+
+
 def signature(tensor: Tensor | None) -> Key | None:
     """All of a tensor that a decision may depend on; TypeError for what is no plain tensor."""
+    return None if tensor is None else (tensor.shape, tensor.stride(), *_facts(tensor))
+
+
+def gradient_signature(tensor: Tensor | None) -> Key | None:
+    """`signature` of a tensor whose shape is known."""
+    return None if tensor is None else (layout(tensor), *_facts(tensor))
+
+
+def layout(tensor: Tensor) -> Any:
+    """How elements lie beside each other: without gaps in their order, or as these sizes and strides tell."""
+    return tensor.is_contiguous() or (tensor.shape, tensor.stride())
+
+
+def _rows(tensor: Tensor | None, inner: int) -> Key | None:
     if tensor is None:
         return None
+    return tensor.shape[-inner:], tensor.numel() > 0, layout(tensor), *_facts(tensor)
+
+
+def _are_alike(x: Tensor | None, residual: Tensor | None) -> bool:
+    return residual is None or (x is not None and residual.shape == x.shape)
+
+
+def _facts(tensor: Tensor) -> tuple[Any, ...]:
     if type(tensor) not in PLAIN:
         raise TypeError
     # A number negated by a view, or left over from a transform, is not what lies in memory.
     odd = tensor.is_neg() or _wrapped(tensor)
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad, odd
-
-
-def recall(function: str, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Key | None, Call | None]:
-    """What the call is known by, None if it cannot be, and what `remember` was told of one like it."""
-    if watched():
-        return None, None
-    try:
-        state = backend.get_backend(), is_grad_enabled(), is_autocast_enabled("cuda")
-        key = (function, options, *state, *map(signature, tensors))
-        return key, _calls.get(key)
-    except TypeError:  # no tensor, or an option or a size that cannot be told again
-        return None, None
+    return tensor.dtype, tensor.device, tensor.requires_grad, odd
 
 
 def remember(key: Key | None, call: Call) -> Call:

@@ -144,25 +144,43 @@ def backward(dy: Tensor, *arguments: Any) -> Gradients:
     return Gradients(*(tensor if want else None for tensor, want in zip(found, wanted, strict=True)))
 
 
-def run(
+def plan(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     norm: Norm,
     *running: Tensor | None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`autograd.run`, as an op that a tracer sees."""
+) -> Callable[..., Any]:
+    """`planned.plan`, as an op that a tracer sees."""
     tensors = (x, residual, weight, bias)
     tracked = torch.is_grad_enabled()
     needs = Needs(*(tracked and tensor is not None and tensor.requires_grad for tensor in tensors))
     saving = what_to_save(norm, needs, residual is not None)
     op = getattr(torch.ops.fused_ops, f"{family_of(norm).name}_forward")
-    y, total, _, _, _, *moved = op(*tensors, *running, *norm, saving.statistics or is_frozen(norm), saving.bits)
-    for statistic, values in zip(running, moved, strict=True):
-        if statistic is not None and not is_frozen(norm):
-            statistic.copy_(values)
-    return (y, total) if norm.add_first else y
+    kept = saving.statistics or is_frozen(norm), saving.bits
+
+    def run(
+        seed: Tensor | None,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        momentum: float = 0.0,
+    ) -> Any:
+        of_call: Norm = norm._replace(seed=seed)
+        running: Tensors = ()
+        if isinstance(of_call, BatchNorm):
+            of_call, running = of_call._replace(momentum=momentum), (running_mean, running_var)
+        y, total, _, _, _, *moved = op(x, residual, weight, bias, *running, *of_call, *kept)
+        for statistic, values in zip(running, moved, strict=True):
+            if statistic is not None and not is_frozen(norm):
+                statistic.copy_(values)
+        return (y, total) if norm.add_first else y
+
+    return run
 
 
 # --- sample inputs -------------------------------------------------------------------------------------------------

@@ -82,11 +82,11 @@ def _key_of_backward(
     if is_grad_enabled() or known.watched() or is_batched(dy) or is_batched(dtotal):
         return None
     try:
-        gradients = known.signature(dy), known.signature(dtotal)
+        gradients = known.gradient_signature(dy), known.gradient_signature(dtotal)
     except TypeError:
         return None
-    # Saved tensors have the shapes that they had, but come back from whoever packed them.
-    return needed, *gradients, *[None if tensor is None else (tensor.dtype, tensor.stride()) for tensor in saved]
+    # What was saved comes back from whoever packed it.
+    return needed, *gradients, *[None if tensor is None else (tensor.dtype, known.layout(tensor)) for tensor in saved]
 
 
 def _plan_gradients(
@@ -132,7 +132,7 @@ class NormFunction(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        *running: Tensor | None,
+        *running: Any,
     ) -> Any:
         y, total, mean, rstd, bits = plan.forward(seed, x, residual, weight, bias, *running)
         keeps_x, _, _, keeps_residual = plan.saving
@@ -165,8 +165,10 @@ def plan(
     *running: Tensor | None,
 ) -> Callable[..., Any]:
     """How calls on tensors that lie, and learn, as these do run: y, or (y, total) where the residual is added first,
-    as a function of the seed of what is dropped, if any, the four tensors and batch norm's running statistics. Through
-    autograd only where something requires it."""
+    as a function of the seed of what is dropped, if any, the four tensors and, of batch norm, both running statistics
+    and the momentum. Through autograd only where something requires it."""
+    if norm.dropout_p > 0.0:  # what is planned depends on there being a seed
+        norm = norm._replace(seed=torch.empty(1, dtype=torch.int64, device=x.device))
     if is_grad_enabled():
         needs = Needs(*[tensor is not None and tensor.requires_grad for tensor in (x, residual, weight, bias)])
         if any(needs):
@@ -178,15 +180,3 @@ def plan(
         return y if total is None else (y, total)
 
     return infer
-
-
-def run(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm: Norm,
-    *running: Tensor | None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """What `plan` decides, at once."""
-    return plan(x, residual, weight, bias, norm, *running)(norm.seed, x, residual, weight, bias, *running)

@@ -250,7 +250,7 @@ def _track(x: Tensor, planes: _Planes, mixture: _Mixture, moving: tuple[Tensor, 
     if transformed():  # refuses a copy_ into what lies outside of it, but lets torch's own update pass
         running_mean, running_var = moving
         tensors = (x.detach(), running_mean, running_var, None, None)
-        batch_fallback.plan_batch_norm(*tensors, training=True, momentum=momentum, eps=1.0)(*tensors)
+        batch_fallback.plan_batch_norm(*tensors, training=True, eps=1.0)(*tensors, momentum)
         return
     count = x.shape[0] * math.prod(x.shape[2:])
     # An infinite shift is the mean, and leaves NaN.

@@ -17,7 +17,7 @@ class Family(NamedTuple):
     """The launchers of a norm, and what allocates all that they return but the gradients of parameters.
 
     What plans a direction decides all of it for tensors that lie as those it is given, and returns a function of a seed
-    and of these (in forward of running statistics, too).
+    and of these (in a batch norm's forward of its running statistics and the momentum, too).
     """
 
     name: str

@@ -27,11 +27,11 @@ OF_CHANNELS = {
         x, None, None, parameter(), parameter(), parameter()[:3], parameter()[:3], training=True, **options
     ),
 }
-FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+ROWS = {
     "layer_norm": lambda x, **options: F.layer_norm(x, (C,), parameter(), parameter(), **options),
     "rms_norm": lambda x, **options: F.rms_norm(x, (C,), parameter(), **options),
-    **OF_CHANNELS,
 }
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {**ROWS, **OF_CHANNELS}
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
 
 
@@ -73,7 +73,6 @@ def negated(x: Tensor) -> Tensor:
 
 
 CHANGES: dict[str, Callable[[Callable[..., Tensor]], Tensor]] = {
-    "shape": lambda call: call(image()[:3]),
     "strides": lambda call: call(image().transpose(0, 2).contiguous().transpose(0, 2)),
     "dtype": lambda call: call(image(dtype=torch.float64)),
     "requires_grad": lambda call: call(image().requires_grad_()),
@@ -93,6 +92,23 @@ def test_a_call_that_differs_is_decided_anew(function, change, decisions, each_b
     assert len(decisions) == 2
     known.forget()
     assert torch.equal(found, CHANGES[change](call))
+
+
+@every_function
+def test_rows_may_be_more_or_fewer_and_planes_may_not(function, decisions, each_backend):
+    def found(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.requires_grad_()
+        y = FUNCTIONS[function](x, activation="silu")
+        return y, *torch.autograd.grad(y, x, x.detach() ** 2)
+
+    shapes = [image(), image()[:3], image()[1:2], image()[0, 0], image()[:0]]
+    several = shapes if function in ROWS else shapes[:2]
+    results = [found(x) for x in several]
+    # Of no rows there is nothing to launch.
+    assert len({*decisions}) == 2
+    for x, result in zip(several, results, strict=True):
+        known.forget()
+        assert all(map(torch.equal, result, found(x.detach())))
 
 
 def test_modes_are_told_apart(decisions):
@@ -150,8 +166,12 @@ def test_a_wrong_call_stays_wrong_after_a_right_one(each_backend):
     for _ in range(2):
         with pytest.raises(TypeError, match="normalized_shape"):
             F.layer_norm(x, (float(C),))  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="weight"):
-            F.layer_norm(x, (C,), torch.ones(C + 1))
+        for shape in ((C + 1,), (1, C)):
+            with pytest.raises(ValueError, match="weight"):
+                F.layer_norm(x, (C,), torch.ones(shape))
+        F.layer_norm(x, (C,), torch.ones(C), residual=x)
+        with pytest.raises(ValueError, match="residual"):
+            F.layer_norm(x, (C,), torch.ones(C), residual=x[:2])
     F.group_norm(image(), 2)
     with pytest.raises(TypeError, match="num_groups"):
         F.group_norm(image(), 2.0)  # type: ignore[arg-type]
@@ -159,8 +179,8 @@ def test_a_wrong_call_stays_wrong_after_a_right_one(each_backend):
 
 def test_it_does_not_grow_without_end(monkeypatch):
     monkeypatch.setattr(known, "MOST", 3)
-    for rows in range(1, 9):
-        F.layer_norm(torch.randn(rows, C), C)
+    for samples in range(1, 9):
+        F.group_norm(torch.randn(samples, C, 3), 2)
         assert len(known._calls) <= 3
 
 

@@ -60,12 +60,12 @@ def batch_norm(
     function = "batch_norm"
     training = bool(training)
     momentum, eps = validation.number(function, "momentum", momentum), validation.epsilon(function, eps, training)
-    options = (training, momentum, eps, False, resolve(activation), 0.0)
+    options = (training, eps, False, resolve(activation), 0.0)
     tensors = (input, residual, running_mean, running_var, weight, bias)
     key, call = known.recall(function, options, *tensors)
     if call is None:
         call = known.remember(key, _plan_batch_norm(function, *tensors, *options))
-    return call(*tensors)
+    return call(*tensors, momentum)
 
 
 def add_batch_norm(
@@ -105,9 +105,9 @@ def add_batch_norm(
     training = bool(training)
     p = validation.dropout(function, dropout_p, training)
     momentum, eps = validation.number(function, "momentum", momentum), validation.epsilon(function, eps, training)
-    options = (training, momentum, eps, True, resolve(activation), p)
+    options = (training, eps, True, resolve(activation), p)
     tensors = (input, residual, running_mean, running_var, weight, bias)
     key, call = known.recall(function, options, *tensors)
     if call is None:
         call = known.remember(key, _plan_batch_norm(function, *tensors, *options))
-    return call(*tensors)
+    return call(*tensors, momentum)

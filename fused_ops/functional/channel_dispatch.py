@@ -11,7 +11,7 @@ import torch
 
 from .. import backend, channel_fallback, known, residual_fallback, validation
 from ..activation import Activation
-from .dispatch import _activated, _autocasts, _kernel, _plan_composed, _plan_kernels
+from .dispatch import _autocasts, _fused, _kernels, _plan_composed, _plan_kernels
 
 if backend.HAS_TRITON:
     from ..kernels.problem import GroupNorm, RowNorm
@@ -68,26 +68,27 @@ def _plan_instance_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     use_input_stats: bool,
-    momentum: float,
     eps: float,
     add_first: bool,
     activation: Activation | None,
     dropout_p: float,
 ) -> known.Call:
-    """`_plan_group_norm` of single channels, as a function of the six tensors; or by running statistics, which else
-    follow what was normalized."""
+    """`_plan_group_norm` of single channels, as a function of the six tensors and the momentum; or by running
+    statistics, which else follow what was normalized."""
     count = validation.planes(function, x, running_mean, running_var, use_input_stats)
     validation.operands(function, x, (count,), weight, bias, residual, added_first=add_first)
     if running_mean is not None and not use_input_stats:  # no reduction, and no kernel
 
-        def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, momentum: float) -> Tensor:
             return channel_fallback.stored_norm(x, mean, var, weight, bias, eps)
 
         return _plan_composed(normalize, add_first, activation, dropout_p)
 
     call = _plan(x, residual, weight, bias, x.shape[1] or 1, eps, add_first, activation, dropout_p)
 
-    def by_own_statistics(x: Tensor, residual: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
+    def by_own_statistics(
+        x: Tensor, residual: Any, mean: Any, var: Any, weight: Any, bias: Any, momentum: float
+    ) -> Any:
         out = call(x, residual, weight, bias)
         if mean is not None:
             channel_fallback.track_planes(out[1] if add_first else x, mean, var, momentum)
@@ -108,15 +109,15 @@ def _plan(
     dropout_p: float,
 ) -> known.Call:
     """In x's layout; instance norm has a group for each channel."""
-    run = _kernel(x, residual, weight, bias)
-    if run is not None:
+    plan = _kernels(x, residual, weight, bias)
+    if plan is not None:
         norm: GroupNorm | RowNorm
         if groups == 1 and math.prod(x.shape[2:]) == 1 and (x.dim() == 2 or x.stride(-1) == 1):  # rows
-            norm = RowNorm(x.shape[1], eps, True, add_first, *_activated(activation))
+            norm = RowNorm(x.shape[1], eps, True, add_first, *_fused(activation, dropout_p))
         else:
             channels_last = lies_channels_last(x.shape, x.stride(), groups)
-            norm = GroupNorm(groups, channels_last, eps, add_first, *_activated(activation))
-        return _plan_kernels(run, x, residual, weight, bias, norm, dropout_p)
+            norm = GroupNorm(groups, channels_last, eps, add_first, *_fused(activation, dropout_p))
+        return _plan_kernels(plan, x, residual, weight, bias, norm)
 
     def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return channel_fallback.group_norm(x, groups, weight, bias, eps)

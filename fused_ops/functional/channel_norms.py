@@ -141,12 +141,12 @@ def instance_norm(
     """
     function = "instance_norm"
     momentum = validation.number(function, "momentum", momentum)
-    options = (bool(use_input_stats), momentum, float(eps), False, resolve(activation), 0.0)
+    options = (bool(use_input_stats), float(eps), False, resolve(activation), 0.0)
     tensors = (input, residual, running_mean, running_var, weight, bias)
     key, call = known.recall(function, options, *tensors)
     if call is None:
         call = known.remember(key, _plan_instance_norm(function, *tensors, *options))
-    return call(*tensors)
+    return call(*tensors, momentum)
 
 
 def add_instance_norm(
@@ -174,9 +174,9 @@ def add_instance_norm(
     function = "add_instance_norm"
     p = validation.dropout(function, dropout_p, training)
     momentum = validation.number(function, "momentum", momentum)
-    options = (bool(use_input_stats), momentum, float(eps), True, resolve(activation), p)
+    options = (bool(use_input_stats), float(eps), True, resolve(activation), p)
     tensors = (input, residual, running_mean, running_var, weight, bias)
     key, call = known.recall(function, options, *tensors)
     if call is None:
         call = known.remember(key, _plan_instance_norm(function, *tensors, *options))
-    return call(*tensors)
+    return call(*tensors, momentum)

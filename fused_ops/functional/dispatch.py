@@ -29,8 +29,8 @@ def _autocasts(x: Tensor) -> bool:
 _TRACEABLE = fallback.PLAIN | {torch._subclasses.FakeTensor, torch._subclasses.functional_tensor.FunctionalTensor}
 
 
-def _kernel(x: Tensor, *others: Tensor | None):  # type: ignore[no-untyped-def]
-    """What runs the kernels for this call: eagerly, as an op, or None for the torch composition."""
+def _kernels(x: Tensor, *others: Tensor | None) -> Callable[..., Call] | None:
+    """What plans how kernels run this call: eagerly, or as an op; None for the torch composition."""
     if not backend.chooses_triton(x):
         return None
     # A transform, traced or not, cannot look into an op or a Function, nor a kernel into what has left a transform, and
@@ -40,42 +40,32 @@ def _kernel(x: Tensor, *others: Tensor | None):  # type: ignore[no-untyped-def]
     kinds = {type(x), *map(type, others)}
     if not kinds <= fallback.PLAIN and not kinds <= _TRACEABLE:
         return None  # a tensor subclass of somebody's own knows torch's functions, not ours
-    return ops.run if backend.traced(x) else planned.run
+    return ops.plan if backend.traced(x) else planned.plan
 
 
 def _plan_kernels(
-    run: Any,
+    plan: Callable[..., Call],
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     norm: Norm,
-    dropout_p: float,
     *running: Tensor | None,
 ) -> Call:
-    """How kernels run a norm that is given without its dropout, as a function of the tensors; `run` is `_kernel`'s."""
-    if run is not planned.run:
-        if dropout_p > 0.0:
-            norm = norm._replace(dropout_p=dropout_p, seed=drops.draw_seed(x.device))
-        return lambda x, residual, weight, bias, *running: run(x, residual, weight, bias, norm, *running)
-    if dropout_p == 0.0:
-        return functools.partial(planned.plan(x, residual, weight, bias, norm, *running), None)
-    # Each call draws a seed of its own; a plan depends on there being one.
-    norm = norm._replace(dropout_p=dropout_p, seed=torch.empty(1, dtype=torch.int64, device=x.device))
-    call = planned.plan(x, residual, weight, bias, norm, *running)
+    """How kernels run a norm that has no seed, as a function of the tensors: each call draws one where it drops."""
+    call = plan(x, residual, weight, bias, norm, *running)
+    if norm.dropout_p == 0.0:
+        return functools.partial(call, None)
     return lambda x, *others: call(drops.draw_seed(x.device), x, *others)
 
 
-def _activated(activation: Activation | None) -> tuple[Any, ...]:
-    """The fields of a norm that kernels compute which its activation sets."""
-    return () if activation is None else (activation.name, *activation.scalars)
-
-
-def _fused(activation: Activation | None, dropout_p: float, x: Tensor) -> tuple[Any, ...]:
-    """`_activated`, and the rate and the seed of dropout."""
+def _fused(activation: Activation | None, dropout_p: float = 0.0) -> tuple[Any, ...]:
+    """The last fields of a norm that kernels compute, as far as they differ from what they are by default: the
+    activation with its parameters, the rate of dropout."""
     if dropout_p == 0.0:
-        return _activated(activation)
-    return *(_activated(activation) or (None, 0.0, 0.0)), dropout_p, drops.draw_seed(x.device)
+        return () if activation is None else (activation.name, *activation.scalars)
+    name, scalars = (None, (0.0, 0.0)) if activation is None else (activation.name, activation.scalars)
+    return name, *scalars, dropout_p
 
 
 def _plan_composed(

@@ -6,7 +6,7 @@ import torch
 
 from .. import backend, known, residual_fallback, validation
 from ..activation import Activation, ActivationLike, resolve
-from .dispatch import _activated, _kernel
+from .dispatch import _fused, _kernels
 
 if backend.HAS_TRITON:
     from .. import drops, planned, residual_autograd, residual_ops
@@ -91,11 +91,11 @@ def _plan_residual_add(
     validation.broadcasts(function, "scale", scale, x)
     validation.samples(function, drop_path_p, x)
     rates = (dropout_p, drop_path_p) if training else (0.0, 0.0)
-    way = _kernel(x, residual, scale) if scale is None or _goes_by_channel(scale, x) else None
-    if way is None:
+    plan = _kernels(x, residual, scale) if scale is None or _goes_by_channel(scale, x) else None
+    if plan is None:
         return lambda x, residual, scale: residual_fallback.residual_add(x, residual, scale, *rates, activation)
-    problem, drop = ResidualAdd(*rates, *_activated(activation)), max(rates) > 0.0
-    run = residual_autograd.run if way is planned.run else residual_ops.run
+    problem, drop = ResidualAdd(*rates, *_fused(activation)), max(rates) > 0.0
+    run = residual_autograd.run if plan is planned.plan else residual_ops.run
 
     def by_kernel(x: Tensor, residual: Tensor, scale: Tensor | None) -> Tensor:
         return run(x, residual, scale, drops.draw_seed(x.device) if drop else None, problem)

@@ -10,7 +10,7 @@ import torch
 
 from .. import backend, fallback, known, residual_fallback, validation
 from ..activation import Activation
-from .dispatch import _activated, _autocasts, _kernel, _plan_composed, _plan_kernels
+from .dispatch import _autocasts, _fused, _kernels, _plan_composed, _plan_kernels
 
 if backend.HAS_TRITON:
     from ..kernels.problem import RowNorm
@@ -55,14 +55,14 @@ def _plan_add_row_norm(
     if _autocasts(x):
         options = (shape, span, own_eps, subtract_mean, activation)
         return lambda *tensors: _added_in_own_type(*tensors, *options, dropout_p)
-    run = _kernel(x, residual, weight, bias)
-    if run is None:
+    plan = _kernels(x, residual, weight, bias)
+    if plan is None:
         normalize = fallback.at_first(  # the total may be of another type
             lambda total, weight, bias: fallback.plan_layer_norm(total, weight, bias, shape, own_eps, subtract_mean)
         )
         return _plan_composed(normalize, True, activation, dropout_p)
-    norm = RowNorm(span, own_eps, subtract_mean, True, *_activated(activation))
-    return _plan_kernels(run, x, residual, weight, bias, norm, dropout_p)
+    norm = RowNorm(span, own_eps, subtract_mean, True, *_fused(activation, dropout_p))
+    return _plan_kernels(plan, x, residual, weight, bias, norm)
 
 
 def _plan_weight_standardize(function: str, weight: Tensor, eps: float) -> known.Call:
@@ -72,7 +72,7 @@ def _plan_weight_standardize(function: str, weight: Tensor, eps: float) -> known
     if not weight.is_contiguous():  # filters are rows in whatever order their elements lie in memory
         order = [0, *sorted(order[1:], key=weight.stride, reverse=True)]
     back = [order.index(dim) for dim in range(weight.dim())]
-    moved = order != back
+    moved = order != sorted(order)
 
     def rows_of(weight: Tensor) -> Tensor:
         return (weight.permute(order) if moved else weight).flatten(1)
@@ -108,12 +108,12 @@ def _plan(
             x.float(), None if residual is None else residual.float(), weight, bias,
             shape, span, eps, subtract_mean, activation,
         )  # fmt: skip
-    run = _kernel(x, residual, weight, bias)
-    if run is None:
+    plan = _kernels(x, residual, weight, bias)
+    if plan is None:
         normalize = fallback.plan_layer_norm(x, weight, bias, shape, eps, subtract_mean)
         return _plan_composed(normalize, False, activation, 0.0)
-    norm = RowNorm(span, eps, subtract_mean, False, *_activated(activation))
-    return _plan_kernels(run, x, residual, weight, bias, norm, 0.0)
+    norm = RowNorm(span, eps, subtract_mean, False, *_fused(activation))
+    return _plan_kernels(plan, x, residual, weight, bias, norm)
 
 
 def _plan_at_once(

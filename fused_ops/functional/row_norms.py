@@ -52,8 +52,9 @@ def layer_norm(
         torch.Size([8, 16])
     """
     function = "layer_norm"
-    options = (validation.sizes(function, normalized_shape), float(eps), True, resolve(activation))
-    key, call = known.recall(function, options, input, residual, weight, bias)
+    sizes = validation.sizes(function, normalized_shape)
+    options = (sizes, float(eps), True, resolve(activation))
+    key, call = known.recall(function, options, input, residual, weight, bias, inner=len(sizes))
     if call is None:
         call = known.remember(key, _plan_row_norm(function, input, residual, weight, bias, *options))
     return call(input, residual, weight, bias)
@@ -82,13 +83,9 @@ def rms_norm(
         torch.Size([8, 16])
     """
     function = "rms_norm"
-    options = (
-        validation.sizes(function, normalized_shape),
-        None if eps is None else float(eps),
-        False,
-        resolve(activation),
-    )
-    key, call = known.recall(function, options, input, residual, weight)
+    sizes, own_eps = validation.sizes(function, normalized_shape), None if eps is None else float(eps)
+    options = (sizes, own_eps, False, resolve(activation))
+    key, call = known.recall(function, options, input, residual, weight, inner=len(sizes))
     if call is None:
         call = known.remember(key, _plan_row_norm(function, input, residual, weight, None, *options))
     return call(input, residual, weight, None)
@@ -125,8 +122,9 @@ def add_layer_norm(
     """
     function = "add_layer_norm"
     p = validation.dropout(function, dropout_p, training)
-    options = (validation.sizes(function, normalized_shape), float(eps), True, resolve(activation), p)
-    key, call = known.recall(function, options, input, residual, weight, bias)
+    sizes = validation.sizes(function, normalized_shape)
+    options = (sizes, float(eps), True, resolve(activation), p)
+    key, call = known.recall(function, options, input, residual, weight, bias, inner=len(sizes))
     if call is None:
         call = known.remember(key, _plan_add_row_norm(function, input, residual, weight, bias, *options))
     return call(input, residual, weight, bias)
@@ -150,14 +148,9 @@ def add_rms_norm(
     """
     function = "add_rms_norm"
     p = validation.dropout(function, dropout_p, training)
-    options = (
-        validation.sizes(function, normalized_shape),
-        None if eps is None else float(eps),
-        False,
-        resolve(activation),
-        p,
-    )
-    key, call = known.recall(function, options, input, residual, weight)
+    sizes, own_eps = validation.sizes(function, normalized_shape), None if eps is None else float(eps)
+    options = (sizes, own_eps, False, resolve(activation), p)
+    key, call = known.recall(function, options, input, residual, weight, inner=len(sizes))
     if call is None:
         call = known.remember(key, _plan_add_row_norm(function, input, residual, weight, None, *options))
     return call(input, residual, weight, None)

@@ -65,13 +65,13 @@ def switch_norm(
     """
     function = "switch_norm"
     # torch refuses an eps of 0 for a batch's variance alone, which a layer's is mixed into here.
-    numbers = validation.number(function, "momentum", momentum), validation.epsilon(function, eps, training=False)
-    options = (bool(training), *numbers, False, resolve(activation), 0.0)
+    momentum, eps = validation.number(function, "momentum", momentum), validation.epsilon(function, eps, training=False)
+    options = (bool(training), eps, False, resolve(activation), 0.0)
     tensors = (input, residual, running_mean, running_var, weight, bias, mean_weight, var_weight)
     key, call = known.recall(function, options, *tensors)
     if call is None:
         call = known.remember(key, _plan_switch_norm(function, *tensors, *options))
-    return call(*tensors)
+    return call(*tensors, momentum)
 
 
 def add_switch_norm(
@@ -111,10 +111,10 @@ def add_switch_norm(
     """
     function = "add_switch_norm"
     p = validation.dropout(function, dropout_p, training)
-    numbers = validation.number(function, "momentum", momentum), validation.epsilon(function, eps, training=False)
-    options = (bool(training), *numbers, True, resolve(activation), p)
+    momentum, eps = validation.number(function, "momentum", momentum), validation.epsilon(function, eps, training=False)
+    options = (bool(training), eps, True, resolve(activation), p)
     tensors = (input, residual, running_mean, running_var, weight, bias, mean_weight, var_weight)
     key, call = known.recall(function, options, *tensors)
     if call is None:
         call = known.remember(key, _plan_switch_norm(function, *tensors, *options))
-    return call(*tensors)
+    return call(*tensors, momentum)

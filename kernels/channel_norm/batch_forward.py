@@ -40,7 +40,7 @@ def batch_norm_forward(
     activation's slope is 1.
     """
     run = plan_forward(x, residual, weight, bias, norm, save_statistics, save_bits, running_mean, running_var)
-    return run(norm.seed, x, residual, weight, bias, running_mean, running_var)
+    return run(norm.seed, x, residual, weight, bias, running_mean, running_var, norm.momentum)
 
 
 def plan_forward(
@@ -53,7 +53,7 @@ def plan_forward(
     save_bits: bool,
     *running: Tensor | None,
 ) -> Callable[..., Forward]:
-    """`batch_norm_forward` of all tensors that lie as these do: a function of the seed and of them."""
+    """`batch_norm_forward` of all tensors that lie as these do: a function of the seed, of them and of the momentum."""
     if x.numel() == 0:
         return lambda seed, x, residual, *_: allocate(x, residual, norm, save_statistics, save_bits)
     kind, view, read, strides = prepare(x, residual, weight, bias, norm, running, save_statistics, save_bits)
@@ -63,19 +63,19 @@ def plan_forward(
         waiting = 2 if residual is not None and not norm.add_first else 1
         tile = batch_forward_tile(view.plane, view.channels // kind.groups, x.element_size(), waiting)
     norm = norm._replace(seed=None)  # that of each call is its own
-    training, momentum = norm.training, norm.momentum
+    training = norm.training
 
     if tile is not None:
         launch, programs = _whole_channels(kind, tile), cdiv(kind.groups, tile.block_channels)
 
-        def compute(given: Tensors, out: Forward, moved: Running) -> None:
+        def compute(given: Tensors, out: Forward, moved: Running, momentum: float) -> None:
             y, total, mean, rstd, bits = out
             launch(programs, y.device, (*given, *moved), (y, total, bits, mean, rstd), view.plane, momentum, *floats)
 
     else:
         pieces = pieces_of(kind)
 
-        def compute(given: Tensors, out: Forward, moved: Running) -> None:
+        def compute(given: Tensors, out: Forward, moved: Running, momentum: float) -> None:
             call = (view.samples, view.plane, given, out, strides, floats, moved)
             if training:
                 pieces(*call, momentum)
@@ -90,10 +90,11 @@ def plan_forward(
         bias: Tensor | None,
         running_mean: Tensor | None = None,
         running_var: Tensor | None = None,
+        momentum: float = 0.0,
     ) -> Forward:
         out = allocate(x, residual, norm, save_statistics, save_bits)
         moved = (columns(running_mean), columns(running_var))
-        compute(read((x, residual, weight, bias, seed)), out, moved)
+        compute(read((x, residual, weight, bias, seed)), out, moved, momentum)
         if training:
             store_moved((running_mean, running_var), moved)
         return out

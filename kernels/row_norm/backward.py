@@ -79,11 +79,11 @@ def plan_backward(
     norm: RowNorm,
     wanted: Wanted,
 ) -> Callable[..., Gradients]:
-    """`row_norm_backward` of all tensors that lie as these do: a function of the seed and of them."""
+    """`row_norm_backward` of all tensors that lie as these do, of any number of rows if there are any: a function of
+    the seed and of them."""
     span, _, subtract_mean, add_first, activation, alpha, beta, dropout_p, seed = norm
     norm = norm._replace(seed=None)  # that of each call is its own
-    rows = dy.numel() // span if span else 0
-    if rows == 0:
+    if dy.numel() == 0:
         return lambda seed, dy, dtotal, x, residual, bits, weight, bias, *_: Gradients(
             *allocate_gradients(dy, x, norm, wanted), *parameter_zeros(weight, bias, wanted)
         )
@@ -120,7 +120,7 @@ def plan_backward(
     ) -> Gradients:
         dx, dresidual = out = allocate_gradients(dy, x, norm, wanted)
         given = read(needed((dy, dtotal, x, *others, seed)))
-        partials = schedule(rows, given, out, units, floats, device_facts(dy.device))
+        partials = schedule(dy.numel() // span, given, out, units, floats, device_facts(dy.device))
         return Gradients(dx, dresidual, *sum_partials(*partials))
 
     return run

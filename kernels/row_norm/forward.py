@@ -50,11 +50,11 @@ def plan_forward(
     save_statistics: bool,
     save_bits: bool,
 ) -> Callable[..., Forward]:
-    """`row_norm_forward` of all tensors that lie as these do: a function of the seed and of them."""
+    """`row_norm_forward` of all tensors that lie as these do, of any number of rows if there are any: a function of the
+    seed and of them."""
     span, eps, subtract_mean, add_first, activation, alpha, beta, dropout_p, seed = norm
     norm = norm._replace(seed=None)  # that of each call is its own
-    rows = x.numel() // span if span else 0
-    if rows == 0:
+    if x.numel() == 0:
         return lambda seed, x, residual, *_: allocate(x, residual, norm, save_statistics, save_bits)
     tensors = (x, residual, weight, bias, seed)
     (x_stride, residual_stride), read = plan_reading(Rows(span), tensors, activations=2)
@@ -68,7 +68,7 @@ def plan_forward(
         seed: Tensor | None, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
     ) -> Forward:
         out = allocate(x, residual, norm, save_statistics, save_bits)
-        schedule(rows, read((x, residual, weight, bias, seed)), out, units, floats)
+        schedule(x.numel() // span, read((x, residual, weight, bias, seed)), out, units, floats)
         return out
 
     return run
