@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -267,3 +268,32 @@ def test_gradients_may_be_differentiated_after_plain_ones(function, triton_backe
     known.forget()
     (expected,) = torch.autograd.grad(gradient(True).square().sum(), x)
     torch.testing.assert_close(of_known, expected)
+
+
+AUTOCAST: dict[str, Callable[..., Any]] = {
+    "layer_norm": lambda f, x, r: f.layer_norm(x, C, parameter(), residual=r, activation="gelu"),
+    "add_layer_norm": lambda f, x, r: f.add_layer_norm(x, r, C, parameter(), activation="gelu"),
+    "group_norm": lambda f, x, r: f.group_norm(x, 2, parameter(), residual=r, activation="gelu"),
+    "add_group_norm": lambda f, x, r: f.add_group_norm(x, r, 2, parameter(), activation="gelu"),
+}
+
+
+@pytest.mark.parametrize("function", AUTOCAST)
+def test_under_autocast_calls_are_known(function, decisions, monkeypatch, each_backend):
+    """As on a GPU, where it runs norms in float32; a residual that is added first is added in half."""
+    for module in ("row_dispatch", "channel_dispatch"):
+        place = importlib.import_module(f"fused_ops.functional.{module}")
+        monkeypatch.setattr(place, "_autocasts", lambda x: x.dtype == torch.bfloat16)
+    x, residual = image(dtype=torch.bfloat16), image(dtype=torch.bfloat16) / 2
+    call = AUTOCAST[function]
+    first, second = (call(F, x, residual) for _ in range(2))
+    assert len(decisions) == 1
+    if function.startswith("add"):
+        assert (first[0].dtype, first[1].dtype) == (torch.float32, torch.bfloat16)
+        expected = call(F, (x + residual).float(), torch.zeros(x.shape, device=DEVICE))[0]
+        assert all(map(torch.equal, first, second))
+        assert torch.equal(first[1], x + residual)
+    else:
+        expected = call(F, x.float(), residual.float())
+        assert torch.equal(first, second)
+    torch.testing.assert_close(first[0] if isinstance(first, tuple) else first, expected)

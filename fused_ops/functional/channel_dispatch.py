@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from .. import backend, channel_fallback, known, residual_fallback, validation
+from .. import backend, channel_fallback, known, validation
 from ..activation import Activation
-from .dispatch import _autocasts, _fused, _kernels, _plan_composed, _plan_kernels
+from .dispatch import _autocasts, _fused, _kernels, _plan_autocast, _plan_composed, _plan_kernels
 
 if backend.HAS_TRITON:
     from ..kernels.problem import GroupNorm, RowNorm
@@ -36,27 +36,12 @@ def _plan_group_norm(
     tensors."""
     validation.groups(function, x, groups)
     validation.operands(function, x, (x.shape[1],), weight, bias, residual, added_first=add_first)
-    options = (groups, eps, add_first, activation, dropout_p)
-    if not _autocasts(x):
-        return _plan(x, residual, weight, bias, *options)
-    if add_first:
-        return lambda *tensors: _added_in_own_type(*tensors, *options)
-    return lambda x, residual, weight, bias: _at_once(
-        x.float(), None if residual is None else residual.float(), weight, bias, *options
-    )
-
-
-def _added_in_own_type(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor]:
-    """Under autocast torch adds in the tensors' own type and normalizes in float32, so y and total are of two types."""
-    groups, eps, _, activation, dropout_p = options
-    total = residual_fallback.dropout(x, residual, dropout_p) + residual
-    return _at_once(total.float(), None, weight, bias, groups, eps, False, activation, 0.0), total
-
-
-def _at_once(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *options: Any) -> Any:
-    return _plan(x, residual, weight, bias, *options)(x, residual, weight, bias)
+    if _autocasts(x):
+        options = (groups, eps, False, activation, 0.0)
+        return _plan_autocast(
+            lambda x, residual, weight, bias: _plan(x, residual, weight, bias, *options), add_first, dropout_p
+        )
+    return _plan(x, residual, weight, bias, groups, eps, add_first, activation, dropout_p)
 
 
 def _plan_instance_norm(

@@ -68,6 +68,20 @@ def _fused(activation: Activation | None, dropout_p: float = 0.0) -> tuple[Any, 
     return name, *scalars, dropout_p
 
 
+def _plan_autocast(plan: Callable[..., Call], add_first: bool, dropout_p: float) -> Call:
+    """A norm as torch's autocast runs it: in float32, planned for x, a residual that is added afterwards, weight and
+    bias. A residual that is added first is added in the tensors' own type, so that y and total are of two types."""
+    norm = fallback.at_first(plan)
+
+    def run(x: Tensor, residual: Any, weight: Tensor | None, bias: Tensor | None) -> Any:
+        if not add_first:
+            return norm(x.float(), None if residual is None else residual.float(), weight, bias)
+        total = residual_fallback.dropout(x, residual, dropout_p) + residual
+        return norm(total.float(), None, weight, bias), total
+
+    return run
+
+
 def _plan_composed(
     normalize: Callable[..., Tensor], add_first: bool, activation: Activation | None, dropout_p: float
 ) -> Call:

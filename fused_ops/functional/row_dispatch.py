@@ -4,13 +4,11 @@ that lie, and learn, in one way.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from .. import backend, fallback, known, residual_fallback, validation
+from .. import backend, fallback, known, validation
 from ..activation import Activation
-from .dispatch import _autocasts, _fused, _kernels, _plan_composed, _plan_kernels
+from .dispatch import _autocasts, _fused, _kernels, _plan_autocast, _plan_composed, _plan_kernels
 
 if backend.HAS_TRITON:
     from ..kernels.problem import RowNorm
@@ -54,7 +52,9 @@ def _plan_add_row_norm(
     own_eps = _of_torch(eps, x)
     if _autocasts(x):
         options = (shape, span, own_eps, subtract_mean, activation)
-        return lambda *tensors: _added_in_own_type(*tensors, *options, dropout_p)
+        return _plan_autocast(
+            lambda x, residual, weight, bias: _plan(x, residual, weight, bias, *options), True, dropout_p
+        )
     plan = _kernels(x, residual, weight, bias)
     if plan is None:
         normalize = fallback.at_first(  # the total may be of another type
@@ -104,32 +104,14 @@ def _plan(
     activation: Activation | None,
 ) -> known.Call:
     if _autocasts(x):
-        return lambda x, residual, weight, bias: _plan_at_once(
-            x.float(), None if residual is None else residual.float(), weight, bias,
-            shape, span, eps, subtract_mean, activation,
-        )  # fmt: skip
+
+        def in_float32(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> known.Call:
+            return _plan(x, residual, weight, bias, shape, span, eps, subtract_mean, activation)
+
+        return _plan_autocast(in_float32, False, 0.0)
     plan = _kernels(x, residual, weight, bias)
     if plan is None:
         normalize = fallback.plan_layer_norm(x, weight, bias, shape, eps, subtract_mean)
         return _plan_composed(normalize, False, activation, 0.0)
     norm = RowNorm(span, eps, subtract_mean, False, *_fused(activation))
     return _plan_kernels(plan, x, residual, weight, bias, norm)
-
-
-def _plan_at_once(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *options: Any
-) -> Tensor:
-    return _plan(x, residual, weight, bias, *options)(x, residual, weight, bias)
-
-
-def _added_in_own_type(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Under autocast torch adds in the tensors' own type and normalizes in float32, so y and total are of two types."""
-    *norm, dropout_p = options
-    total = residual + residual_fallback.dropout(x, residual, dropout_p)
-    return _plan_at_once(total.float(), None, weight, bias, *norm), total
