@@ -63,7 +63,7 @@ def plan_batch_norm(
         normalize, copies = _elsewhere, learns
     untold = not copies and (transformed() or not _looked_into())  # torch's batch norm counts no version
     running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
-    in_place = not copies and all(tensor.dtype == dtype for tensor in running)
+    in_place = not running or (not copies and all(tensor.dtype == dtype for tensor in running))
 
     def move_in_place(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, momentum: float) -> Tensor:
         y = normalize(x, mean, var, weight, bias, momentum, eps, dtype)

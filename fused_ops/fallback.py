@@ -19,6 +19,8 @@ from .validation import FLOATING, HALF
 Tensor = torch.Tensor
 Shape = tuple[int, ...]
 
+_function_modes = torch._C._len_torch_function_stack
+
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -246,8 +248,13 @@ def plan_layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Shape, eps: float, subtract_mean: bool
 ) -> Callable[..., Tensor]:
     """`layer_norm` of tensors like these, as a function of them."""
-    if subtract_mean and all(tensor is None or tensor.dtype == x.dtype for tensor in (weight, bias)):
-        return lambda x, weight, bias: torch.layer_norm(x, shape, weight, bias, eps)
+    plain = not _looked_into() and {*map(type, (x, weight, bias))} <= PLAIN and not _function_modes()
+    if plain and all(tensor is None or tensor.dtype == x.dtype for tensor in (weight, bias)):
+        # Who intercepts functions wants F's; for others they take a microsecond more.
+        if subtract_mean:
+            return lambda x, weight, bias: torch.layer_norm(x, shape, weight, bias, eps)
+        if bias is None:
+            return lambda x, weight, bias: torch.rms_norm(x, shape, weight, eps)
     return lambda x, weight, bias: layer_norm(x, shape, weight, bias, eps, subtract_mean)
 
 

@@ -27,16 +27,18 @@ _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _tracing_state = torch._C._get_tracing_state
 _transforms = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
 
 
 def watched() -> bool:
-    """Whether somebody compiles, traces or transforms the operations."""
+    """Whether somebody compiles, traces, transforms or intercepts the operations."""
     return (
         torch.compiler.is_compiling()  # first: a compiler must not look at the others
         or _tracing_state() is not None
         or _transforms() is not None
         or forward_ad._current_level >= 0
         or _dispatch_modes() > 0
+        or _function_modes() > 0
     )
 
 
@@ -87,11 +89,9 @@ def _are_alike(x: Tensor | None, residual: Tensor | None) -> bool:
 
 
 def _facts(tensor: Tensor) -> tuple[Any, ...]:
-    if type(tensor) not in PLAIN:
+    if type(tensor) not in PLAIN or _wrapped(tensor):  # what has left a transform wears its wrapper
         raise TypeError
-    # A number negated by a view, or left over from a transform, is not what lies in memory.
-    odd = tensor.is_neg() or _wrapped(tensor)
-    return tensor.dtype, tensor.device, tensor.requires_grad, odd
+    return tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_neg()
 
 
 def remember(key: Key | None, call: Call) -> Call:

@@ -85,8 +85,12 @@ def _key_of_backward(
         gradients = known.gradient_signature(dy), known.gradient_signature(dtotal)
     except TypeError:
         return None
-    # What was saved comes back from whoever packed it.
-    return needed, *gradients, *[None if tensor is None else (tensor.dtype, known.layout(tensor)) for tensor in saved]
+    return needed, *gradients, *map(_unpacked, saved)
+
+
+def _unpacked(saved: Tensor | None) -> Any:
+    """What may have changed of a saved tensor, which comes back from whoever packed it."""
+    return None if saved is None else (type(saved), saved.dtype, saved.is_neg(), known.layout(saved))
 
 
 def _plan_gradients(

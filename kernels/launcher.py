@@ -65,8 +65,13 @@ class Launcher:
             return
         if is_gpu(device) and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self(programs, device, given, allocated, *scalars)
-            return
+                self._launch(programs, device, given, allocated, arguments)
+        else:
+            self._launch(programs, device, given, allocated, arguments)
+
+    def _launch(
+        self, programs: int, device: torch.device, given: Tensors, allocated: Tensors, arguments: tuple[Any, ...]
+    ) -> None:
         addresses = 0
         for tensor in given:
             if tensor is not None:

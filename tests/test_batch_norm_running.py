@@ -196,3 +196,27 @@ def test_what_was_made_in_inference_mode_moves_outside_of_it():
     running, x = (torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)), normal(6, 4, 5)
     torch.testing.assert_close(F.batch_norm(x, *made, training=True), F.batch_norm(x, *running, training=True))
     torch.testing.assert_close(made, running)
+
+
+class Subclass(torch.Tensor):
+    """A tensor of somebody's own."""
+
+
+@pytest.mark.parametrize("tracks", [False, True])
+@every_function
+def test_a_subclass_and_what_has_left_a_transform_train(function, tracks, torch_backend):
+    x, residual, weight, bias = tensors(3, 4, 5)
+    kept: list[Tensor] = []
+
+    def escape(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x.sum()
+
+    torch.func.grad(escape)(x.detach())
+    expected = None
+    for given in (x, x.detach().as_subclass(Subclass), kept[0]):
+        running = statistics(4) if tracks else None
+        y = call(function, running=running)(given, residual, weight.requires_grad_(), bias)[0]
+        (found,) = torch.autograd.grad(y.square().sum(), weight)
+        expected = found if expected is None else expected
+        torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)

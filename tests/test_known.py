@@ -6,10 +6,11 @@ import gc
 import importlib
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_ops
@@ -161,6 +162,53 @@ def test_nothing_is_known_to_who_looks_into_a_call(function, decisions, each_bac
     assert [key is None for key in decisions] == [False, True, True, True, True, True]
 
 
+@every_function
+def test_what_has_left_a_transform_is_not_taken_for_a_negated_tensor(function, decisions, each_backend):
+    kept: list[Tensor] = []
+
+    def escape(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x.sum()
+
+    torch.func.grad(escape)(image())
+    call = FUNCTIONS[function]
+    call(negated(image()))
+    torch.testing.assert_close(call(kept[0]), call(image()))
+    assert [key is None for key in decisions] == [False, True, False]
+
+
+class Intercepting(TorchFunctionMode):
+    """Notes the functions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+class Tagged(torch.Tensor):
+    """A tensor that notes the functions it is given to."""
+
+    seen: ClassVar[list[Any]] = []
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_who_intercepts_functions_sees_those_of_torch_nn(torch_backend):
+    FUNCTIONS["layer_norm"](image())
+    with Intercepting() as mode:
+        FUNCTIONS["layer_norm"](image())
+    FUNCTIONS["layer_norm"](image().as_subclass(Tagged))
+    assert torch.nn.functional.layer_norm in mode.seen
+    assert torch.nn.functional.layer_norm in Tagged.seen
+
+
 def test_a_wrong_call_stays_wrong_after_a_right_one(each_backend):
     x = torch.randn(4, C)
     F.layer_norm(x, (C,))
@@ -209,7 +257,7 @@ def test_a_known_call_draws_as_an_unknown_one(requires_grad, each_backend):
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("packed", ["transposed", "cloned"])
+@pytest.mark.parametrize("packed", ["transposed", "cloned", "negated"])
 @every_function
 def test_saved_tensors_may_come_back_otherwise(function, packed, triton_backend):
     """After a backward whose saved tensors came back as they went."""
@@ -219,13 +267,14 @@ def test_saved_tensors_may_come_back_otherwise(function, packed, triton_backend)
         (found,) = torch.autograd.grad(FUNCTIONS[function](x, activation="silu"), x, image())
         return found
 
-    def unpack(tensor: Tensor) -> Tensor:
-        if packed == "cloned":
-            return tensor.clone()
-        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    unpack: dict[str, Callable[[Tensor], Tensor]] = {
+        "cloned": torch.clone,
+        "transposed": lambda tensor: tensor.transpose(0, -1).contiguous().transpose(0, -1),
+        "negated": lambda tensor: negated(-tensor),
+    }
 
     plain = gradient()
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack[packed]):
         assert torch.equal(gradient(), plain)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import pickle
 from typing import Any
 
@@ -59,6 +60,18 @@ def test_it_is_the_formula_with_its_gradients_in_every_layout(shape, layout, eac
     ours, expected = F.weight_standardize(weight, 1e-3), formula(weight, 1e-3)
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(*(torch.autograd.grad(scalar((y,)), weight) for y in (ours, expected)))
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(1, 4))], ids=str)
+def test_filters_may_lie_in_any_order(order, each_backend):
+    """Those of sizes that differ; an order that is its own inverse among them."""
+    size = [2, 3, 4, 5]
+    moved = normal(*(size[dim] for dim in (0, *order)))
+    weight = moved.permute(0, *(1 + order.index(dim) for dim in range(1, 4)))
+    assert weight.shape == (2, 3, 4, 5)
+    standardized = F.weight_standardize(weight)
+    assert standardized.stride() == weight.stride()
+    torch.testing.assert_close(standardized, formula(weight, 1e-5))
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if len(shape) > 2])

@@ -61,7 +61,7 @@ def plan_backward(
     samples, channels, *positions = dy.shape
     plane = math.prod(positions)
     if dy.numel() == 0:
-        return without_elements(norm, wanted)
+        return without_elements(norm._replace(seed=None), wanted)
     tensors = (dy, dtotal, x, residual, bits, weight, bias, mean, rstd, seed)
     read, units, vec, dtypes = plan_operands(
         tensors, norm, wanted, (channels, plane, channels_last), Samples(channels_last)

@@ -54,7 +54,7 @@ def plan_backward(
 ) -> Callable[..., Gradients]:
     """`batch_norm_backward` of all tensors that lie as these do: a function of the seed and of them."""
     if dy.numel() == 0:
-        return without_elements(norm, wanted)
+        return without_elements(norm._replace(seed=None), wanted)
     tensors = (dy, dtotal, x, residual, bits, weight, bias, mean, rstd, norm.seed)
     kind, view, read, strides = prepare_backward(tensors, norm, wanted)
     floats = (*batch_drop_numbers(norm, dy), norm.alpha, norm.beta)
