@@ -65,12 +65,12 @@ def recall(
 
 def signature(tensor: Tensor | None) -> Key | None:
     """All of a tensor that a decision may depend on; TypeError for what is no plain tensor."""
-    return None if tensor is None else (tensor.shape, tensor.stride(), *_facts(tensor))
+    return None if tensor is None else (*_facts(tensor), tensor.shape, tensor.stride())
 
 
 def gradient_signature(tensor: Tensor | None) -> Key | None:
     """`signature` of a tensor whose shape is known."""
-    return None if tensor is None else (layout(tensor), *_facts(tensor))
+    return None if tensor is None else (*_facts(tensor), layout(tensor))
 
 
 def layout(tensor: Tensor) -> Any:
@@ -81,7 +81,7 @@ def layout(tensor: Tensor) -> Any:
 def _rows(tensor: Tensor | None, inner: int) -> Key | None:
     if tensor is None:
         return None
-    return tensor.shape[-inner:], tensor.numel() > 0, layout(tensor), *_facts(tensor)
+    return *_facts(tensor), tensor.shape[-inner:], tensor.numel() > 0, layout(tensor)
 
 
 def _are_alike(x: Tensor | None, residual: Tensor | None) -> bool:
@@ -89,6 +89,7 @@ def _are_alike(x: Tensor | None, residual: Tensor | None) -> bool:
 
 
 def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    """To be asked first: what is no tensor has nothing else."""
     if type(tensor) not in PLAIN or _wrapped(tensor):  # what has left a transform wears its wrapper
         raise TypeError
     return tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_neg()
