@@ -6,7 +6,7 @@ nothing found again, while somebody compiles, traces or transforms the operation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,66 +44,74 @@ def watched() -> bool:
 
 def recall(
     function: str, options: tuple[Any, ...], *tensors: Tensor | None, inner: int = 0
-) -> tuple[Key | None, Call | None]:
-    """What the call is known by, None if it cannot be, and what `remember` was told of one like it.
+) -> tuple[tuple[Key, ...], Call | None]:
+    """What `remember` was told of a call like this one; if nothing, the keys that this one would be known by, none if
+    it cannot be.
 
     inner: of the first two tensors, x and a residual, only so many of the last dims matter, and not how often they are
-    there: these are rows.
+    there: these are rows. Who has the same number of them again is known by it, which is quicker to tell.
     """
-    if watched():
-        return None, None
-    seen: Iterable[Any] = map(signature, tensors)
+    if watched() or not {*map(type, tensors)} <= PLAIN:
+        return (), None
+    key = (function, options, *_state(), *map(signature, tensors))
     try:
-        if inner:
-            x, residual, *others = tensors
-            seen = (_rows(x, inner), _rows(residual, inner), _are_alike(x, residual), *map(signature, others))
-        key = (function, options, backend.get_backend(), is_grad_enabled(), is_autocast_enabled("cuda"), *seen)
-        return key, _calls.get(key)
-    except TypeError:  # no tensor, or an option or a size that cannot be told again
-        return None, None
+        found = _calls.get(key)
+    except TypeError:  # an option or a size that cannot be told again
+        return (), None
+    if found is not None or not inner:
+        return (key,), found
+    x, residual, *others = tensors
+    alike = x is None or residual is None or residual.shape == x.shape
+    of_rows = (function, options, *_state(), _rows(x, inner), _rows(residual, inner), alike, *map(signature, others))
+    found = _calls.get(of_rows)
+    return (key, of_rows), found if found is None else remember((key,), found)
 
 
-def signature(tensor: Tensor | None) -> Key | None:
-    """All of a tensor that a decision may depend on; TypeError for what is no plain tensor."""
-    return None if tensor is None else (*_facts(tensor), tensor.shape, tensor.stride())
-
-
-def gradient_signature(tensor: Tensor | None) -> Key | None:
-    """`signature` of a tensor whose shape is known."""
-    return None if tensor is None else (*_facts(tensor), layout(tensor))
-
-
-def layout(tensor: Tensor) -> Any:
-    """How elements lie beside each other: without gaps in their order, or as these sizes and strides tell."""
-    return tensor.is_contiguous() or (tensor.shape, tensor.stride())
-
-
-def _rows(tensor: Tensor | None, inner: int) -> Key | None:
-    if tensor is None:
-        return None
-    return *_facts(tensor), tensor.shape[-inner:], tensor.numel() > 0, layout(tensor)
-
-
-def _are_alike(x: Tensor | None, residual: Tensor | None) -> bool:
-    return residual is None or (x is not None and residual.shape == x.shape)
-
-
-def _facts(tensor: Tensor) -> tuple[Any, ...]:
-    """To be asked first: what is no tensor has nothing else."""
-    if type(tensor) not in PLAIN or _wrapped(tensor):  # what has left a transform wears its wrapper
-        raise TypeError
-    return tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_neg()
-
-
-def remember(key: Key | None, call: Call) -> Call:
-    """The call itself, kept for those of the same key."""
-    if key is not None:
-        if len(_calls) >= MOST:
-            forget()
-        _calls[key] = call
+def remember(keys: tuple[Key, ...], call: Call) -> Call:
+    """The call itself, kept for those of the same keys."""
+    if len(_calls) >= MOST:
+        forget()
+    _calls.update(dict.fromkeys(keys, call))
     return call
 
 
 def forget() -> None:
     """Decides anew from now on, as whoever has changed what decisions follow from may want."""
     _calls.clear()
+
+
+def _state() -> tuple[Any, ...]:
+    return backend.get_backend(), is_grad_enabled(), is_autocast_enabled("cuda")
+
+
+# Of each plain tensor, all that a decision may depend on. One that torch negates as it reads, and one that has left a
+# transform and still wears its wrapper, is not what lies in memory.
+
+
+def signature(tensor: Tensor | None) -> Key | None:
+    """Of a tensor whatever it is."""
+    return None if tensor is None else (
+        tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_neg(), _wrapped(tensor),
+        tensor.shape, tensor.stride(),
+    )  # fmt: skip
+
+
+def gradient_signature(tensor: Tensor | None) -> Key | None:
+    """Of a tensor whose shape is known."""
+    return None if tensor is None else (
+        tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_neg(), _wrapped(tensor),
+        layout(tensor),
+    )  # fmt: skip
+
+
+def _rows(tensor: Tensor | None, inner: int) -> Key | None:
+    """Of rows, whose number may be any."""
+    return None if tensor is None else (
+        tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_neg(), _wrapped(tensor),
+        tensor.shape[-inner:], tensor.numel() > 0, layout(tensor),
+    )  # fmt: skip
+
+
+def layout(tensor: Tensor) -> Any:
+    """How elements lie beside each other: without gaps in their order, or as these sizes and strides tell."""
+    return tensor.is_contiguous() or (tensor.shape, tensor.stride())

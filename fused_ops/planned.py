@@ -79,12 +79,11 @@ def _key_of_backward(
     saved: Saved, dy: Tensor | None, dtotal: Tensor | None, needed: tuple[bool, ...]
 ) -> known.Key | None:
     """All that a backward depends on, given its plan; None where somebody looks into it, or differentiates again."""
-    if is_grad_enabled() or known.watched() or is_batched(dy) or is_batched(dtotal):
+    if is_grad_enabled() or known.watched() or not {type(dy), type(dtotal)} <= fallback.PLAIN:
         return None
-    try:
-        gradients = known.gradient_signature(dy), known.gradient_signature(dtotal)
-    except TypeError:
+    if is_batched(dy) or is_batched(dtotal):
         return None
+    gradients = known.gradient_signature(dy), known.gradient_signature(dtotal)
     return needed, *gradients, *map(_unpacked, saved)
 
 

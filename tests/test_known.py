@@ -53,9 +53,10 @@ def decisions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     made: list[Any] = []
     original = known.remember
 
-    def noted(key: Any, call: Any) -> Any:
-        made.append(key)
-        return original(key, call)
+    def noted(keys: Any, call: Any) -> Any:
+        if len(keys) != 1 or call not in known._calls.values():  # else it is only found again by another key
+            made.append(keys[-1] if keys else None)
+        return original(keys, call)
 
     monkeypatch.setattr(known, "remember", noted)
     yield made
@@ -174,7 +175,7 @@ def test_what_has_left_a_transform_is_not_taken_for_a_negated_tensor(function, d
     call = FUNCTIONS[function]
     call(negated(image()))
     torch.testing.assert_close(call(kept[0]), call(image()))
-    assert [key is None for key in decisions] == [False, True, False]
+    assert len({*decisions}) == 3
 
 
 class Intercepting(TorchFunctionMode):

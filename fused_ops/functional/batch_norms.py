@@ -62,9 +62,9 @@ def batch_norm(
     momentum, eps = validation.number(function, "momentum", momentum), validation.epsilon(function, eps, training)
     options = (training, eps, False, resolve(activation), 0.0)
     tensors = (input, residual, running_mean, running_var, weight, bias)
-    key, call = known.recall(function, options, *tensors)
+    keys, call = known.recall(function, options, *tensors)
     if call is None:
-        call = known.remember(key, _plan_batch_norm(function, *tensors, *options))
+        call = known.remember(keys, _plan_batch_norm(function, *tensors, *options))
     return call(*tensors, momentum)
 
 
@@ -107,7 +107,7 @@ def add_batch_norm(
     momentum, eps = validation.number(function, "momentum", momentum), validation.epsilon(function, eps, training)
     options = (training, eps, True, resolve(activation), p)
     tensors = (input, residual, running_mean, running_var, weight, bias)
-    key, call = known.recall(function, options, *tensors)
+    keys, call = known.recall(function, options, *tensors)
     if call is None:
-        call = known.remember(key, _plan_batch_norm(function, *tensors, *options))
+        call = known.remember(keys, _plan_batch_norm(function, *tensors, *options))
     return call(*tensors, momentum)

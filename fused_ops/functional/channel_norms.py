@@ -52,9 +52,9 @@ def group_norm(
     function = "group_norm"
     groups = validation.num_groups(function, num_groups)
     options = (groups, float(eps), False, resolve(activation), 0.0)
-    key, call = known.recall(function, options, input, residual, weight, bias)
+    keys, call = known.recall(function, options, input, residual, weight, bias)
     if call is None:
-        call = known.remember(key, _plan_group_norm(function, input, residual, weight, bias, *options))
+        call = known.remember(keys, _plan_group_norm(function, input, residual, weight, bias, *options))
     return call(input, residual, weight, bias)
 
 
@@ -90,9 +90,9 @@ def add_group_norm(
     groups = validation.num_groups(function, num_groups)
     p = validation.dropout(function, dropout_p, training)
     options = (groups, float(eps), True, resolve(activation), p)
-    key, call = known.recall(function, options, input, residual, weight, bias)
+    keys, call = known.recall(function, options, input, residual, weight, bias)
     if call is None:
-        call = known.remember(key, _plan_group_norm(function, input, residual, weight, bias, *options))
+        call = known.remember(keys, _plan_group_norm(function, input, residual, weight, bias, *options))
     return call(input, residual, weight, bias)
 
 
@@ -143,9 +143,9 @@ def instance_norm(
     momentum = validation.number(function, "momentum", momentum)
     options = (bool(use_input_stats), float(eps), False, resolve(activation), 0.0)
     tensors = (input, residual, running_mean, running_var, weight, bias)
-    key, call = known.recall(function, options, *tensors)
+    keys, call = known.recall(function, options, *tensors)
     if call is None:
-        call = known.remember(key, _plan_instance_norm(function, *tensors, *options))
+        call = known.remember(keys, _plan_instance_norm(function, *tensors, *options))
     return call(*tensors, momentum)
 
 
@@ -176,7 +176,7 @@ def add_instance_norm(
     momentum = validation.number(function, "momentum", momentum)
     options = (bool(use_input_stats), float(eps), True, resolve(activation), p)
     tensors = (input, residual, running_mean, running_var, weight, bias)
-    key, call = known.recall(function, options, *tensors)
+    keys, call = known.recall(function, options, *tensors)
     if call is None:
-        call = known.remember(key, _plan_instance_norm(function, *tensors, *options))
+        call = known.remember(keys, _plan_instance_norm(function, *tensors, *options))
     return call(*tensors, momentum)

@@ -67,9 +67,9 @@ def residual_add(
         validation.rate(function, "drop_path_p", drop_path_p),
     )
     options = (*rates, bool(training), resolve(activation))
-    key, call = known.recall(function, options, x, residual, scale)
+    keys, call = known.recall(function, options, x, residual, scale)
     if call is None:
-        call = known.remember(key, _plan_residual_add(function, x, residual, scale, *options))
+        call = known.remember(keys, _plan_residual_add(function, x, residual, scale, *options))
     return call(x, residual, scale)
 
 

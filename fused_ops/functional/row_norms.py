@@ -54,9 +54,9 @@ def layer_norm(
     function = "layer_norm"
     sizes = validation.sizes(function, normalized_shape)
     options = (sizes, float(eps), True, resolve(activation))
-    key, call = known.recall(function, options, input, residual, weight, bias, inner=len(sizes))
+    keys, call = known.recall(function, options, input, residual, weight, bias, inner=len(sizes))
     if call is None:
-        call = known.remember(key, _plan_row_norm(function, input, residual, weight, bias, *options))
+        call = known.remember(keys, _plan_row_norm(function, input, residual, weight, bias, *options))
     return call(input, residual, weight, bias)
 
 
@@ -85,9 +85,9 @@ def rms_norm(
     function = "rms_norm"
     sizes, own_eps = validation.sizes(function, normalized_shape), None if eps is None else float(eps)
     options = (sizes, own_eps, False, resolve(activation))
-    key, call = known.recall(function, options, input, residual, weight, inner=len(sizes))
+    keys, call = known.recall(function, options, input, residual, weight, inner=len(sizes))
     if call is None:
-        call = known.remember(key, _plan_row_norm(function, input, residual, weight, None, *options))
+        call = known.remember(keys, _plan_row_norm(function, input, residual, weight, None, *options))
     return call(input, residual, weight, None)
 
 
@@ -124,9 +124,9 @@ def add_layer_norm(
     p = validation.dropout(function, dropout_p, training)
     sizes = validation.sizes(function, normalized_shape)
     options = (sizes, float(eps), True, resolve(activation), p)
-    key, call = known.recall(function, options, input, residual, weight, bias, inner=len(sizes))
+    keys, call = known.recall(function, options, input, residual, weight, bias, inner=len(sizes))
     if call is None:
-        call = known.remember(key, _plan_add_row_norm(function, input, residual, weight, bias, *options))
+        call = known.remember(keys, _plan_add_row_norm(function, input, residual, weight, bias, *options))
     return call(input, residual, weight, bias)
 
 
@@ -150,7 +150,7 @@ def add_rms_norm(
     p = validation.dropout(function, dropout_p, training)
     sizes, own_eps = validation.sizes(function, normalized_shape), None if eps is None else float(eps)
     options = (sizes, own_eps, False, resolve(activation), p)
-    key, call = known.recall(function, options, input, residual, weight, inner=len(sizes))
+    keys, call = known.recall(function, options, input, residual, weight, inner=len(sizes))
     if call is None:
-        call = known.remember(key, _plan_add_row_norm(function, input, residual, weight, None, *options))
+        call = known.remember(keys, _plan_add_row_norm(function, input, residual, weight, None, *options))
     return call(input, residual, weight, None)

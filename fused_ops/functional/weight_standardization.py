@@ -36,7 +36,7 @@ def weight_standardize(weight: Tensor, eps: float = 1e-5) -> Tensor:
         torch.Size([2, 16, 6, 6])
     """
     function, options = "weight_standardize", (float(eps),)
-    key, call = known.recall(function, options, weight)
+    keys, call = known.recall(function, options, weight)
     if call is None:
-        call = known.remember(key, _plan_weight_standardize(function, weight, *options))
+        call = known.remember(keys, _plan_weight_standardize(function, weight, *options))
     return call(weight)
