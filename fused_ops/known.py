@@ -69,9 +69,10 @@ def recall(
 
 def remember(keys: tuple[Key, ...], call: Call) -> Call:
     """The call itself, kept for those of the same keys."""
-    if len(_calls) >= MOST:
-        forget()
-    _calls.update(dict.fromkeys(keys, call))
+    if keys:  # none while a compiler looks, which would guard on all that is known
+        if len(_calls) >= MOST:
+            forget()
+        _calls.update(dict.fromkeys(keys, call))
     return call
 
 

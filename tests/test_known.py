@@ -348,3 +348,17 @@ def test_under_autocast_calls_are_known(function, decisions, monkeypatch, each_b
         expected = call(F, x.float(), residual.float())
         assert torch.equal(first, second)
     torch.testing.assert_close(first[0] if isinstance(first, tuple) else first, expected)
+
+
+@every_function
+def test_what_is_compiled_does_not_ask_what_is_known(function, each_backend):
+    """Else it would be compiled again with every call that others make."""
+    call = torch.compile(FUNCTIONS[function], backend="eager", fullgraph=function != "switch_norm")
+    call(image())
+    F.layer_norm(torch.randn(3, 5), 5)
+    F.group_norm(torch.randn(3, 4, 5), 2)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        call(image())
+    known.forget()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        call(image())
