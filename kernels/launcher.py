@@ -9,9 +9,9 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from .launch import THREADS_PER_WARP, is_gpu
+from .views import Tensors as Tensors
 
 Tensor = torch.Tensor
-Tensors = tuple[Tensor | None, ...]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # read by @triton.jit at the same time as here
 

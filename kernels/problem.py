@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from .activations import ACTIVATIONS
+from .views import Tensors
 
 Tensor = torch.Tensor
 
@@ -152,7 +154,35 @@ def slope_takes_two_values(activation: str | None) -> bool:
     return ACTIVATIONS[activation].passes is not None
 
 
-def parameter_zeros(weight: Tensor | None, bias: Tensor | None, wanted: Wanted) -> tuple[Tensor | None, Tensor | None]:
+def plan_needed(
+    norm: Norm | SwitchNorm, wanted: Wanted, bits: Tensor | None, reads_x: bool = True
+) -> Callable[[Tensors], Tensors]:
+    """What backward kernels read of dy, dtotal, x, residual, bits, weight, bias, mean, rstd and the seed: None in the
+    place of others."""
+    computes_z = norm.activation is not None and bits is None
+    reads_total = wanted.dx or (norm.add_first and wanted.dresidual)
+
+    def needed(tensors: Tensors) -> Tensors:
+        dy, dtotal, x, residual, bits, weight, bias, mean, rstd, seed = tensors
+        dtotal = dtotal if reads_total else None
+        x = x if reads_x else None
+        residual, bias = (residual, bias) if computes_z else (None, None)
+        return dy, dtotal, x, residual, bits, weight, bias, mean, rstd, seed
+
+    return needed
+
+
+def without_elements(
+    allocate_gradients: Callable[..., tuple[Tensor | None, Tensor | None]], norm: Norm, wanted: Wanted
+) -> Callable[..., Gradients]:
+    """The backward of calls that have none."""
+    norm = norm._replace(seed=None)
+    return lambda seed, dy, dtotal, x, residual, bits, weight, bias, *_: Gradients(
+        *allocate_gradients(dy, x, norm, wanted), *_parameter_zeros(weight, bias, wanted)
+    )
+
+
+def _parameter_zeros(weight: Tensor | None, bias: Tensor | None, wanted: Wanted) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dbias) of a call without elements."""
     dweight = weight.new_zeros(weight.numel()) if weight is not None and wanted.dweight else None
     dbias = bias.new_zeros(bias.numel()) if bias is not None and wanted.dbias else None

@@ -11,7 +11,7 @@ from ..column_sum import column_sum
 from ..dropout import drop_numbers
 from ..launch import cdiv
 from ..launcher import Launcher, Tensors
-from ..problem import BatchNorm, Gradients, GroupNorm, SwitchNorm, Tensor, Wanted, parameter_zeros
+from ..problem import BatchNorm, Gradients, GroupNorm, SwitchNorm, Tensor, Wanted, plan_needed, without_elements
 from ..views import Samples, View, empty_samples, plan_reading
 from .backward_kernels import channel_norm_backward_kernel
 from .backward_pieces import BackwardKind, BackwardPieces, Floats, Pair, Strides
@@ -61,7 +61,7 @@ def plan_backward(
     samples, channels, *positions = dy.shape
     plane = math.prod(positions)
     if dy.numel() == 0:
-        return without_elements(norm._replace(seed=None), wanted)
+        return without_elements(allocate_gradients, norm, wanted)
     tensors = (dy, dtotal, x, residual, bits, weight, bias, mean, rstd, seed)
     read, units, vec, dtypes = plan_operands(
         tensors, norm, wanted, (channels, plane, channels_last), Samples(channels_last)
@@ -77,13 +77,6 @@ def plan_backward(
         return Gradients(*out, *schedule(samples, plane, given, out, units, floats))
 
     return run
-
-
-def without_elements(norm: GroupNorm | BatchNorm, wanted: Wanted) -> Callable[..., Gradients]:
-    """The backward of calls that have none."""
-    return lambda seed, dy, dtotal, x, residual, bits, weight, bias, *_: Gradients(
-        *allocate_gradients(dy, x, norm, wanted), *parameter_zeros(weight, bias, wanted)
-    )
 
 
 class Operands(NamedTuple):
@@ -108,16 +101,7 @@ def plan_operands(
     the channels of a sample, the length of a plane and whether channels lie last, as the view shows them."""
     dy, _, _, _, bits, _, bias, *_ = tensors
     assert dy is not None
-    computes_z = norm.activation is not None and bits is None
-    reads_total = wanted.dx or (norm.add_first and wanted.dresidual)
-
-    def needed(tensors: Tensors) -> Tensors:
-        dy, dtotal, x, residual, bits, weight, bias, mean, rstd, seed = tensors
-        dtotal = dtotal if reads_total else None
-        x = x if reads_x else None
-        residual, bias = (residual, bias) if computes_z else (None, None)
-        return dy, dtotal, x, residual, bits, weight, bias, mean, rstd, seed
-
+    needed = plan_needed(norm, wanted, bits, reads_x)
     given = needed(tensors)
     # What was saved may come back in another layout, from whoever packed it.
     strides, read = plan_reading(view, given, activations=4)

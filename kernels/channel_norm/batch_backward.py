@@ -12,9 +12,9 @@ import torch
 
 from ..launch import cdiv
 from ..launcher import Launcher, Tensors
-from ..problem import BatchNorm, Gradients, Tensor, Wanted
+from ..problem import BatchNorm, Gradients, Tensor, Wanted, without_elements
 from ..views import Pooled, PooledPlanes, pooled_planes
-from .backward import allocate_gradients, plan_operands, without_elements
+from .backward import allocate_gradients, plan_operands
 from .backward_pieces import BackwardKind, BackwardPieces, Pair, Strides
 from .batch_forward import batch_drop_numbers
 from .batch_kernels import batch_norm_backward_kernel
@@ -54,7 +54,7 @@ def plan_backward(
 ) -> Callable[..., Gradients]:
     """`batch_norm_backward` of all tensors that lie as these do: a function of the seed and of them."""
     if dy.numel() == 0:
-        return without_elements(norm._replace(seed=None), wanted)
+        return without_elements(allocate_gradients, norm, wanted)
     tensors = (dy, dtotal, x, residual, bits, weight, bias, mean, rstd, norm.seed)
     kind, view, read, strides = prepare_backward(tensors, norm, wanted)
     floats = (*batch_drop_numbers(norm, dy), norm.alpha, norm.beta)

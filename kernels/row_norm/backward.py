@@ -28,7 +28,7 @@ from ..launch import (
     walks_gradients,
 )
 from ..launcher import Launcher, Tensors
-from ..problem import Gradients, RowNorm, Tensor, Wanted, compute_dtype, parameter_zeros
+from ..problem import Gradients, RowNorm, Tensor, Wanted, compute_dtype, plan_needed, without_elements
 from ..views import Rows, plan_reading, vector_length
 from .backward_kernels import (
     row_gradient_apply_kernel,
@@ -84,19 +84,8 @@ def plan_backward(
     span, _, subtract_mean, add_first, activation, alpha, beta, dropout_p, seed = norm
     norm = norm._replace(seed=None)  # that of each call is its own
     if dy.numel() == 0:
-        return lambda seed, dy, dtotal, x, residual, bits, weight, bias, *_: Gradients(
-            *allocate_gradients(dy, x, norm, wanted), *parameter_zeros(weight, bias, wanted)
-        )
-    reads_total = wanted.dx or (add_first and wanted.dresidual)
-    computes_z = activation is not None and bits is None
-
-    def needed(given: Tensors) -> Tensors:
-        """Those of dy and what follows it that kernels read, None in the place of others."""
-        dy, dtotal, x, residual, bits, weight, bias, mean, rstd, seed = given
-        dtotal = dtotal if reads_total else None
-        residual, bias = (residual, bias) if computes_z else (None, None)
-        return dy, dtotal, x, residual, bits, weight, bias, mean, rstd, seed
-
+        return without_elements(allocate_gradients, norm, wanted)
+    needed = plan_needed(norm, wanted, bits)
     given = needed((dy, dtotal, x, residual, bits, weight, bias, mean, rstd, seed))
     # What was saved may come back in another layout, from whoever packed it.
     strides, read = plan_reading(Rows(span), given, activations=4)
