@@ -14,7 +14,7 @@ import torch.nn.functional as TF
 import fused_ops
 from fused_ops import Activation, reference
 from fused_ops import functional as F
-from tests.tolerances import assert_within_budget
+from tests.tolerances import assert_within_budget, largest_error, rounding
 
 Tensor = torch.Tensor
 
@@ -297,7 +297,13 @@ def check(case: Case) -> Result:
         terms = case.terms if of_parameter else 1
         # With a residual they may be summed from the dresidual that was stored, as torch's are.
         stored = case.x.dtype if of_parameter and case.residual is not None else None
-        assert_within_budget(f"{case.function} {name}", output, of_torch, expected.everything()[name], terms, stored)
+        exact = expected.everything()[name]
+        if name in ("dx", "dresidual") and output.is_cuda and not exact.any():
+            # A row of one value: a product that is rounded less one that a multiply-add does not round.
+            roundings = rounding(torch.promote_types(case.x.dtype, torch.float32)) * case.eps**-0.5
+            assert largest_error(output, exact) <= 16 * roundings, (case.function, name)
+            continue
+        assert_within_budget(f"{case.function} {name}", output, of_torch, exact, terms, stored)
     return actual
 
 

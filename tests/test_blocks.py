@@ -86,11 +86,11 @@ def test_a_block_has_any_activation(name, each_backend):
 @pytest.mark.parametrize("norm", ["batch", "layer", "rms"])
 def test_types_may_differ_under_autocast(name, norm, each_backend):
     """A convolution's output is half there, and the float32 of what comes beside it stays."""
-    block = getattr(blocks, name)(4, 4, norm=norm)
+    block = getattr(blocks, name)(4, 4, norm=norm).to(DEVICE)
     found = []
     for cast in (True, False):
-        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-            out = block(*(tensor.float().cpu() for tensor in images(name, 4)))
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=cast):
+            out = block(*(tensor.float() for tensor in images(name, 4)))
             found.append(out[1] if isinstance(out, tuple) else out)
     assert found[0].dtype == torch.float32
     torch.testing.assert_close(*found, rtol=0.05, atol=0.05)  # bfloat16 has three digits
@@ -248,9 +248,9 @@ def test_what_is_added_first_is_dropped_out(norm, each_backend):
 
 @pytest.mark.parametrize("keywords", [{}, {"layer_scale": 0.5}])
 def test_a_transformer_block_works_under_autocast(keywords, each_backend):
-    block = blocks.TransformerBlock(8, 2, **keywords)
-    x = inputs((2, 3, 8))[0].float().cpu()
-    with torch.autocast("cpu", torch.bfloat16):
+    block = blocks.TransformerBlock(8, 2, **keywords).to(DEVICE)
+    x = inputs((2, 3, 8))[0].float()
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         y = block(x)
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, block(x), rtol=0.05, atol=0.05)

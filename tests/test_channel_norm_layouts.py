@@ -168,7 +168,7 @@ def test_dy_of_the_other_layout_with_a_batch_of_one(base: Layout, dims: int) -> 
     other = channels_last if base is not channels_last else torch.Tensor.contiguous
     actual, expected = run_fused(with_layout(case, other, "dy")), run_reference(case)
     for name, gradient in actual.gradients.items():
-        torch.testing.assert_close(gradient.double(), expected.gradients[name], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(gradient.double().cpu(), expected.gradients[name], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(

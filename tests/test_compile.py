@@ -145,6 +145,8 @@ def test_several_layers_are_one_graph(each_backend):
 @pytest.mark.parametrize("function", ["layer_norm", "add_rms_norm"])
 def test_row_counts_compile_once(function, each_backend):
     """Forward and backward; 0 and 1 are numbers of their own to torch.compile."""
+    if DEVICE.type == "cuda" and function == "add_rms_norm" and each_backend == "torch" and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11's fused RMS norm misreads sizes that are symbols")
     compiled = None
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows in (4, 7, 2, 64, 3):

@@ -208,6 +208,8 @@ def test_an_exported_module_trains_as_the_module(name: str, training: bool, each
 
 def assert_as_eager(compiled: Any, eager: Any, tensors: tuple[Tensor, ...], exact: bool) -> None:
     """Outputs and gradients under one seed: the same bits with the kernels, which are the same."""
+    if not exact and DEVICE.type != "cpu":
+        pytest.skip("on a GPU torch's dropout draws otherwise eagerly than compiled")
     found = []
     for run in (compiled, eager):
         outputs = seeded(run, *tensors)
@@ -238,7 +240,7 @@ def test_a_compiled_function_is_one_graph_with_one_op_each_way(
 
 def test_a_compiled_switchable_norm_drops(each_backend: str) -> None:
     """By torch's operations, whose masks are torch's own: as many, anew in each run, and again under a seed."""
-    x, residual = (tensor.detach().requires_grad_() for tensor in (torch.ones(8, 4, 30), torch.zeros(8, 4, 30)))
+    x, residual = (fill(8, 4, 30, device=DEVICE).requires_grad_() for fill in (torch.ones, torch.zeros))
     compiled = torch.compile(calling("add_switch_norm"), backend="aot_eager", fullgraph=True)
     (y, total), again = seeded(compiled, x, residual), seeded(compiled, x, residual)
     assert torch.equal(total, again[1]) and not torch.equal(total, compiled(x, residual)[1])
@@ -300,4 +302,4 @@ def test_a_compiled_module_trains_as_the_module(name: str, each_backend: str) ->
 def test_checkpointing_inside_a_compiled_function(function: str, each_backend: str) -> None:
     run = calling(function)
     compiled = torch.compile(lambda *t: checkpoint(run, *t, use_reentrant=False), backend="aot_eager", fullgraph=True)
-    assert_as_eager(compiled, run, operands(), exact=False)
+    assert_as_eager(compiled, run, operands(), exact=each_backend == "triton")

@@ -116,6 +116,7 @@ def test_make_fx_traces_it(name: str) -> None:
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # make_graphed_callables warms up on its own
 def test_it_is_captured_in_a_cuda_graph() -> None:
     fused, original, x = pair("ResNet")
     make = torch.cuda.make_graphed_callables

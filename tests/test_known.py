@@ -156,7 +156,7 @@ def test_nothing_is_known_to_who_looks_into_a_call(function, decisions, each_bac
     with torch.autograd.forward_ad.dual_level():
         call(image())
     with torch._subclasses.FakeTensorMode():
-        call(torch.empty(4, C, 2, C))
+        call(torch.empty(4, C, 2, C, device=DEVICE))
     torch.jit.trace(call, image(), check_trace=False)
     with Watching():
         call(image())
@@ -212,17 +212,17 @@ def test_who_intercepts_functions_sees_those_of_torch_nn(torch_backend):
 
 
 def test_a_wrong_call_stays_wrong_after_a_right_one(each_backend):
-    x = torch.randn(4, C)
+    x = torch.randn(4, C, device=DEVICE)
     F.layer_norm(x, (C,))
     for _ in range(2):
         with pytest.raises(TypeError, match="normalized_shape"):
             F.layer_norm(x, (float(C),))  # type: ignore[arg-type]
         for shape in ((C + 1,), (1, C)):
             with pytest.raises(ValueError, match="weight"):
-                F.layer_norm(x, (C,), torch.ones(shape))
-        F.layer_norm(x, (C,), torch.ones(C), residual=x)
+                F.layer_norm(x, (C,), torch.ones(shape, device=DEVICE))
+        F.layer_norm(x, (C,), parameter(), residual=x)
         with pytest.raises(ValueError, match="residual"):
-            F.layer_norm(x, (C,), torch.ones(C), residual=x[:2])
+            F.layer_norm(x, (C,), parameter(), residual=x[:2])
     F.group_norm(image(), 2)
     with pytest.raises(TypeError, match="num_groups"):
         F.group_norm(image(), 2.0)  # type: ignore[arg-type]
@@ -231,7 +231,7 @@ def test_a_wrong_call_stays_wrong_after_a_right_one(each_backend):
 def test_it_does_not_grow_without_end(monkeypatch):
     monkeypatch.setattr(known, "MOST", 3)
     for samples in range(1, 9):
-        F.group_norm(torch.randn(samples, C, 3), 2)
+        F.group_norm(torch.randn(samples, C, 3, device=DEVICE), 2)
         assert len(known._calls) <= 3
 
 
@@ -355,8 +355,8 @@ def test_what_is_compiled_does_not_ask_what_is_known(function, each_backend):
     """Else it would be compiled again with every call that others make."""
     call = torch.compile(FUNCTIONS[function], backend="eager", fullgraph=function != "switch_norm")
     call(image())
-    F.layer_norm(torch.randn(3, 5), 5)
-    F.group_norm(torch.randn(3, 4, 5), 2)
+    F.layer_norm(torch.randn(3, 5, device=DEVICE), 5)
+    F.group_norm(torch.randn(3, 4, 5, device=DEVICE), 2)
     with torch.compiler.set_stance("fail_on_recompile"):
         call(image())
     known.forget()

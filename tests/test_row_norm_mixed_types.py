@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_ops import use_backend
-from tests.norm_cases import HALF, check, run_fused, run_reference, same_bits, short, with_fields
+from tests.norm_cases import DEVICE, HALF, check, run_fused, run_reference, same_bits, short, with_fields
 from tests.row_norm_cases import FUNCTIONS, PLACES, make_case
 from tests.tolerances import assert_within_budget, rounding
 
@@ -62,7 +62,7 @@ def test_each_output_is_rounded_once(dtype: torch.dtype) -> None:
     """Residual and activation cost no rounding of their own: half input misses by one rounding of each number."""
     case = make_case("layer_norm", 8, 100, dtype=dtype, residual=True, activation="silu")
     y = run_fused(case).outputs["y"].double()
-    expected = run_reference(case).outputs["y"]
+    expected = run_reference(case).outputs["y"].to(DEVICE)
     truncates = 2 if dtype == torch.bfloat16 else 1
     in_float32 = 32 * rounding(torch.float32) * float(expected.abs().max())
     allowed = truncates * rounding(dtype) * expected.abs() + in_float32

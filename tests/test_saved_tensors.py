@@ -316,7 +316,8 @@ def test_autocast_changes_nothing_but_what_torchs_would(case, dtype, each_backen
         return [output.dtype for output in outputs], dict(zip(tensors, found, strict=True))
 
     (ours, our_gradients), (torchs, torch_gradients) = run(fused), run(composed)
-    assert ours[0] == torchs[0]
+    in_float32 = DEVICE.type != "cpu" and not case.function.endswith(("batch_norm", "switch_norm"))
+    assert ours[0] == (torch.float32 if in_float32 else torchs[0])
     assert all(our_gradients[name].dtype == tensor.dtype for name, tensor in torch_gradients.items())
     if DEVICE.type == "cpu":
         assert ours == torchs

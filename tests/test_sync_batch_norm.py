@@ -77,6 +77,7 @@ def check(case: Case, world: int, found: list[dict[str, Any]]) -> None:
         assert_within_budget(name, got, torchs, compared, terms=terms, stored=case.dtype)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="gloo, with a CPU for each process")
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_it_is_one_process_over_the_whole_batch(world: int, tmp_path: Path) -> None:
     found = in_processes(world, tmp_path)
