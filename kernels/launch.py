@@ -113,10 +113,11 @@ def _row_tile(
     least_rows: int = 1,
     stages: int = 1,
     most_registers: int | None = None,
+    least_threads: int = 128,
 ) -> RowConfig:
-    """A tile of at least 128 threads and least_rows rows."""
+    """A tile of at least so many threads and rows."""
     block_span = _padded_span(span)
-    block_rows = max(least_rows, 128 * elements_per_thread // block_span)
+    block_rows = max(least_rows, least_threads * elements_per_thread // block_span)
     num_warps = block_rows * block_span // (elements_per_thread * THREADS_PER_WARP)
     return RowConfig(block_rows, block_span, num_warps, stages, most_registers)
 
@@ -178,22 +179,24 @@ def row_forward_config(
     if itemsize == 8:
         # One row will do, as weights are no wider than x. Without a bound ptxas spills to fit more programs.
         return _row_tile(span, elements_per_thread=4, most_registers=128)
-    # A tile reads weight and bias once. With two rows a tile, and weights no wider than x, that is half of what x and
-    # y move; wider weights move as much as x and y, where one row a tile would move twice that. Above, two rows leave
-    # only one program a multiprocessor. A residual makes two of it, and what waits twice as much, too.
-    two_rows = span <= 4096 or (span <= 8192 and wide_parameters and not ragged)
-    two_rows = two_rows and not wide_residual  # which moves three times as much, and takes twice the registers
-    # 64 bytes of x a thread: with the two programs that fit, 32 KB and more in flight on a multiprocessor. Half of that
-    # where a residual waits beside it, or where each element has an address and a mask of its own.
-    small = span <= 4096 and waiting == 2 and itemsize == 2
+    # 64 bytes of x a thread, so that the programs that fit have 64 KB and more in flight on a multiprocessor. Half of
+    # that where a residual waits beside it in a longer row, or where each element has an address and a mask of its own.
+    small = 1024 < span <= 4096 and waiting == 2 and itemsize == 2
     elements_per_thread = 16 if small or (ragged and span <= 1024) else 64 // itemsize
-    two_rows = two_rows and (wide_parameters or not small)
-    tile = _row_tile(span, elements_per_thread, least_rows=2 if two_rows else 1)
+    if ragged:
+        two_rows = span <= 4096 and not wide_residual and (wide_parameters or waiting == 1 or itemsize == 4)
+        tile = _row_tile(span, elements_per_thread, least_rows=2 if two_rows else 1)
+    else:
+        # One row, or as many as fill a warp: up to 1024 elements no warp waits for another's sum. Each row reads weight
+        # and bias again, from the L1 cache, which on an H200 costs less than sums across warps (h200-variants.txt).
+        tile = _row_tile(span, elements_per_thread, least_threads=THREADS_PER_WARP)
     if ragged or wide_residual:
         most_registers = 255 if ragged else 168
         return replace(tile, most_registers=registers_a_thread(tile.num_warps, most_registers))
+    if small and wide_parameters:
+        return replace(tile, most_registers=96)  # without, ptxas spills some bytes to fit one program more
     if elements_per_thread == 32 and waiting + parameters >= 3 and tile.num_warps == 4:
-        return replace(tile, most_registers=112)  # without, ptxas spills some bytes to fit one more of six programs
+        return replace(tile, most_registers=112)  # likewise
     return tile
 
 
