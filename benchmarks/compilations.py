@@ -25,7 +25,9 @@ def listen() -> None:
     if HAS_TRITON:
         from triton import knobs
 
-        knobs.runtime.jit_post_compile_hook = _count_kernel
+        # The hook behind a compilation of a jitted function would have its constants written as JSON, which functions
+        # are not.
+        knobs.compilation.listener = _count_kernel
 
 
 def so_far() -> int:

@@ -87,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tqdm(total=len(cases) * len(DIRECTIONS), unit="row") as bar:
         for each, dtype in cases:
             bar.set_description(each.name)
+            timing.set_aside_what_lives()
             for row in rows_of(each, dtype, settings):
                 rows.append(row)
                 Run(described, rows).write(data_path)  # what is done stays, if the run is cut off
