@@ -183,11 +183,11 @@ def row_forward_config(
     # that where a residual waits beside it in a longer row, or where each element has an address and a mask of its own.
     small = 1024 < span <= 4096 and waiting == 2 and itemsize == 2
     elements_per_thread = 16 if small or (ragged and span <= 1024) else 64 // itemsize
-    if ragged:
+    if ragged or itemsize == 4:
         two_rows = span <= 4096 and not wide_residual and (wide_parameters or waiting == 1 or itemsize == 4)
         tile = _row_tile(span, elements_per_thread, least_rows=2 if two_rows else 1)
     else:
-        # One row, or as many as fill a warp: up to 1024 elements no warp waits for another's sum. Each row reads weight
+        # Of 16 bits one row, or as many as fill a warp: up to 1024 elements no warp waits for another's sum. Each row reads weight
         # and bias again, from the L1 cache, which on an H200 costs less than sums across warps (h200-variants.txt).
         tile = _row_tile(span, elements_per_thread, least_threads=THREADS_PER_WARP)
     if ragged or wide_residual:
