@@ -206,15 +206,15 @@ def test_an_exported_module_trains_as_the_module(name: str, training: bool, each
 # --- torch.compile -------------------------------------------------------------------------------------------------
 
 
-def assert_as_eager(compiled: Any, eager: Any, tensors: tuple[Tensor, ...], exact: bool) -> None:
-    """Outputs and gradients under one seed: the same bits with the kernels, which are the same."""
-    if not exact and DEVICE.type != "cpu":
-        pytest.skip("on a GPU torch's dropout draws otherwise eagerly than compiled")
+def assert_as_eager(compiled: Any, eager: Any, tensors: tuple[Tensor, ...], exact: bool, p: float = P) -> None:
+    """Outputs and gradients under one seed: the same bits with the kernels, which are the same. On a GPU torch's own
+    dropout draws otherwise eagerly than compiled, so that there both are only run."""
     found = []
     for run in (compiled, eager):
         outputs = seeded(run, *tensors)
         found.append((*outputs, *torch.autograd.grad(scalar(outputs), tensors)))
-    torch.testing.assert_close(*found, **({"rtol": 0, "atol": 0} if exact else {}))
+    if exact or p == 0 or DEVICE.type == "cpu":
+        torch.testing.assert_close(*found, **({"rtol": 0, "atol": 0} if exact else {}))
 
 
 @pytest.mark.one_in(8)
@@ -227,7 +227,7 @@ def test_a_compiled_function_is_one_graph_with_one_op_each_way(
     recorder, tensors = Recorder(), operands()
     run = calling(function, p, activation=activation)
     compiled = torch.compile(run, backend=recorder, fullgraph=True)
-    assert_as_eager(compiled, run, tensors, exact=each_backend == "triton")
+    assert_as_eager(compiled, run, tensors, exact=each_backend == "triton", p=p)
     assert len(recorder.dynamo) == len(recorder.forward) == len(recorder.backward) == 1
     if each_backend == "triton":
         forward, backward = (str(op).split(".")[1] for op in ops_of(function))
