@@ -20,6 +20,11 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(2**63 - 1, (1,), device=device)
 
 
+def placeholder(device: torch.device) -> Tensor:
+    """What stands for a seed where a call is planned, which depends on there being one."""
+    return torch.empty(1, dtype=torch.int64, device=device)
+
+
 def drop_factor(seed: Tensor, shape: Sequence[int], dropout_p: float, drop_path_p: float, dtype: torch.dtype) -> Tensor:
     """What a call with this seed multiplies each element by: the sum of zeros and of ones that are dropped."""
     ones, zeros = (fill(shape, dtype=dtype, device=seed.device) for fill in (torch.ones, torch.zeros))

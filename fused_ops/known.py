@@ -7,27 +7,56 @@ nothing found again, while somebody compiles, traces or transforms the operation
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import is_autocast_enabled, is_grad_enabled
 from torch.autograd import forward_ad
 
-from . import backend
+from .backend import get_backend
 from .fallback import PLAIN
 
 Tensor = torch.Tensor
+Tensors = tuple[Tensor | None, ...]
 Key = tuple[Any, ...]
 Call = Callable[..., Any]
 
 MOST = 4096  # calls; when shapes vary without end, all is forgotten now and then
 
-_calls: dict[Key, Call] = {}
+_calls: dict[Key, Call] = {}  # by all that matters of the tensors
+_latest: dict[Key, Latest] = {}  # the same, by what is quick to tell
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _tracing_state = torch._C._get_tracing_state
 _transforms = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
+
+
+class Latest:
+    """A call and the tensors that it came with last, as far as they can be told from others: torch.compile's guard
+    compares types, dispatch keys, devices, dtypes, requires_grad, sizes and strides, all in C++."""
+
+    __slots__ = ("_check", "_there", "call")
+
+    def __init__(self, tensors: Tensors, call: Call) -> None:
+        there = [place for place, tensor in enumerate(tensors) if tensor is not None]
+        self._there = itemgetter(*there) if len(there) > 1 else itemgetter(slice(there[0], there[0] + 1))
+        self._check = _guard(self._there(tensors))
+        self.call = call
+
+    def fits(self, tensors: Tensors) -> bool:
+        """Whether these, None in the same places, lie and learn as those; False where one is there twice."""
+        return self._check(*self._there(tensors))
+
+
+_Guards = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # a private name of torch's
+
+
+def _guard(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
+    if _Guards is None:
+        return lambda *_: False
+    return _Guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
 def watched() -> bool:
@@ -42,47 +71,49 @@ def watched() -> bool:
     )
 
 
-def recall(
-    function: str, options: tuple[Any, ...], *tensors: Tensor | None, inner: int = 0
-) -> tuple[tuple[Key, ...], Call | None]:
-    """What `remember` was told of a call like this one; if nothing, the keys that this one would be known by, none if
-    it cannot be.
+def find(
+    function: str, plan: Callable[..., Call], options: tuple[Any, ...], tensors: Tensors, *, inner: int = 0
+) -> Call:
+    """`plan(function, *tensors, *options)`, which checks and decides how such calls run: done now, or found again.
 
     inner: of the first two tensors, x and a residual, only so many of the last dims matter, and not how often they are
-    there: these are rows. Who has the same number of them again is known by it, which is quicker to tell.
+    there: these are rows.
     """
-    if watched() or not {*map(type, tensors)} <= PLAIN:
-        return (), None
-    key = (function, options, *_state(), *map(signature, tensors))
+    if watched():
+        return plan(function, *tensors, *options)
+    state = get_backend(), is_grad_enabled(), is_autocast_enabled("cuda")
+    types = tuple(map(type, tensors))
     try:
-        found = _calls.get(key)
-    except TypeError:  # an option or a size that cannot be told again
-        return (), None
-    if found is not None or not inner:
-        return (key,), found
-    x, residual, *others = tensors
-    alike = x is None or residual is None or residual.shape == x.shape
-    of_rows = (function, options, *_state(), _rows(x, inner), _rows(residual, inner), alike, *map(signature, others))
-    found = _calls.get(of_rows)
-    return (key, of_rows), found if found is None else remember((key,), found)
+        near = function, options, state, types, tensors[0].shape  # type: ignore[union-attr]
+        latest = _latest.get(near)
+    except (AttributeError, TypeError):  # x is no tensor; an option or a size that cannot be told again
+        return plan(function, *tensors, *options)
+    if latest is not None and latest.fits(tensors):
+        return latest.call
+    if not {*types} <= PLAIN:
+        return plan(function, *tensors, *options)
+    key = function, options, state, *(_of_rows(tensors, inner) if inner else map(signature, tensors))
+    call = _calls.get(key)
+    if call is None:
+        call = remember(key, plan(function, *tensors, *options))
+    if len(_latest) >= MOST:
+        _latest.clear()
+    _latest[near] = Latest(tensors, call)
+    return call
 
 
-def remember(keys: tuple[Key, ...], call: Call) -> Call:
-    """The call itself, kept for those of the same keys."""
-    if keys:  # none while a compiler looks, which would guard on all that is known
-        if len(_calls) >= MOST:
-            forget()
-        _calls.update(dict.fromkeys(keys, call))
+def remember(key: Key, call: Call) -> Call:
+    """The call itself, kept for those of the same key."""
+    if len(_calls) >= MOST:
+        forget()
+    _calls[key] = call
     return call
 
 
 def forget() -> None:
     """Decides anew from now on, as whoever has changed what decisions follow from may want."""
     _calls.clear()
-
-
-def _state() -> tuple[Any, ...]:
-    return backend.get_backend(), is_grad_enabled(), is_autocast_enabled("cuda")
+    _latest.clear()
 
 
 # Of each plain tensor, all that a decision may depend on. One that torch negates as it reads, and one that has left a
@@ -105,8 +136,14 @@ def gradient_signature(tensor: Tensor | None) -> Key | None:
     )  # fmt: skip
 
 
+def _of_rows(tensors: Tensors, inner: int) -> Key:
+    """Of a call's tensors where the first two are rows, whose number may be any."""
+    x, residual, *others = tensors
+    alike = residual is None or residual.shape == x.shape  # type: ignore[union-attr]
+    return alike, _rows(x, inner), _rows(residual, inner), *map(signature, others)
+
+
 def _rows(tensor: Tensor | None, inner: int) -> Key | None:
-    """Of rows, whose number may be any."""
     return None if tensor is None else (
         tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_neg(), _wrapped(tensor),
         tensor.shape[-inner:], tensor.numel() > 0, layout(tensor),

@@ -21,6 +21,7 @@ from .autograd import (
     what_to_save,
     without_seed,
 )
+from .drops import placeholder
 from .kernels.families import family_of
 from .kernels.problem import Gradients, Norm
 
@@ -29,6 +30,8 @@ Tensor = torch.Tensor
 _what_to_save = functools.lru_cache(maxsize=4096)(what_to_save)  # a tracer would look through the cache, and warn
 
 
+_Backward = Callable[[Saved, Tensor, Tensor | None], tuple[Tensor | None, ...]]
+
 MOST_BACKWARDS = 64  # that a plan keeps
 
 
@@ -36,7 +39,7 @@ class Plan:
     """How calls on tensors that lie in one way run by kernels: forward as a function of them, backward as one for each
     way in which gradients come."""
 
-    __slots__ = ("backwards", "forward", "norm", "saving", "x_dtype")
+    __slots__ = ("_backwards", "_latest", "forward", "norm", "saving", "x_dtype")
 
     def __init__(
         self,
@@ -53,71 +56,69 @@ class Plan:
         self.forward = family_of(norm).plan_forward(
             x, residual, weight, bias, norm, saving.statistics, saving.bits, *running
         )
-        self.backwards: dict[known.Key, Callable[..., tuple[Tensor | None, ...]]] = {}
+        self._backwards: dict[known.Key, _Backward] = {}  # by all that matters of the tensors
+        self._latest: dict[known.Key, known.Latest] = {}  # the same, by what is quick to tell
 
     def backward(
         self, saved: Saved, dy: Tensor | None, dtotal: Tensor | None, needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         """The gradient of each argument of `NormFunction`, where needed."""
-        key = _key_of_backward(saved, dy, dtotal, needed)
-        run = None if key is None else self.backwards.get(key)
-        if run is not None:
-            return run(saved, dy, dtotal)
-        needs, running = Needs(*needed[2:6]), (None,) * (len(needed) - 6)
-        norm = saved.of_call(self.norm)
+        if dy is None or is_grad_enabled() or known.watched():
+            return self._run_once(saved, dy, dtotal, needed)
+        tensors = dy, dtotal, *saved
+        near = needed, dy.shape, *map(type, tensors)
+        latest = self._latest.get(near)
+        if latest is None or not latest.fits(tensors):
+            if is_batched(dy) or is_batched(dtotal) or not {*near[2:]} <= fallback.PLAIN:
+                return self._run_once(saved, dy, dtotal, needed)
+            if len(self._latest) >= MOST_BACKWARDS:
+                self._latest.clear()
+                self._backwards.clear()
+            key = needed, known.gradient_signature(dy), known.gradient_signature(dtotal), *map(_unpacked, saved)
+            run = self._backwards.get(key)
+            if run is None:
+                run = self._backwards[key] = self._plan(saved, dy, dtotal, needed)
+            latest = self._latest[near] = known.Latest(tensors, run)
+        return latest.call(saved, dy, dtotal)
+
+    def _run_once(
+        self, saved: Saved, dy: Tensor | None, dtotal: Tensor | None, needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Where somebody looks into it, or differentiates again."""
         if dy is None or backend.traced(dy) or composes(saved, dy, dtotal):
             from . import ops  # a tracer may look at a backward whose forward it has not seen
 
-            return None, None, *gradients(saved, dy, dtotal, norm, self.x_dtype, needs, ops.backward), *running
-        run = _plan_gradients(saved, dy, dtotal, norm, self.x_dtype, needs, running)
-        if key is not None and len(self.backwards) < MOST_BACKWARDS:
-            self.backwards[key] = run
-        return run(saved, dy, dtotal)
+            norm, needs = saved.of_call(self.norm), Needs(*needed[2:6])
+            found = gradients(saved, dy, dtotal, norm, self.x_dtype, needs, ops.backward)
+            return None, None, *found, *[None] * (len(needed) - 6)
+        return self._plan(saved, dy, dtotal, needed)(saved, dy, dtotal)
 
+    def _plan(self, saved: Saved, dy: Tensor, dtotal: Tensor | None, needed: tuple[bool, ...]) -> _Backward:
+        """By kernel: a function of what was saved and both gradients."""
+        norm, x_dtype, needs = self.norm, self.x_dtype, Needs(*needed[2:6])
+        nothing_else = (None,) * (len(needed) - 6)  # of the running statistics and the momentum
+        of_call = saved.of_call(norm)
+        wanted = wanted_of_kernels(saved, dy, of_call, needs)
+        launch = None
+        if any(wanted):
+            x, residual, weight, bias, mean, rstd, bits, _ = saved
+            launch = family_of(norm).plan_backward(
+                dy, dtotal, x, residual, bits, weight, bias, mean, rstd, of_call, wanted
+            )
 
-def _key_of_backward(
-    saved: Saved, dy: Tensor | None, dtotal: Tensor | None, needed: tuple[bool, ...]
-) -> known.Key | None:
-    """All that a backward depends on, given its plan; None where somebody looks into it, or differentiates again."""
-    if is_grad_enabled() or known.watched() or not {type(dy), type(dtotal)} <= fallback.PLAIN:
-        return None
-    if is_batched(dy) or is_batched(dtotal):
-        return None
-    gradients = known.gradient_signature(dy), known.gradient_signature(dtotal)
-    return needed, *gradients, *map(_unpacked, saved)
+        def run(saved: Saved, dy: Tensor, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+            found = _NO_GRADIENTS
+            if launch is not None:
+                x, residual, weight, bias, mean, rstd, bits, seed = saved
+                found = launch(seed, dy, dtotal, x, residual, bits, weight, bias, mean, rstd)
+            return None, None, *as_needed(found, dy, saved, norm, x_dtype, needs), *nothing_else
+
+        return run
 
 
 def _unpacked(saved: Tensor | None) -> Any:
     """What may have changed of a saved tensor, which comes back from whoever packed it."""
     return None if saved is None else (type(saved), saved.dtype, saved.is_neg(), known.layout(saved))
-
-
-def _plan_gradients(
-    saved: Saved,
-    dy: Tensor,
-    dtotal: Tensor | None,
-    norm: Norm,
-    x_dtype: torch.dtype,
-    needs: Needs,
-    running: tuple[None, ...],
-) -> Callable[..., tuple[Tensor | None, ...]]:
-    """By kernel: a function of what was saved and both gradients."""
-    wanted = wanted_of_kernels(saved, dy, norm, needs)
-    launch = None
-    if any(wanted):
-        x, residual, weight, bias, mean, rstd, bits, _ = saved
-        tensors = (dy, dtotal, x, residual, bits, weight, bias, mean, rstd)
-        launch = family_of(norm).plan_backward(*tensors, norm, wanted)
-    norm = without_seed(norm)
-
-    def run(saved: Saved, dy: Tensor, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = _NO_GRADIENTS
-        if launch is not None:
-            x, residual, weight, bias, mean, rstd, bits, seed = saved
-            found = launch(seed, dy, dtotal, x, residual, bits, weight, bias, mean, rstd)
-        return None, None, *as_needed(found, dy, saved, norm, x_dtype, needs), *running
-
-    return run
 
 
 _NO_GRADIENTS = Gradients(None, None, None, None)
@@ -170,8 +171,8 @@ def plan(
     """How calls on tensors that lie, and learn, as these do run: y, or (y, total) where the residual is added first,
     as a function of the seed of what is dropped, if any, the four tensors and, of batch norm, both running statistics
     and the momentum. Through autograd only where something requires it."""
-    if norm.dropout_p > 0.0:  # what is planned depends on there being a seed
-        norm = norm._replace(seed=torch.empty(1, dtype=torch.int64, device=x.device))
+    if norm.dropout_p > 0.0:
+        norm = norm._replace(seed=placeholder(x.device))
     if is_grad_enabled():
         needs = Needs(*[tensor is not None and tensor.requires_grad for tensor in (x, residual, weight, bias)])
         if any(needs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +15,9 @@ from .kernels.problem import ResidualAdd, compute_dtype, slope_takes_two_values
 from .kernels.residual import (
     SumGradients,
     WantedOfSum,
+    plan_forward,
     residual_add_backward,
-    residual_add_forward,
+    strides_of_sum,
     unpack_bits,
 )
 
@@ -66,34 +67,58 @@ class SumFacts(NamedTuple):
     scale_shape: Sequence[int] | None
 
 
-def facts_of(y: Tensor, x: Tensor, scale: Tensor | None) -> SumFacts:
-    return SumFacts(y.stride(), x.dtype, None if scale is None else scale.shape)
+def facts_of(y_strides: Sequence[int], x: Tensor, scale: Tensor | None) -> SumFacts:
+    return SumFacts(y_strides, x.dtype, None if scale is None else scale.shape)
+
+
+class Plan:
+    """How sums of tensors of these shapes, that lie and learn in one way, run by kernels under autograd."""
+
+    __slots__ = ("facts", "forward", "hands_on", "problem", "saving")
+
+    def __init__(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        scale: Tensor | None,
+        seed: Tensor | None,
+        problem: ResidualAdd,
+        needs: Needs,
+    ) -> None:
+        self.problem, self.saving = problem, what_to_save(problem, needs)
+        self.forward = plan_forward(x, residual, scale, seed, problem, self.saving.bits)
+        self.facts = facts_of(strides_of_sum(x), x, scale)
+        # Backward has but to hand the gradient on.
+        self.hands_on = scale is None and seed is None and problem.activation is None and x.dtype == residual.dtype
 
 
 class ResidualAddFunction(torch.autograd.Function):
     """The residual stream under autograd, straight to the launchers."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor, scale: Tensor | None, seed: Tensor | None, problem: ResidualAdd
-    ) -> Tensor:
-        saving = what_to_save(problem, Needs(*ctx.needs_input_grad[:3]))
-        y, bits = residual_add_forward(x, residual, scale, seed, problem, save_bits=saving.bits)
-        ctx.save_for_backward(
-            x if saving.x else None, residual if saving.residual else None, scale if saving.scale else None, bits, seed
-        )
-        ctx.problem, ctx.facts = problem, facts_of(y, x, scale)
+    def forward(ctx: Any, plan: Plan, x: Tensor, residual: Tensor, scale: Tensor | None, seed: Tensor | None) -> Tensor:
+        y, bits = plan.forward(x, residual, scale, seed)
+        ctx.plan = plan
+        if not plan.hands_on:
+            keeps_x, keeps_residual, keeps_scale, _ = plan.saving
+            # In the order of Saved.
+            ctx.save_for_backward(
+                x if keeps_x else None, residual if keeps_residual else None, scale if keeps_scale else None, bits, seed
+            )
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        plan, (_, *needed, _) = ctx.plan, ctx.needs_input_grad
+        if plan.hands_on:
+            return None, dy if needed[0] else None, dy if needed[1] else None, None, None
         run: Any = residual_add_backward
         if backend.traced(dy):  # as a backward may be whose forward was not
             from . import residual_ops
 
             run = residual_ops.backward
-        needs = Needs(*ctx.needs_input_grad[:3])
-        return *gradients(Saved(*ctx.saved_tensors), dy, ctx.problem, ctx.facts, needs, run), None, None
+        saved = Saved(*ctx.saved_tensors)
+        return None, *gradients(saved, dy, plan.problem, plan.facts, Needs(*needed), run), None
 
 
 def gradients(
@@ -190,10 +215,14 @@ class _Multiplier:
 _apply = fallback.apply_of(ResidualAddFunction)
 
 
-def run(x: Tensor, residual: Tensor, scale: Tensor | None, seed: Tensor | None, problem: ResidualAdd) -> Tensor:
-    """y; through autograd only where something requires it."""
+def plan(
+    x: Tensor, residual: Tensor, scale: Tensor | None, seed: Tensor | None, problem: ResidualAdd
+) -> Callable[..., Tensor]:
+    """How sums of tensors of these shapes, that lie and learn as these do, run: y as a function of the four; through
+    autograd only where something requires it."""
     if torch.is_grad_enabled():
-        for tensor in (x, residual, scale):
-            if tensor is not None and tensor.requires_grad:
-                return _apply(x, residual, scale, seed, problem)
-    return residual_add_forward(x, residual, scale, seed, problem).y
+        needs = Needs(*[tensor is not None and tensor.requires_grad for tensor in (x, residual, scale)])
+        if any(needs):
+            return functools.partial(_apply, Plan(x, residual, scale, seed, problem, needs))
+    forward = plan_forward(x, residual, scale, seed, problem, False)
+    return lambda *tensors: forward(*tensors).y

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
             seed,
         )
     )
-    ctx.problem, ctx.facts = problem, facts_of(y, x, scale)
+    ctx.problem, ctx.facts = problem, facts_of(y.stride(), x, scale)
     ctx.inputs = len(inputs)
 
 
@@ -126,11 +126,14 @@ def backward(
     return SumGradients(*(tensor if want else None for tensor, want in zip(found, wanted, strict=True)))
 
 
-def run(x: Tensor, residual: Tensor, scale: Tensor | None, seed: Tensor | None, problem: ResidualAdd) -> Tensor:
-    """`residual_autograd.run`, as an op that a tracer sees."""
+def plan(
+    x: Tensor, residual: Tensor, scale: Tensor | None, seed: Tensor | None, problem: ResidualAdd
+) -> Callable[..., Tensor]:
+    """`residual_autograd.plan`, as an op that a tracer sees."""
     tracked = torch.is_grad_enabled()
     needs = Needs(*(tracked and tensor is not None and tensor.requires_grad for tensor in (x, residual, scale)))
-    return forward(x, residual, scale, seed, problem, save_bits=what_to_save(problem, needs).bits).y
+    save_bits = what_to_save(problem, needs).bits
+    return lambda x, residual, scale, seed: forward(x, residual, scale, seed, problem, save_bits=save_bits).y
 
 
 def samples(forward: bool, device: torch.device | str) -> Iterator[tuple[tuple, dict]]:

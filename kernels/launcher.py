@@ -63,15 +63,18 @@ class Launcher:
             self._require_types_of_before(given + allocated)
             self._first_launch(programs, arguments)
             return
-        if is_gpu(device) and device.index != torch.cuda.current_device():
+        driver = _drivers.active
+        index = driver.get_current_device()
+        if device.index != index and is_gpu(device):
             with torch.cuda.device(device):
-                self._launch(programs, device, given, allocated, arguments)
+                self._launch(programs, driver, device.index, given, allocated, arguments)
         else:
-            self._launch(programs, device, given, allocated, arguments)
+            self._launch(programs, driver, index, given, allocated, arguments)
 
     def _launch(
-        self, programs: int, device: torch.device, given: Tensors, allocated: Tensors, arguments: tuple[Any, ...]
+        self, programs: int, driver: Any, index: int, given: Tensors, allocated: Tensors, arguments: tuple[Any, ...]
     ) -> None:
+        """On the driver's current device, which has this index."""
         addresses = 0
         for tensor in given:
             if tensor is not None:
@@ -81,16 +84,14 @@ class Launcher:
             aligned = tuple([tensor is None or tensor.data_ptr() & 15 == 0 for tensor in given])
         if _HIP:  # AMD's compiler addresses a tensor under 2 GB with 32 bits
             aligned = (aligned, *[t is None or t.untyped_storage().nbytes() < 2**31 for t in (*given, *allocated)])
-        driver = _drivers.active
-        key = (driver, device, aligned)
+        key = (driver, index, aligned)
         compiled = self._compiled.get(key)
         if compiled is None:
             self._compiled[key] = self._first_launch(programs, arguments)
         elif _somebody_watches():
             compiled[(programs, 1, 1)](*arguments)
         else:
-            stream = driver.get_current_stream(driver.get_current_device())
-            function, metadata = compiled.function, compiled.packed_metadata
+            stream, function, metadata = driver.get_current_stream(index), compiled.function, compiled.packed_metadata
             compiled.run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
 
     def _require_types_of_before(self, tensors: Tensors) -> None:

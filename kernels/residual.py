@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from .launch import THREADS_PER_WARP, cdiv, device_facts, registers_a_thread
 from .launcher import Launcher, Tensors
 from .problem import ResidualAdd, Tensor, compute_dtype
 from .residual_kernels import residual_add_backward_kernel, residual_add_forward_kernel
-from .views import Arrangement, arranged, columns, memory_arrangement
+from .views import Arrangement, arranged, columns, lies, memory_arrangement
 
 GROUP = 8  # neighbours that a kernel treats as one: a byte of the mask
 
@@ -58,19 +58,48 @@ def residual_add_forward(
     The scale broadcasts to x, its axes longer than 1 neighbours. seed is an int64 on x's device, needed where anything
     is dropped. x or residual is copied where it does not lie in memory as y does.
     """
-    y, bits = out = allocate(x, residual, save_bits)
+    return plan_forward(x, residual, scale, seed, problem, save_bits)(x, residual, scale, seed)
+
+
+def plan_forward(
+    x: Tensor, residual: Tensor, scale: Tensor | None, seed: Tensor | None, problem: ResidualAdd, save_bits: bool
+) -> Callable[..., Added]:
+    """`residual_add_forward` of all tensors of these shapes that lie as these do: a function of the four."""
     if x.numel() == 0:
+        return lambda x, residual, *_: allocate(x, residual, save_bits)
+    strides = strides_of_sum(x)
+    types = *_types(x, residual, scale, seed), residual.dtype, torch.uint8 if save_bits else None
+    places, launch, block = _forward_plan(x.shape, strides, _shape_of(scale), _kind(problem), types)
+    programs = cdiv(places.elements, block)
+    numbers = (places.elements, *places.numbers, *_drops(problem), problem.alpha, problem.beta)
+
+    def run(x: Tensor, residual: Tensor, scale: Tensor | None, seed: Tensor | None) -> Added:
+        out = allocate(x, residual, save_bits)
+        launch(programs, x.device, (x, residual, scale, seed), out, *numbers)
         return out
-    given = (x, residual, scale, seed)
-    types = tuple([None if tensor is None else tensor.dtype for tensor in (*given, y, bits)])
-    places, launch, block = _forward_plan(y.shape, y.stride(), _shape_of(scale), _kind(problem), types)
-    given = (arranged(x, places), arranged(residual, places), columns(scale), seed)
-    written = arranged(y, places, copy=False)
-    numbers = (*places.numbers, *_drops(problem), problem.alpha, problem.beta)
-    launch(cdiv(places.elements, block), y.device, given, (written, bits), places.elements, *numbers)
-    if written is not y:
-        y.copy_(written)
-    return out
+
+    if lies(x, places) and lies(residual, places) and strides == places.strides and columns(scale) is scale:
+        return run
+
+    def run_copied(x: Tensor, residual: Tensor, scale: Tensor | None, seed: Tensor | None) -> Added:
+        y, bits = out = allocate(x, residual, save_bits)
+        written = arranged(y, places, copy=False)
+        given = (arranged(x, places), arranged(residual, places), columns(scale), seed)
+        launch(programs, y.device, given, (written, bits), *numbers)
+        if written is not y:
+            y.copy_(written)
+        return out
+
+    return run_copied
+
+
+def strides_of_sum(x: Tensor) -> tuple[int, ...]:
+    """Those of y, whose layout is x's."""
+    return torch.empty_like(x, device="meta").stride()
+
+
+def _types(*tensors: Tensor | None) -> Types:
+    return tuple([None if tensor is None else tensor.dtype for tensor in tensors])
 
 
 def allocate(x: Tensor, residual: Tensor, save_bits: bool) -> Added:
@@ -103,7 +132,7 @@ def residual_add_backward(
         residual = None
         x = x if wanted.dscale else None
     read = (dy, x, residual, bits, scale, seed)
-    types = tuple([None if tensor is None else tensor.dtype for tensor in (*read, dx, dresidual)])
+    types = _types(*read, dx, dresidual)
     places, launch = _backward_plan(dy.shape, tuple(strides), _shape_of(scale), wanted.dscale, _kind(problem), types)
     activations = [None if tensor is None else arranged(tensor, places) for tensor in (dy, x, residual)]
     given = (*activations, None if bits is None else columns(bits), columns(scale), seed)

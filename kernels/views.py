@@ -320,15 +320,22 @@ def memory_arrangement(
     return plain._replace(strides=_contiguous_strides(shape))
 
 
+def lies(tensor: torch.Tensor, places: Arrangement) -> bool:
+    """Whether the tensor's elements are in memory as these places tell."""
+    if tensor.is_neg():
+        return False
+    strides = tensor.stride()
+    if strides == places.strides:
+        return True
+    pairs = zip(tensor.shape, strides, places.strides, strict=True)
+    return all([size == 1 or stride == wanted for size, stride, wanted in pairs])
+
+
 def arranged(tensor: torch.Tensor, places: Arrangement, *, copy: bool = True) -> torch.Tensor:
     """`tensor` itself where it lies so, otherwise a new tensor that does, with its values if they are to be copied."""
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
-    strides = tensor.stride()
-    if strides == places.strides:
-        return tensor
-    pairs = zip(tensor.shape, strides, places.strides, strict=True)
-    if all([size == 1 or stride == wanted for size, stride, wanted in pairs]):
+    if lies(tensor, places):
         return tensor
     to = torch.empty_strided(tensor.shape, places.strides, dtype=tensor.dtype, device=tensor.device)
     return to.copy_(tensor) if copy else to

@@ -48,17 +48,19 @@ def image(**options: Any) -> Tensor:
 
 
 @pytest.fixture
-def decisions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Grows with every call that is decided, by what it is then known by."""
-    made: list[Any] = []
-    original = known.remember
+def decisions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Grows with every call that is decided, by whether somebody looked into it."""
+    made: list[bool] = []
+    original = known.find
 
-    def noted(keys: Any, call: Any) -> Any:
-        if len(keys) != 1 or call not in known._calls.values():  # else it is only found again by another key
-            made.append(keys[-1] if keys else None)
-        return original(keys, call)
+    def noting(function: str, plan: Any, options: Any, tensors: Any, **inner: int) -> Any:
+        def noted(*arguments: Any) -> Any:
+            made.append(known.watched())
+            return plan(*arguments)
 
-    monkeypatch.setattr(known, "remember", noted)
+        return original(function, noted, options, tensors, **inner)
+
+    monkeypatch.setattr(known, "find", noting)
     yield made
 
 
@@ -68,6 +70,30 @@ def test_a_call_is_decided_once(function, decisions, each_backend):
     first, second = call(image()), call(image())
     assert torch.equal(first, second)
     assert len(decisions) == 1
+
+
+@every_function
+def test_the_call_that_came_last_is_found_at_a_look(function, monkeypatch, each_backend):
+    call = FUNCTIONS[function]
+    first = call(image())
+    monkeypatch.setattr(known, "signature", None)
+    assert torch.equal(call(image()), first)
+
+
+def test_without_torchs_guard_calls_are_known_all_the_same(decisions, monkeypatch, each_backend):
+    monkeypatch.setattr(known, "_Guards", None)
+    for _ in range(2):
+        x = image().requires_grad_()
+        F.layer_norm(x, C, activation="gelu").square().sum().backward()
+    assert len(decisions) == 1
+
+
+@every_function
+def test_a_tensor_may_be_there_twice(function, decisions, each_backend):
+    call, x = FUNCTIONS[function], image()
+    results = [call(x, residual=x) for _ in range(2)] + [call(x, residual=image())]
+    assert len(decisions) == 1
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[2])
 
 
 def negated(x: Tensor) -> Tensor:
@@ -108,7 +134,7 @@ def test_rows_may_be_more_or_fewer_and_planes_may_not(function, decisions, each_
     several = shapes if function in ROWS else shapes[:2]
     results = [found(x) for x in several]
     # Of no rows there is nothing to launch.
-    assert len({*decisions}) == 2
+    assert len(decisions) == 2
     for x, result in zip(several, results, strict=True):
         known.forget()
         assert all(map(torch.equal, result, found(x.detach())))
@@ -128,7 +154,7 @@ def test_modes_are_told_apart(decisions):
         call()
     finally:
         torch.set_autocast_enabled("cuda", False)
-    assert len({*decisions}) == 4
+    assert len(decisions) == 4
 
 
 def test_an_activation_module_is_read_each_time(each_backend):
@@ -160,7 +186,7 @@ def test_nothing_is_known_to_who_looks_into_a_call(function, decisions, each_bac
     torch.jit.trace(call, image(), check_trace=False)
     with Watching():
         call(image())
-    assert [key is None for key in decisions] == [False, True, True, True, True, True]
+    assert decisions == [False, True, True, True, True, True]
 
 
 @every_function
@@ -176,7 +202,7 @@ def test_what_has_left_a_transform_is_not_taken_for_what_lies_in_memory(function
     call(negated(image()))
     expected = call(image().requires_grad_(kept[0].requires_grad))
     torch.testing.assert_close(call(kept[0]), expected)
-    assert len({*decisions}) == 3
+    assert len(decisions) == 3
 
 
 class Intercepting(TorchFunctionMode):
@@ -232,7 +258,8 @@ def test_it_does_not_grow_without_end(monkeypatch):
     monkeypatch.setattr(known, "MOST", 3)
     for samples in range(1, 9):
         F.group_norm(torch.randn(samples, C, 3, device=DEVICE), 2)
-        assert len(known._calls) <= 3
+        F.layer_norm(torch.randn(samples, C, device=DEVICE), C)
+        assert len(known._calls) <= 3 and len(known._latest) <= 3
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])

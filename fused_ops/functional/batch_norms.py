@@ -62,10 +62,7 @@ def batch_norm(
     momentum, eps = validation.number(function, "momentum", momentum), validation.epsilon(function, eps, training)
     options = (training, eps, False, resolve(activation), 0.0)
     tensors = (input, residual, running_mean, running_var, weight, bias)
-    keys, call = known.recall(function, options, *tensors)
-    if call is None:
-        call = known.remember(keys, _plan_batch_norm(function, *tensors, *options))
-    return call(*tensors, momentum)
+    return known.find(function, _plan_batch_norm, options, tensors)(*tensors, momentum)
 
 
 def add_batch_norm(
@@ -107,7 +104,4 @@ def add_batch_norm(
     momentum, eps = validation.number(function, "momentum", momentum), validation.epsilon(function, eps, training)
     options = (training, eps, True, resolve(activation), p)
     tensors = (input, residual, running_mean, running_var, weight, bias)
-    keys, call = known.recall(function, options, *tensors)
-    if call is None:
-        call = known.remember(keys, _plan_batch_norm(function, *tensors, *options))
-    return call(*tensors, momentum)
+    return known.find(function, _plan_batch_norm, options, tensors)(*tensors, momentum)

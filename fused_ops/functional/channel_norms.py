@@ -52,10 +52,8 @@ def group_norm(
     function = "group_norm"
     groups = validation.num_groups(function, num_groups)
     options = (groups, float(eps), False, resolve(activation), 0.0)
-    keys, call = known.recall(function, options, input, residual, weight, bias)
-    if call is None:
-        call = known.remember(keys, _plan_group_norm(function, input, residual, weight, bias, *options))
-    return call(input, residual, weight, bias)
+    tensors = (input, residual, weight, bias)
+    return known.find(function, _plan_group_norm, options, tensors)(*tensors)
 
 
 def add_group_norm(
@@ -90,10 +88,8 @@ def add_group_norm(
     groups = validation.num_groups(function, num_groups)
     p = validation.dropout(function, dropout_p, training)
     options = (groups, float(eps), True, resolve(activation), p)
-    keys, call = known.recall(function, options, input, residual, weight, bias)
-    if call is None:
-        call = known.remember(keys, _plan_group_norm(function, input, residual, weight, bias, *options))
-    return call(input, residual, weight, bias)
+    tensors = (input, residual, weight, bias)
+    return known.find(function, _plan_group_norm, options, tensors)(*tensors)
 
 
 def instance_norm(
@@ -143,10 +139,7 @@ def instance_norm(
     momentum = validation.number(function, "momentum", momentum)
     options = (bool(use_input_stats), float(eps), False, resolve(activation), 0.0)
     tensors = (input, residual, running_mean, running_var, weight, bias)
-    keys, call = known.recall(function, options, *tensors)
-    if call is None:
-        call = known.remember(keys, _plan_instance_norm(function, *tensors, *options))
-    return call(*tensors, momentum)
+    return known.find(function, _plan_instance_norm, options, tensors)(*tensors, momentum)
 
 
 def add_instance_norm(
@@ -176,7 +169,4 @@ def add_instance_norm(
     momentum = validation.number(function, "momentum", momentum)
     options = (bool(use_input_stats), float(eps), True, resolve(activation), p)
     tensors = (input, residual, running_mean, running_var, weight, bias)
-    keys, call = known.recall(function, options, *tensors)
-    if call is None:
-        call = known.remember(keys, _plan_instance_norm(function, *tensors, *options))
-    return call(*tensors, momentum)
+    return known.find(function, _plan_instance_norm, options, tensors)(*tensors, momentum)

@@ -67,10 +67,7 @@ def residual_add(
         validation.rate(function, "drop_path_p", drop_path_p),
     )
     options = (*rates, bool(training), resolve(activation))
-    keys, call = known.recall(function, options, x, residual, scale)
-    if call is None:
-        call = known.remember(keys, _plan_residual_add(function, x, residual, scale, *options))
-    return call(x, residual, scale)
+    return known.find(function, _plan_residual_add, options, (x, residual, scale))(x, residual, scale)
 
 
 def _plan_residual_add(
@@ -94,11 +91,12 @@ def _plan_residual_add(
     plan = _kernels(x, residual, scale) if scale is None or _goes_by_channel(scale, x) else None
     if plan is None:
         return lambda x, residual, scale: residual_fallback.residual_add(x, residual, scale, *rates, activation)
-    problem, drop = ResidualAdd(*rates, *_fused(activation)), max(rates) > 0.0
-    run = residual_autograd.run if plan is planned.plan else residual_ops.run
+    problem, drops_some = ResidualAdd(*rates, *_fused(activation)), max(rates) > 0.0
+    seed = drops.placeholder(x.device) if drops_some else None
+    run = (residual_autograd if plan is planned.plan else residual_ops).plan(x, residual, scale, seed, problem)
 
     def by_kernel(x: Tensor, residual: Tensor, scale: Tensor | None) -> Tensor:
-        return run(x, residual, scale, drops.draw_seed(x.device) if drop else None, problem)
+        return run(x, residual, scale, drops.draw_seed(x.device) if drops_some else None)
 
     return by_kernel
 

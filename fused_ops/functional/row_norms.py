@@ -54,10 +54,8 @@ def layer_norm(
     function = "layer_norm"
     sizes = validation.sizes(function, normalized_shape)
     options = (sizes, float(eps), True, resolve(activation))
-    keys, call = known.recall(function, options, input, residual, weight, bias, inner=len(sizes))
-    if call is None:
-        call = known.remember(keys, _plan_row_norm(function, input, residual, weight, bias, *options))
-    return call(input, residual, weight, bias)
+    tensors = (input, residual, weight, bias)
+    return known.find(function, _plan_row_norm, options, tensors, inner=len(sizes))(*tensors)
 
 
 def rms_norm(
@@ -85,10 +83,8 @@ def rms_norm(
     function = "rms_norm"
     sizes, own_eps = validation.sizes(function, normalized_shape), None if eps is None else float(eps)
     options = (sizes, own_eps, False, resolve(activation))
-    keys, call = known.recall(function, options, input, residual, weight, inner=len(sizes))
-    if call is None:
-        call = known.remember(keys, _plan_row_norm(function, input, residual, weight, None, *options))
-    return call(input, residual, weight, None)
+    tensors = (input, residual, weight, None)
+    return known.find(function, _plan_row_norm, options, tensors, inner=len(sizes))(*tensors)
 
 
 def add_layer_norm(
@@ -124,10 +120,8 @@ def add_layer_norm(
     p = validation.dropout(function, dropout_p, training)
     sizes = validation.sizes(function, normalized_shape)
     options = (sizes, float(eps), True, resolve(activation), p)
-    keys, call = known.recall(function, options, input, residual, weight, bias, inner=len(sizes))
-    if call is None:
-        call = known.remember(keys, _plan_add_row_norm(function, input, residual, weight, bias, *options))
-    return call(input, residual, weight, bias)
+    tensors = (input, residual, weight, bias)
+    return known.find(function, _plan_add_row_norm, options, tensors, inner=len(sizes))(*tensors)
 
 
 def add_rms_norm(
@@ -150,7 +144,5 @@ def add_rms_norm(
     p = validation.dropout(function, dropout_p, training)
     sizes, own_eps = validation.sizes(function, normalized_shape), None if eps is None else float(eps)
     options = (sizes, own_eps, False, resolve(activation), p)
-    keys, call = known.recall(function, options, input, residual, weight, inner=len(sizes))
-    if call is None:
-        call = known.remember(keys, _plan_add_row_norm(function, input, residual, weight, None, *options))
-    return call(input, residual, weight, None)
+    tensors = (input, residual, weight, None)
+    return known.find(function, _plan_add_row_norm, options, tensors, inner=len(sizes))(*tensors)

@@ -68,10 +68,7 @@ def switch_norm(
     momentum, eps = validation.number(function, "momentum", momentum), validation.epsilon(function, eps, training=False)
     options = (bool(training), eps, False, resolve(activation), 0.0)
     tensors = (input, residual, running_mean, running_var, weight, bias, mean_weight, var_weight)
-    keys, call = known.recall(function, options, *tensors)
-    if call is None:
-        call = known.remember(keys, _plan_switch_norm(function, *tensors, *options))
-    return call(*tensors, momentum)
+    return known.find(function, _plan_switch_norm, options, tensors)(*tensors, momentum)
 
 
 def add_switch_norm(
@@ -114,7 +111,4 @@ def add_switch_norm(
     momentum, eps = validation.number(function, "momentum", momentum), validation.epsilon(function, eps, training=False)
     options = (bool(training), eps, True, resolve(activation), p)
     tensors = (input, residual, running_mean, running_var, weight, bias, mean_weight, var_weight)
-    keys, call = known.recall(function, options, *tensors)
-    if call is None:
-        call = known.remember(keys, _plan_switch_norm(function, *tensors, *options))
-    return call(*tensors, momentum)
+    return known.find(function, _plan_switch_norm, options, tensors)(*tensors, momentum)

@@ -35,8 +35,4 @@ def weight_standardize(weight: Tensor, eps: float = 1e-5) -> Tensor:
         >>> torch.nn.functional.conv2d(x, weight_standardize(weight)).shape
         torch.Size([2, 16, 6, 6])
     """
-    function, options = "weight_standardize", (float(eps),)
-    keys, call = known.recall(function, options, weight)
-    if call is None:
-        call = known.remember(keys, _plan_weight_standardize(function, weight, *options))
-    return call(weight)
+    return known.find("weight_standardize", _plan_weight_standardize, (float(eps),), (weight,))(weight)
