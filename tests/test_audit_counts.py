@@ -203,7 +203,12 @@ def test_a_slice_grows_to_the_full_call() -> None:
     S, weight, statistic = 128 * MIB, 2048, 4 * 65536
     assert counted.full_moved(0, 4) == pytest.approx(2 * S + 2 * weight + 2 * statistic)
     assert counted.full_moved(1, 4) == pytest.approx(3 * S + weight + 2 * statistic + 528 * 2 * 4096)
-    assert counted.full_asked(1) == pytest.approx(3 * S + 2 * statistic + 528 * (weight + 2 * 4096))
+    partials = 3 * S + 2 * statistic + 528 * 2 * 4096
+    assert counted.full_asked(1) == pytest.approx(partials + 528 * weight)
+    # The L1 of each multiprocessor gets a weight once, if that fits it.
+    assert counted.full_asked_of_l2(1, 132, weight) == pytest.approx(partials + 132 * weight)
+    assert counted.full_asked_of_l2(1, 132, weight - 1) == counted.full_asked(1)
+    assert counted.full_asked_of_l2(1, 1000, weight) == counted.full_asked(1)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 Of each launch the largest of
 - bytes that must cross the memory bus, over the bandwidth that a copy reaches, less the time for which a lone program
   loads nothing, and that the loads in flight sustain (Little's law: bytes in flight over the latency of a load),
-- bytes asked for, over the bandwidth of the L2,
+- bytes asked for, but for parameters that the L1 has, over the bandwidth of the L2,
 - instructions, over the rate at which the multiprocessors that have work issue them,
 and, for each launch, the time that passes between two of them. Not in it: the order of programs, conflicts in shared
 memory, the dependence of one instruction on another, clocks that fall with the power drawn.
@@ -19,11 +19,12 @@ from .targets import TARGETS, Device
 
 @dataclass(frozen=True)
 class Work:
-    """What one launch has to do: as compiled, and the bytes it moves and asks for."""
+    """What one launch has to do: as compiled, and the bytes it moves, asks for, and asks of the L2."""
 
     launch: CompiledLaunch
     moved_bytes: float
     asked_bytes: float
+    l2_bytes: float
 
     @property
     def thread_bytes(self) -> float:
@@ -67,7 +68,7 @@ def estimate(work: Work, device: Device) -> Estimate:
     bandwidth = min(copy * (1 - idle_share(launch, device)), in_flight / device.latency)
     return Estimate(
         memory=work.moved_bytes / bandwidth,
-        l2=work.asked_bytes / (device.l2_bandwidth * busy / device.facts.multiprocessors),
+        l2=work.l2_bytes / (device.l2_bandwidth * busy / device.facts.multiprocessors),
         issue=issued / issue_rate,
         between=device.launch,
     )

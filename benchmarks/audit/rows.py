@@ -17,7 +17,7 @@ from .estimate import Estimate, Work, estimate
 from .findings import SMALL_KERNELS, Finding
 from .host import HostTime
 from .slices import Counted, require_same_kernels
-from .targets import Device
+from .targets import TARGETS, Device
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def assemble(
     full, launches = workload.shape("full"), []
     for index, launch in enumerate(compiled):
         moved, asked = counted.full_moved(index, launch.resident_programs), counted.full_asked(index)
-        work = Work(launch, moved, asked)
+        work = Work(launch, moved, asked, _asked_of_l2(counted, index, launch, device))
         launches.append(LaunchRow(launch, moved, asked, work.instructions / elements(full), estimate(work, device)))
     type_name = str(dtype).removeprefix("torch.")
     least = allowance(workload, unfilled_case(workload, full, dtype, "meta"), counted.direction, LEAST).total
@@ -93,6 +93,13 @@ def assemble(
     row = AuditRow(*names, device.target, device.name, launches, least, compilations, host)
     where = f"{workload.name} {type_name} {device.name} {counted.direction}"
     return row, traffic_findings([launch.resident_programs for launch in compiled], counted, dtype, where)
+
+
+def _asked_of_l2(counted: Counted, index: int, launch: CompiledLaunch, device: Device) -> float:
+    busy = min(device.facts.multiprocessors, launch.programs)
+    together = min(launch.resident_programs, -(-launch.programs // busy))
+    l1_bytes = TARGETS[device.target].multiprocessor.l1_bytes(together * launch.shared_bytes)
+    return counted.full_asked_of_l2(index, busy, l1_bytes)
 
 
 def traffic_findings(

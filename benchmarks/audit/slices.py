@@ -90,6 +90,17 @@ class Counted:
             for argument, count in asked.items()
         )
 
+    def full_asked_of_l2(self, index: int, multiprocessors: int, l1_bytes: int) -> float:
+        """Of those bytes what the L1 does not serve: of parameters that fit it each of the multiprocessors that have
+        work gets a copy."""
+        growth, asked = self.growth[index], self.full_asked(index)
+        parameters = [tensor for tensor in self.launches[index].tensors if size_of(tensor.argument) == "parameter"]
+        copy = sum(tensor.read * growth.bytes[tensor.argument] for tensor in parameters)
+        if copy > l1_bytes:
+            return asked
+        read = sum(tensor.asked_read for tensor in parameters) * growth.programs
+        return asked - read + min(read, copy * multiprocessors)
+
     def _moved(self, index: int, resident_programs: int) -> dict[str, int]:
         facts, launch = self.slice.facts, self.launches[index]
         full_programs = launch.programs * self.growth[index].programs / self.slice.multiprocessors

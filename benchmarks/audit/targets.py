@@ -2,7 +2,7 @@
 
 | figure | where from |
 |---|---|
-| multiprocessors, registers, threads, shared memory, L2 | the makers' architecture white papers and tuning guides |
+| multiprocessors, registers, threads, shared memory, L1, L2 | the makers' architecture white papers and tuning guides |
 | bandwidth | the data sheet's peak |
 | clock | the boost clock |
 | latency, L2 bandwidth, launch, the share of the peak a copy reaches | assumptions, the same for all: see `Device` |
@@ -24,6 +24,7 @@ class Multiprocessor:
     """What programs share on one multiprocessor (AMD: compute unit), and in which portions registers are given out.
 
     registers: a thread's worth of all of them together. warp_slots: resident warps. issue: warp instructions a cycle.
+    cache_bytes: of the L1, with shared memory where both are one.
     """
 
     registers: int
@@ -34,6 +35,12 @@ class Multiprocessor:
     shared_bytes: int
     shared_reserved: int  # by the system for each program
     issue: float
+    cache_bytes: int
+    shares_cache: bool  # with shared memory
+
+    def l1_bytes(self, shared: int) -> int:
+        """What the L1 holds beside so much shared memory in use."""
+        return self.cache_bytes - (shared if self.shares_cache else 0)
 
 
 @dataclass(frozen=True)
@@ -62,13 +69,14 @@ class Target:
 
 
 def _nvidia(shared_kib: int) -> Multiprocessor:
-    # 65,536 registers, to a warp in portions of 256; a warp scheduler in each quarter issues one instruction a cycle.
-    return Multiprocessor(65536, 8, 255, 64, 32, shared_kib * KIB, KIB, 4.0)
+    # 65,536 registers, to a warp in portions of 256; a warp scheduler in each quarter issues one instruction a cycle;
+    # the L1 has 28 KiB more than shared memory can take.
+    return Multiprocessor(65536, 8, 255, 64, 32, shared_kib * KIB, KIB, 4.0, (shared_kib + 28) * KIB, True)
 
 
 # A compute unit: four SIMDs with 512 vector registers (half of them accumulators) for each of 64 lanes; a wave of 64
 # takes a SIMD of 16 lanes four cycles.
-_CDNA3 = Multiprocessor(4 * 512 * 64, 8, 512, 32, 32, 64 * KIB, 0, 1.0)
+_CDNA3 = Multiprocessor(4 * 512 * 64, 8, 512, 32, 32, 64 * KIB, 0, 1.0, 32 * KIB, False)
 
 TARGETS: Mapping[str, Target] = {
     target.name: target

@@ -168,7 +168,7 @@ def test_the_estimate_of_scalar_and_under_filled_kernels_is_slower(sm_90):
     under_filled = dataclasses.replace(vector, programs=40)
     moved = 2 * 2**14 * 4096 * 2
     fast, slow, unfilled = (
-        estimate(Work(launch, moved, moved), DEVICES["H200"]) for launch in (vector, scalar, under_filled)
+        estimate(Work(launch, moved, moved, moved), DEVICES["H200"]) for launch in (vector, scalar, under_filled)
     )
     # 256 MiB at 0.9 of 4.8 TB/s, and one launch.
     assert fast.seconds == pytest.approx(moved / (0.9 * 4.8e12) + 2.5e-6)
