@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .channel_fallback import _by_channel, stored_norm
+from .channel_fallback import _by_channel, plan_stored_norm, stored_norm, torchs_batch_norm
 from .fallback import (
     PLAIN,
     _common_dtype,
@@ -46,7 +46,9 @@ def plan_batch_norm(
     In training the running statistics, if given, move in place: see `plan_put_back`.
     """
     if not training:
-        return lambda x, mean, var, weight, bias, momentum: stored_norm(x, mean, var, weight, bias, eps)
+        assert running_mean is not None and running_var is not None
+        by_given = plan_stored_norm(x, running_mean, running_var, weight, bias, eps)
+        return lambda x, mean, var, weight, bias, momentum: by_given(x, mean, var, weight, bias)
     if x.numel() == 0:  # where torch fails without channels, and running statistics stay as they are
         return lambda x, mean, var, weight, bias, momentum: stored_norm(
             x, x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]), weight, bias, eps
@@ -54,8 +56,11 @@ def plan_batch_norm(
     dtype = _computed_in(x, running_mean, running_var, weight, bias)
     learns = _takes_function(x, weight, bias)
     plain = {type(x), type(weight), type(bias)} <= PLAIN
-    if learns and plain and not left_a_transform(x, weight, bias, running_mean, running_var):
+    alone = plain and not left_a_transform(x, weight, bias, running_mean, running_var)
+    if learns and alone:
         normalize, copies = _apply, False
+    elif alone and not _looked_into() and weight is not None and _one_type(dtype, x, weight, bias):
+        normalize, copies = _as_they_are, False
     elif transformed():
         normalize, copies = _transformed, False
     else:
@@ -63,7 +68,7 @@ def plan_batch_norm(
         normalize, copies = _elsewhere, learns
     untold = not copies and (transformed() or not _looked_into())  # torch's batch norm counts no version
     running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
-    in_place = not running or (not copies and all(tensor.dtype == dtype for tensor in running))
+    in_place = not running or (not copies and _one_type(dtype, *running))
 
     def move_in_place(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, momentum: float) -> Tensor:
         y = normalize(x, mean, var, weight, bias, momentum, eps, dtype)
@@ -100,6 +105,19 @@ def _transformed(
         with torch.no_grad():
             F.batch_norm(x.detach().to(dtype), mean, var, None, None, True, momentum, eps)
     return y
+
+
+def _as_they_are(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    return _laid_out_as(x, torchs_batch_norm(x, mean, var, weight, bias, True, momentum, eps))
 
 
 def _elsewhere(
@@ -150,6 +168,10 @@ def move(running: list[Tensor], moved: list[Tensor]) -> None:
         if found is not tensor:
             with torch.no_grad():
                 tensor.copy_(found)
+
+
+def _one_type(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
+    return all(tensor is None or tensor.dtype == dtype for tensor in tensors)
 
 
 def _computed_in(x: Tensor, *others: Tensor | None) -> torch.dtype:

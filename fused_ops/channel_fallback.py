@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from .fallback import (
     _laid_out_as,
     _looked_into,
     _takes_function,
+    apply_of,
     goes_on_from,
+    intercepted,
     of_type,
 )
 from .validation import HALF
@@ -155,25 +158,60 @@ class _ByStatistics(torch.autograd.Function):
         return dx, None, None, dweight, dbias, None, None
 
 
+_apply = apply_of(_ByStatistics)
+
+
 def stored_norm(
     x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """Normalizes each channel of x by statistics that are given, which get no gradient; y has x's type and layout."""
+    tensors = (x, running_mean, running_var, weight, bias)
+    return plan_stored_norm(*tensors, eps)(*tensors)
+
+
+def plan_stored_norm(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Callable[..., Tensor]:
+    """`stored_norm` of tensors like these, as a function of them."""
     dtype = torch.promote_types(_common_dtype(x, running_mean, running_var, weight, bias), torch.float32)
-    torchs = _torch_is_exact(x, running_mean, running_var, weight, bias, eps)
-    mean, var = of_type(running_mean.detach(), dtype), of_type(running_var.detach(), dtype)
     operands = (x, weight, bias)
-    if _takes_function(*operands) and {*map(type, operands)} <= PLAIN:
-        return _ByStatistics.apply(x, mean, var, weight, bias, eps, torchs)
-    return _by_given(x, mean, var, weight, bias, eps, torchs)
+    in_function = _takes_function(*operands) and {*map(type, operands)} <= PLAIN
+    may_be_torchs = _torch_takes(x, running_mean, running_var, weight, bias)
+
+    def run(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        torchs = may_be_torchs and _mean_is_small(mean, var, eps)
+        if mean.requires_grad or var.requires_grad:
+            mean, var = mean.detach(), var.detach()
+        mean, var = of_type(mean, dtype), of_type(var, dtype)
+        if in_function:
+            return _apply(x, mean, var, weight, bias, eps, torchs)
+        return _by_given(x, mean, var, weight, bias, eps, torchs)
+
+    return run
 
 
 def _by_given(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, torchs: bool
 ) -> Tensor:
     if torchs:
-        return _laid_out_as(x, F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps))
+        return _laid_out_as(x, torchs_batch_norm(x, mean, var, weight, bias, False, 0.0, eps))
     return by_statistics(x, mean, torch.rsqrt(var + eps), weight, bias)
+
+
+def torchs_batch_norm(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """F.batch_norm of tensors that nobody traces, without its checks; who intercepts functions wants F's."""
+    if intercepted():
+        return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    return torch.batch_norm(x, weight, bias, mean, var, training, momentum, eps, torch.backends.cudnn.enabled)
 
 
 # torch folds the mean into a shift: of a mean of so many deviations three bits are lost, as where y itself is as large.
@@ -191,7 +229,7 @@ def _values_are_here(x: Tensor, *others: Tensor | None) -> bool:
 class _KnownMean(NamedTuple):
     """Whether a running mean was small, beside which variance: in these versions, and with this eps."""
 
-    storages: tuple[StorageWeakRef, ...]  # whose addresses nobody gets again while somebody refers to them
+    storages: tuple[StorageWeakRef, ...]  # while they are alive nobody else has their addresses
     key: tuple[int, int, float]
     small: bool
 
@@ -200,20 +238,12 @@ _known_means: dict[tuple[int, ...], _KnownMean] = {}  # by the places in memory 
 MOST_KNOWN = 1024
 
 
-def _torch_is_exact(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> bool:
-    """Whether torch's own pass by statistics may stand for the three of `by_statistics`: on a CPU nobody traces or
-    transforms, and no mean is large beside its deviation."""
-    dtype = x.dtype
-    if dtype in HALF or mean.dtype != dtype or var.dtype != dtype or not x.numel():
-        return False
-    if (weight is not None and weight.dtype != dtype) or (bias is not None and bias.dtype != dtype):
-        return False
-    # What was made in inference mode has no version.
-    if not _values_are_here(x, mean, var, weight, bias) or mean.is_inference() or var.is_inference():
-        return False
-    return _mean_is_small(mean, var, eps)
+def _torch_takes(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether torch's own pass by statistics may stand for the three of `by_statistics`, where no mean is large beside
+    its deviation: on a CPU that nobody traces or transforms, in one type."""
+    given = [tensor for tensor in (mean, var, weight, bias) if tensor is not None]
+    one_type = x.dtype not in HALF and {tensor.dtype for tensor in given} == {x.dtype}
+    return one_type and x.numel() > 0 and _values_are_here(x, *given)
 
 
 def _mean_is_small(mean: Tensor, var: Tensor, eps: float) -> bool:
@@ -222,21 +252,19 @@ def _mean_is_small(mean: Tensor, var: Tensor, eps: float) -> bool:
     Where they are moved and no version tells (through .data or NumPy, by torch's own batch norm), torch's pass may be
     taken for a mean that has become large; it is then as exact as torch.
     """
-    storages = mean.untyped_storage(), var.untyped_storage()
-    place = (*_place(mean, storages[0]), *_place(var, storages[1]))
-    key = (mean._version, var._version, eps)
+    if mean.is_inference() or var.is_inference():  # which have no version
+        return False
+    place = mean.data_ptr(), var.data_ptr(), mean.numel(), mean.stride(0), var.stride(0)
+    key = mean._version, var._version, eps
     known = _known_means.get(place)
-    if known is not None and known.key == key:
+    if known is not None and known.key == key and True not in [storage.expired() for storage in known.storages]:
         return known.small
     small = not (mean.square() > MOST_DEVIATIONS**2 * (var + eps)).any().item()
     if len(_known_means) >= MOST_KNOWN:
         _forget_means()
-    _known_means[place] = _KnownMean(tuple(map(StorageWeakRef, storages)), key, small)
+    storages = StorageWeakRef(mean.untyped_storage()), StorageWeakRef(var.untyped_storage())
+    _known_means[place] = _KnownMean(storages, key, small)
     return small
-
-
-def _place(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[int, ...]:
-    return storage._cdata, tensor.storage_offset(), *tensor.shape, *tensor.stride()
 
 
 def _forget_means() -> None:

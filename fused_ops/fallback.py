@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from .activation import Activation
 from .validation import FLOATING, HALF
 
 Tensor = torch.Tensor
 Shape = tuple[int, ...]
-
-_function_modes = torch._C._len_torch_function_stack
 
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
@@ -41,6 +41,12 @@ def left_a_transform(*tensors: Tensor | None) -> bool:
 def recorded() -> bool:
     """Whether torch.jit.trace records the operations."""
     return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
+def intercepted() -> bool:
+    """Whether a mode of somebody's own intercepts torch's functions; the one of a default device changes none of ours,
+    as each of them names its device."""
+    return True in [type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()]
 
 
 def _looked_into() -> bool:
@@ -248,7 +254,7 @@ def plan_layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Shape, eps: float, subtract_mean: bool
 ) -> Callable[..., Tensor]:
     """`layer_norm` of tensors like these, as a function of them."""
-    plain = not _looked_into() and {*map(type, (x, weight, bias))} <= PLAIN and not _function_modes()
+    plain = not _looked_into() and {*map(type, (x, weight, bias))} <= PLAIN and not intercepted()
     if plain and all(tensor is None or tensor.dtype == x.dtype for tensor in (weight, bias)):
         # Who intercepts functions wants F's; for others they take a microsecond more.
         if subtract_mean:

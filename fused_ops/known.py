@@ -7,7 +7,6 @@ nothing found again, while somebody compiles, traces or transforms the operation
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from torch import is_autocast_enabled, is_grad_enabled
 from torch.autograd import forward_ad
 
 from .backend import get_backend
-from .fallback import PLAIN
+from .fallback import PLAIN, intercepted
+from .recent import Recent
 
 Tensor = torch.Tensor
 Tensors = tuple[Tensor | None, ...]
@@ -25,38 +25,12 @@ Call = Callable[..., Any]
 MOST = 4096  # calls; when shapes vary without end, all is forgotten now and then
 
 _calls: dict[Key, Call] = {}  # by all that matters of the tensors
-_latest: dict[Key, Latest] = {}  # the same, by what is quick to tell
+_recent = Recent(MOST)
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _tracing_state = torch._C._get_tracing_state
 _transforms = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
-
-
-class Latest:
-    """A call and the tensors that it came with last, as far as they can be told from others: torch.compile's guard
-    compares types, dispatch keys, devices, dtypes, requires_grad, sizes and strides, all in C++."""
-
-    __slots__ = ("_check", "_there", "call")
-
-    def __init__(self, tensors: Tensors, call: Call) -> None:
-        there = [place for place, tensor in enumerate(tensors) if tensor is not None]
-        self._there = itemgetter(*there) if len(there) > 1 else itemgetter(slice(there[0], there[0] + 1))
-        self._check = _guard(self._there(tensors))
-        self.call = call
-
-    def fits(self, tensors: Tensors) -> bool:
-        """Whether these, None in the same places, lie and learn as those; False where one is there twice."""
-        return self._check(*self._there(tensors))
-
-
-_Guards = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # a private name of torch's
-
-
-def _guard(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
-    if _Guards is None:
-        return lambda *_: False
-    return _Guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
 def watched() -> bool:
@@ -67,7 +41,7 @@ def watched() -> bool:
         or _transforms() is not None
         or forward_ad._current_level >= 0
         or _dispatch_modes() > 0
-        or _function_modes() > 0
+        or (_function_modes() > 0 and intercepted())
     )
 
 
@@ -83,22 +57,21 @@ def find(
         return plan(function, *tensors, *options)
     state = get_backend(), is_grad_enabled(), is_autocast_enabled("cuda")
     types = tuple(map(type, tensors))
+    near: Key | None
     try:
         near = function, options, state, types, tensors[0].shape  # type: ignore[union-attr]
-        latest = _latest.get(near)
+        call = _recent.find(near, tensors)
     except (AttributeError, TypeError):  # x is no tensor; an option or a size that cannot be told again
-        return plan(function, *tensors, *options)
-    if latest is not None and latest.fits(tensors):
-        return latest.call
-    if not {*types} <= PLAIN:
+        near = call = None
+    if call is not None:
+        return call
+    if near is None or not {*types} <= PLAIN:
         return plan(function, *tensors, *options)
     key = function, options, state, *(_of_rows(tensors, inner) if inner else map(signature, tensors))
     call = _calls.get(key)
     if call is None:
         call = remember(key, plan(function, *tensors, *options))
-    if len(_latest) >= MOST:
-        _latest.clear()
-    _latest[near] = Latest(tensors, call)
+    _recent.keep(near, tensors, call)
     return call
 
 
@@ -113,7 +86,7 @@ def remember(key: Key, call: Call) -> Call:
 def forget() -> None:
     """Decides anew from now on, as whoever has changed what decisions follow from may want."""
     _calls.clear()
-    _latest.clear()
+    _recent.clear()
 
 
 # Of each plain tensor, all that a decision may depend on. One that torch negates as it reads, and one that has left a

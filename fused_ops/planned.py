@@ -24,6 +24,7 @@ from .autograd import (
 from .drops import placeholder
 from .kernels.families import family_of
 from .kernels.problem import Gradients, Norm
+from .recent import Recent
 
 Tensor = torch.Tensor
 
@@ -39,7 +40,7 @@ class Plan:
     """How calls on tensors that lie in one way run by kernels: forward as a function of them, backward as one for each
     way in which gradients come."""
 
-    __slots__ = ("_backwards", "_latest", "forward", "norm", "saving", "x_dtype")
+    __slots__ = ("_backwards", "_recent", "forward", "norm", "saving", "x_dtype")
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class Plan:
             x, residual, weight, bias, norm, saving.statistics, saving.bits, *running
         )
         self._backwards: dict[known.Key, _Backward] = {}  # by all that matters of the tensors
-        self._latest: dict[known.Key, known.Latest] = {}  # the same, by what is quick to tell
+        self._recent = Recent(MOST_BACKWARDS)
 
     def backward(
         self, saved: Saved, dy: Tensor | None, dtotal: Tensor | None, needed: tuple[bool, ...]
@@ -67,24 +68,23 @@ class Plan:
             return self._run_once(saved, dy, dtotal, needed)
         tensors = dy, dtotal, *saved
         near = needed, dy.shape, *map(type, tensors)
-        latest = self._latest.get(near)
-        if latest is None or not latest.fits(tensors):
+        run = self._recent.find(near, tensors)
+        if run is None:
             if is_batched(dy) or is_batched(dtotal) or not {*near[2:]} <= fallback.PLAIN:
                 return self._run_once(saved, dy, dtotal, needed)
-            if len(self._latest) >= MOST_BACKWARDS:
-                self._latest.clear()
-                self._backwards.clear()
             key = needed, known.gradient_signature(dy), known.gradient_signature(dtotal), *map(_unpacked, saved)
             run = self._backwards.get(key)
             if run is None:
+                if len(self._backwards) >= MOST_BACKWARDS:
+                    self._backwards.clear()
                 run = self._backwards[key] = self._plan(saved, dy, dtotal, needed)
-            latest = self._latest[near] = known.Latest(tensors, run)
-        return latest.call(saved, dy, dtotal)
+            self._recent.keep(near, tensors, run)
+        return run(saved, dy, dtotal)
 
     def _run_once(
         self, saved: Saved, dy: Tensor | None, dtotal: Tensor | None, needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
-        """Where somebody looks into it, or differentiates again."""
+        """What is not kept: somebody looks into it or differentiates again, or a tensor is none of torch's own kind."""
         if dy is None or backend.traced(dy) or composes(saved, dy, dtotal):
             from . import ops  # a tracer may look at a backward whose forward it has not seen
 

@@ -10,7 +10,7 @@ import torch
 
 from . import backend, fallback
 from .activation import Activation
-from .drops import drop_factor
+from .drops import drop_factor, placeholder
 from .kernels.problem import ResidualAdd, compute_dtype, slope_takes_two_values
 from .kernels.residual import (
     SumGradients,
@@ -215,11 +215,10 @@ class _Multiplier:
 _apply = fallback.apply_of(ResidualAddFunction)
 
 
-def plan(
-    x: Tensor, residual: Tensor, scale: Tensor | None, seed: Tensor | None, problem: ResidualAdd
-) -> Callable[..., Tensor]:
-    """How sums of tensors of these shapes, that lie and learn as these do, run: y as a function of the four; through
-    autograd only where something requires it."""
+def plan(x: Tensor, residual: Tensor, scale: Tensor | None, problem: ResidualAdd) -> Callable[..., Tensor]:
+    """How sums of tensors of these shapes, that lie and learn as these do, run: y as a function of the three and the
+    seed; through autograd only where something requires it."""
+    seed = placeholder(x.device) if problem.dropout_p > 0.0 or problem.drop_path_p > 0.0 else None
     if torch.is_grad_enabled():
         needs = Needs(*[tensor is not None and tensor.requires_grad for tensor in (x, residual, scale)])
         if any(needs):

@@ -126,9 +126,7 @@ def backward(
     return SumGradients(*(tensor if want else None for tensor, want in zip(found, wanted, strict=True)))
 
 
-def plan(
-    x: Tensor, residual: Tensor, scale: Tensor | None, seed: Tensor | None, problem: ResidualAdd
-) -> Callable[..., Tensor]:
+def plan(x: Tensor, residual: Tensor, scale: Tensor | None, problem: ResidualAdd) -> Callable[..., Tensor]:
     """`residual_autograd.plan`, as an op that a tracer sees."""
     tracked = torch.is_grad_enabled()
     needs = Needs(*(tracked and tensor is not None and tensor.requires_grad for tensor in (x, residual, scale)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import backend, channel_fallback, known, validation
+from .. import backend, batch_fallback, channel_fallback, fallback, known, validation
 from ..activation import Activation
 from .dispatch import _autocasts, _fused, _kernels, _plan_autocast, _plan_composed, _plan_kernels
 
@@ -63,10 +63,9 @@ def _plan_instance_norm(
     count = validation.planes(function, x, running_mean, running_var, use_input_stats)
     validation.operands(function, x, (count,), weight, bias, residual, added_first=add_first)
     if running_mean is not None and not use_input_stats:  # no reduction, and no kernel
-
-        def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, momentum: float) -> Tensor:
-            return channel_fallback.stored_norm(x, mean, var, weight, bias, eps)
-
+        normalize = fallback.at_first(  # the total may be of another type
+            lambda *tensors: batch_fallback.plan_batch_norm(*tensors[:5], training=False, eps=eps)
+        )
         return _plan_composed(normalize, add_first, activation, dropout_p)
 
     call = _plan(x, residual, weight, bias, x.shape[1] or 1, eps, add_first, activation, dropout_p)

@@ -92,8 +92,7 @@ def _plan_residual_add(
     if plan is None:
         return lambda x, residual, scale: residual_fallback.residual_add(x, residual, scale, *rates, activation)
     problem, drops_some = ResidualAdd(*rates, *_fused(activation)), max(rates) > 0.0
-    seed = drops.placeholder(x.device) if drops_some else None
-    run = (residual_autograd if plan is planned.plan else residual_ops).plan(x, residual, scale, seed, problem)
+    run = (residual_autograd if plan is planned.plan else residual_ops).plan(x, residual, scale, problem)
 
     def by_kernel(x: Tensor, residual: Tensor, scale: Tensor | None) -> Tensor:
         return run(x, residual, scale, drops.draw_seed(x.device) if drops_some else None)

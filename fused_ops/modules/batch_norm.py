@@ -25,17 +25,10 @@ class Batches(Normalizing, _BatchNorm):
         if momentum is None:  # a cumulative average: each batch counts as much as any before
             momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
         follows = self.track_running_stats or not self.training
-        out = function(
-            *inputs,
-            running_mean=self.running_mean if follows else None,
-            running_var=self.running_var if follows else None,
-            weight=self.weight,
-            bias=self.bias,
-            training=self.training or (self.running_mean is None and self.running_var is None),
-            momentum=momentum,
-            eps=self.eps,
-            **keywords,
-        )
+        mean, var = self.running_mean, self.running_var
+        training = self.training or (mean is None and var is None)
+        given = (mean, var) if follows else (None, None)
+        out = function(*inputs, *given, self.weight, self.bias, training, momentum, self.eps, **keywords)
         if counter is not None:  # torch counts first, and so counts calls that fail
             counter.add_(1)
         return out
