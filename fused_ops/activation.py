@@ -34,10 +34,11 @@ class Activation:
     hashable, comparable. Raises ValueError for an unknown name or parameter, naming the known ones.
     """
 
-    __slots__ = ("name", "parameters", "scalars")
+    __slots__ = ("_hash", "name", "parameters", "scalars")
 
     name: str
     parameters: Mapping[str, float]
+    _hash: int
     scalars: tuple[float, float]  # the parameters in their order, as a kernel takes them; 0 where there is none
 
     def __init__(self, name: str, **parameters: float) -> None:
@@ -53,6 +54,7 @@ class Activation:
         object.__setattr__(self, "parameters", MappingProxyType(values))
         alpha, beta, *_ = (*values.values(), 0.0, 0.0)
         object.__setattr__(self, "scalars", (alpha, beta))
+        object.__setattr__(self, "_hash", hash((name, *values.values())))  # each call asks for it
 
     @classmethod
     def from_scalars(cls, name: str, alpha: float, beta: float) -> Activation:
@@ -74,7 +76,7 @@ class Activation:
         return self.name == other.name and self.parameters == other.parameters
 
     def __hash__(self) -> int:
-        return hash((self.name, *self.parameters.values()))
+        return self._hash
 
     def __repr__(self) -> str:
         arguments = [repr(self.name), *(f"{key}={value}" for key, value in self.parameters.items())]

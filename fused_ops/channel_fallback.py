@@ -177,12 +177,14 @@ def plan_stored_norm(
     operands = (x, weight, bias)
     in_function = _takes_function(*operands) and {*map(type, operands)} <= PLAIN
     may_be_torchs = _torch_takes(x, running_mean, running_var, weight, bias)
+    learn = running_mean.requires_grad or running_var.requires_grad
 
     def run(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        torchs = may_be_torchs and _mean_is_small(mean, var, eps)
-        if mean.requires_grad or var.requires_grad:
+        if learn:
             mean, var = mean.detach(), var.detach()
-        mean, var = of_type(mean, dtype), of_type(var, dtype)
+        torchs = may_be_torchs and _mean_is_small(mean, var, eps)
+        if not torchs:
+            mean, var = of_type(mean, dtype), of_type(var, dtype)
         if in_function:
             return _apply(x, mean, var, weight, bias, eps, torchs)
         return _by_given(x, mean, var, weight, bias, eps, torchs)
@@ -209,9 +211,13 @@ def torchs_batch_norm(
     eps: float,
 ) -> Tensor:
     """F.batch_norm of tensors that nobody traces, without its checks; who intercepts functions wants F's."""
-    if intercepted():
+    if _function_modes() and intercepted():
         return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-    return torch.batch_norm(x, weight, bias, mean, var, training, momentum, eps, torch.backends.cudnn.enabled)
+    cudnn = not x.is_cpu and torch.backends.cudnn.enabled
+    return torch.batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn)
+
+
+_function_modes = torch._C._len_torch_function_stack
 
 
 # torch folds the mean into a shift: of a mean of so many deviations three bits are lost, as where y itself is as large.
@@ -229,11 +235,16 @@ def _values_are_here(x: Tensor, *others: Tensor | None) -> bool:
 class _KnownMean(NamedTuple):
     """Whether a running mean was small, beside which variance: in these versions, and with this eps."""
 
-    storages: tuple[StorageWeakRef, ...]  # while they are alive nobody else has their addresses
+    storages: tuple[StorageWeakRef, StorageWeakRef]  # while they are alive nobody else has their addresses
     key: tuple[int, int, float]
     small: bool
 
+    def is_gone(self) -> bool:
+        mean, var = self.storages
+        return _expired(mean.cdata) or _expired(var.cdata)
 
+
+_expired: Callable[[int], bool] = torch.UntypedStorage._expired  # type: ignore[assignment]  # StorageWeakRef's takes a detour
 _known_means: dict[tuple[int, ...], _KnownMean] = {}  # by the places in memory of a mean and a variance
 MOST_KNOWN = 1024
 
@@ -257,7 +268,7 @@ def _mean_is_small(mean: Tensor, var: Tensor, eps: float) -> bool:
     place = mean.data_ptr(), var.data_ptr(), mean.numel(), mean.stride(0), var.stride(0)
     key = mean._version, var._version, eps
     known = _known_means.get(place)
-    if known is not None and known.key == key and True not in [storage.expired() for storage in known.storages]:
+    if known is not None and known.key == key and not known.is_gone():
         return known.small
     small = not (mean.square() > MOST_DEVIATIONS**2 * (var + eps)).any().item()
     if len(_known_means) >= MOST_KNOWN:
@@ -270,7 +281,7 @@ def _mean_is_small(mean: Tensor, var: Tensor, eps: float) -> bool:
 def _forget_means() -> None:
     """Those that are gone, or all where that leaves many."""
     for place, known in list(_known_means.items()):
-        if any(storage.expired() for storage in known.storages):
+        if known.is_gone():
             _known_means.pop(place, None)
     if len(_known_means) > MOST_KNOWN // 2:
         _known_means.clear()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.fx import Graph, Node
 
-from .sites import NormSite, Replaced, has_hooks, submodule
+from .sites import NormSite, Replaced, has_hooks, path_of, submodule
 from .tracing import Given, Traced, Untraceable, given_by_default, trace_whatever_grad
 
 OF_A_PART = "of a part"  # in the meta of nodes that were a child's
@@ -30,7 +30,7 @@ class Inlined(NamedTuple):
 
     def holds(self, module: nn.Module) -> bool:
         """Whether the child of a module is still what it was, and nobody listens to its calls."""
-        child = submodule(module, self.name)
+        child = submodule(module, path_of(self.name))
         return (
             child is not None
             and class_before(child) is self.cls

@@ -64,10 +64,15 @@ def restore(module: Replaced) -> None:
     module.__class__ = module._class_before  # type: ignore[assignment]
 
 
-def submodule(module: nn.Module, name: str) -> nn.Module | None:
+def path_of(name: str) -> tuple[str, ...]:
+    """The names on the way to a module."""
+    return tuple(name.split("."))
+
+
+def submodule(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
     """`get_submodule`, in a tenth of its time, for what runs in each call; None where there is none."""
     found: nn.Module | None = module
-    for part in name.split("."):
+    for part in path:
         found = None if found is None else found._modules.get(part)
     return found
 
