@@ -21,7 +21,8 @@ def _count_kernel(*args: Any, **kwargs: Any) -> None:
 
 
 def listen() -> None:
-    """Has Triton report what it compiles, whether or not the result lies in its cache on disk."""
+    """Has Triton report what it compiles in this process, for whomever, whether or not the result lies in its cache on
+    disk. Inductor compiles most of its kernels in processes of its own."""
     if HAS_TRITON:
         from triton import knobs
 
