@@ -72,10 +72,62 @@ def _group_norm_by_squares(
     sizes = (samples, channels, x.numel() // (samples * channels), groups)
     # Below F.group_norm, which makes them contiguous, torch goes by no strides of theirs.
     weight, bias = (None if parameter is None else parameter.contiguous() for parameter in (weight, bias))
-    y, mean, rstd = torch.native_group_norm(x, weight, bias, *sizes, eps)
-    mean, rstd = mean.detach(), rstd.detach()
+    norm = _GroupNormBySquares.apply if _takes_function(x, weight, bias) else _native_group_norm
+    y, mean, rstd = norm(x, weight, bias, sizes, eps)
     is_exact = ((mean * rstd).abs() <= _FEW_DEVIATIONS) & (rstd > 0)
     return y if is_exact.all().item() else None
+
+
+def _native_group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, sizes: tuple[int, int, int, int], eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.native_group_norm(x, weight, bias, *sizes, eps)
+
+
+class _GroupNormBySquares(torch.autograd.Function):
+    """torch's own pass over channels_last, whose backward finds dx whether or not somebody wants it: asked for the
+    other two alone, torch's ends the process (seen in 2.13, on a CPU)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        sizes: tuple[int, int, int, int],
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, rstd = _native_group_norm(x, weight, bias, sizes, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.sizes, ctx.eps = sizes, eps
+        return y, mean, rstd
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        if goes_on_from(dy):
+            dx, dweight, dbias = _gradients_of_groups(dy, x, weight, ctx.sizes[-1], ctx.eps)
+        else:
+            given = (_laid_out_as(x, dy), x, mean, rstd, weight, *ctx.sizes)
+            dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(*given, (True, needs_weight, needs_bias))
+        return dx if needs_x else None, dweight if needs_weight else None, dbias if needs_bias else None, None, None
+
+
+def _gradients_of_groups(
+    dy: Tensor, x: Tensor, weight: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias) in elementary operations; any derivative of them is right."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    dz, rows = dy.to(dtype), x.to(dtype).reshape(x.shape[0], groups, -1)
+    deviation = rows - rows.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(deviation.square().mean(-1, keepdim=True) + eps)
+    x_hat = deviation * rstd
+    g = (dz if weight is None else dz * _by_channel(weight, dz, dtype)).reshape(rows.shape)
+    dx = (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True)) * rstd
+    batch = [dim for dim in range(dy.dim()) if dim != 1]
+    return dx.reshape(x.shape), (dz * x_hat.reshape(x.shape)).sum(batch), dz.sum(batch)
 
 
 def _has_few_positions_channels_last(x: Tensor) -> bool:

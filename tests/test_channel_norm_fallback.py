@@ -153,6 +153,25 @@ def test_channels_last_takes_torchs_own_pass_but_where_it_is_inexact(shape, devi
     assert y.stride() == x.stride()
 
 
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "weight bias", "x weight", "x bias"])
+@pytest.mark.parametrize("learns", [False, True])
+def test_some_gradients_of_channels_last(wanted, learns):
+    """With those of weight or bias alone torch's own pass ends the process."""
+    x, _, weight, bias = (tensor.detach() for tensor in tensors(2, 8, 5, 7))
+    leaves = {"x": x, "weight": weight, "bias": bias}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(learns or name in wanted.split())
+    inputs = [leaves[name] for name in wanted.split()]
+    dy, found = normal(2, 8, 5, 7, dtype=x.dtype, seed=5), []
+    for of_x in (lambda x: x, channels_last):
+        y = F.group_norm(of_x(x), 2, weight, bias, activation="silu")
+        first = torch.autograd.grad(y, inputs, dy, create_graph=True)
+        again = torch.autograd.grad(sum(each.square().sum() for each in first), inputs, allow_unused=True)
+        y = F.group_norm(of_x(x), 2, weight, bias, activation="silu")
+        found.append((torch.autograd.grad(y, inputs, dy), first, [each for each in again if each is not None]))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("samples_dim", [0, 1])
 def test_group_norm_of_samples_under_vmap(samples_dim):
     x, weight, bias = normal(2, 3, 8, 4, 4), normal(8, seed=1), normal(8, seed=2)
