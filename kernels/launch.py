@@ -191,14 +191,17 @@ def row_forward_config(
         # reads weight and bias again, from the L1 cache, which on an H200 costs less than sums across warps
         # (h200-variants.txt).
         tile = _row_tile(span, elements_per_thread, least_threads=THREADS_PER_WARP)
-    if ragged or wide_residual:
-        most_registers = 255 if ragged else 168
-        return replace(tile, most_registers=registers_a_thread(tile.num_warps, most_registers))
-    if small and wide_parameters:
-        return replace(tile, most_registers=96)  # without, ptxas spills some bytes to fit one program more
-    if elements_per_thread == 32 and waiting + parameters >= 3 and tile.num_warps == 4:
-        return replace(tile, most_registers=112)  # likewise
-    return tile
+    # Where ptxas, left alone, spills some bytes to fit one program more.
+    most_registers = None
+    if ragged:
+        most_registers = registers_a_thread(tile.num_warps)
+    elif wide_residual and span > 1024:
+        most_registers = 128
+    elif small and wide_parameters:
+        most_registers = 96
+    elif elements_per_thread == 32 and waiting + parameters >= 3 and tile.num_warps == 4:
+        most_registers = 128
+    return replace(tile, most_registers=most_registers)
 
 
 def row_backward_config(
