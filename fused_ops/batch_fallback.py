@@ -136,24 +136,18 @@ def _elsewhere(
     return _laid_out_as(x, of_type(y, x.dtype))
 
 
-def plan_put_back(run: Callable[..., Any], may_fail: bool = True) -> Callable[..., Any]:
+def plan_put_back(run: Callable[..., Any]) -> Callable[..., Any]:
     """A function of x, the residual, both running statistics, which it moves, and others: these are put back where it
-    fails, unless under a transform, which refuses that. may_fail: once they have moved, though it succeeded before."""
+    fails, unless under a transform, which refuses that."""
     if not _looked_into():
-        succeeded = False
 
         def put_back(x: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor, *others: Any) -> Any:
-            nonlocal succeeded
-            if succeeded and not may_fail:
-                return run(x, residual, mean, var, *others)
             copies = [mean.clone(), var.clone()]
             try:
-                out = run(x, residual, mean, var, *others)
+                return run(x, residual, mean, var, *others)
             except BaseException:
                 move([mean, var], copies)
                 raise
-            succeeded = True
-            return out
 
         return put_back
     if transformed():

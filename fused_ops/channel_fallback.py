@@ -20,6 +20,7 @@ from .fallback import (
     apply_of,
     goes_on_from,
     intercepted,
+    left_a_transform,
     of_type,
 )
 from .validation import HALF
@@ -227,8 +228,9 @@ def plan_stored_norm(
     """`stored_norm` of tensors like these, as a function of them."""
     dtype = torch.promote_types(_common_dtype(x, running_mean, running_var, weight, bias), torch.float32)
     operands = (x, weight, bias)
-    in_function = _takes_function(*operands) and {*map(type, operands)} <= PLAIN
-    may_be_torchs = _torch_takes(x, running_mean, running_var, weight, bias)
+    left = left_a_transform(x, running_mean, running_var, weight, bias)
+    in_function = not left and _takes_function(*operands) and {*map(type, operands)} <= PLAIN
+    may_be_torchs = not left and _torch_takes(x, running_mean, running_var, weight, bias)
     learn = running_mean.requires_grad or running_var.requires_grad
 
     def run(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -287,17 +289,15 @@ def _values_are_here(x: Tensor, *others: Tensor | None) -> bool:
 class _KnownMean(NamedTuple):
     """Whether a running mean was small, beside which variance: in these versions, and with this eps."""
 
-    storages: tuple[StorageWeakRef, StorageWeakRef]  # while they are alive nobody else has their addresses
+    storages: tuple[StorageWeakRef, ...]  # which nobody gets again while somebody refers to them
     key: tuple[int, int, float]
     small: bool
 
     def is_gone(self) -> bool:
-        mean, var = self.storages
-        return _expired(mean.cdata) or _expired(var.cdata)
+        return any(storage.expired() for storage in self.storages)
 
 
-_expired: Callable[[int], bool] = torch.UntypedStorage._expired  # type: ignore[assignment]  # StorageWeakRef's takes a detour
-_known_means: dict[tuple[int, ...], _KnownMean] = {}  # by the places in memory of a mean and a variance
+_known_means: dict[tuple[Any, ...], _KnownMean] = {}  # by the places in memory of a mean and a variance
 MOST_KNOWN = 1024
 
 
@@ -317,17 +317,21 @@ def _mean_is_small(mean: Tensor, var: Tensor, eps: float) -> bool:
     """
     if mean.is_inference() or var.is_inference():  # which have no version
         return False
-    place = mean.data_ptr(), var.data_ptr(), mean.numel(), mean.stride(0), var.stride(0)
+    storages = mean.untyped_storage(), var.untyped_storage()
+    place = mean.dtype, *_place(mean, storages[0]), *_place(var, storages[1])
     key = mean._version, var._version, eps
     known = _known_means.get(place)
-    if known is not None and known.key == key and not known.is_gone():
+    if known is not None and known.key == key:
         return known.small
     small = not (mean.square() > MOST_DEVIATIONS**2 * (var + eps)).any().item()
     if len(_known_means) >= MOST_KNOWN:
         _forget_means()
-    storages = StorageWeakRef(mean.untyped_storage()), StorageWeakRef(var.untyped_storage())
-    _known_means[place] = _KnownMean(storages, key, small)
+    _known_means[place] = _KnownMean(tuple(map(StorageWeakRef, storages)), key, small)
     return small
+
+
+def _place(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[Any, ...]:
+    return storage._cdata, tensor.storage_offset(), tensor.numel(), tensor.stride(0)
 
 
 def _forget_means() -> None:

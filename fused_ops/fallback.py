@@ -7,7 +7,7 @@ have been validated.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -153,21 +153,12 @@ def activate(z: Tensor, activation: Activation | None) -> Tensor:
     return _OUT_OF_PLACE[activation.name](z, **activation.parameters)
 
 
-def _ways_in_place(activation: Activation, learns: bool) -> Mapping[str, Callable[..., Tensor]]:
-    """As far as autograd allows them where something learns."""
-    if not learns:
-        return _IN_PLACE
-    return _IN_PLACE_FROM_RESULT if min(activation.scalars) >= 0 else {}
-
-
-def takes_no_memory(activation: Activation | None, learns: bool) -> bool:
-    """Whether the activation of a tensor that may be overwritten is in place."""
-    return activation is None or activation.name in _ways_in_place(activation, learns)
-
-
 def _in_place(activation: Activation, learns: bool) -> Callable[[Tensor], Tensor]:
-    """The activation of a tensor that may be overwritten."""
-    function = _ways_in_place(activation, learns).get(activation.name, _OUT_OF_PLACE[activation.name])
+    """The activation of a tensor that may be overwritten, as far as autograd allows it where something learns."""
+    table = _IN_PLACE
+    if learns:
+        table = _IN_PLACE_FROM_RESULT if min(activation.scalars) >= 0 else {}
+    function = table.get(activation.name, _OUT_OF_PLACE[activation.name])
     return functools.partial(function, **activation.parameters) if activation.parameters else function
 
 

@@ -16,7 +16,7 @@ Call = Callable[..., Any]
 Guard = Callable[..., bool]
 Decided = tuple[Callable[[Tensors], tuple[Tensor, ...]], Guard, Call]  # picks those that are not None for the guard
 
-MOST_ALIKE = 4  # calls that are told apart by their tensors alone
+MOST_ALIKE = 8  # calls that are told apart by their tensors alone
 
 
 class Recent:
@@ -68,16 +68,15 @@ _is_nested = attrgetter("is_nested")
 
 def _tells(guards: Any) -> bool:
     """Whether torch's guard, which has no public name, tells tensors apart as it does in torch 2.11 to 2.13."""
-    x, y = torch.empty(2, 3, device="cpu"), torch.empty(3, device="cpu")
-    alike = torch.empty(2, 3, device="cpu")
+    x, y, alike = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((2, 3), (3,), (2, 3)))
     others = [
         alike.double(),
         alike.t().contiguous().t(),
-        torch.empty(3, 3, device="cpu"),
-        torch.empty(2, 3, device="cpu", requires_grad=True),
+        alike[:1],
+        alike.clone().requires_grad_(),
         torch.nn.Parameter(alike, requires_grad=False),
         torch._neg_view(alike),
-        torch.empty(2, 3, device="meta"),
+        alike.to("meta"),
     ]
     try:
         fits = guards(x, y, dynamic_dims_sizes=None, dynamic_dims_strides=None).check

@@ -196,7 +196,7 @@ def row_forward_config(
     if ragged:
         most_registers = registers_a_thread(tile.num_warps)
     elif wide_residual and span > 1024:
-        most_registers = 128
+        most_registers = registers_a_thread(tile.num_warps, 128)
     elif small and wide_parameters:
         most_registers = 96
     elif elements_per_thread == 32 and waiting + parameters >= 3 and tile.num_warps == 4:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,6 +41,40 @@ def test_running_statistics_change_only_when_the_call_succeeds(function, point, 
     monkeypatch.setattr(*patched[point])
     with pytest.raises(RuntimeError, match="out of memory"):
         call(function, running=running, activation="relu")(x, residual, weight, bias)
+    assert all(map(torch.equal, running, before))
+
+
+@pytest.mark.usefixtures("torch_backend")
+def test_a_checkpoint_moves_them_once():
+    """It runs forward again in backward, and ends that from within as soon as it has what was saved."""
+    norms = [fused_ops.BatchNorm2d(4, momentum=None, activation="relu").to(DEVICE) for _ in range(2)]
+    for step in range(3):
+        x = normal(3, 4, 2, 2, seed=step).requires_grad_()
+        for norm, run in zip(norms, (lambda f, x: f(x), checkpointed), strict=True):
+            run(norm, x).square().sum().backward()
+    for found, expected in zip(norms[1].buffers(), norms[0].buffers(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False)
+
+
+@pytest.mark.usefixtures("torch_backend")
+def test_they_stay_where_what_is_saved_is_refused():
+    """By a hook, in the second call of its kind."""
+    running, x = statistics(4), normal(3, 4, 2).requires_grad_()
+    F.batch_norm(x, *running, training=True, activation="relu")
+    before = [tensor.clone() for tensor in running]
+
+    def refuse(tensor: Tensor) -> Tensor:
+        raise RuntimeError("refused")
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(refuse, lambda tensor: tensor),
+        pytest.raises(RuntimeError, match="refused"),
+    ):
+        F.batch_norm(x, *running, training=True, activation="relu")
     assert all(map(torch.equal, running, before))
 
 
@@ -220,3 +255,21 @@ def test_a_subclass_and_what_has_left_a_transform_train(function, tracks, torch_
         (found,) = torch.autograd.grad(y.square().sum(), weight)
         expected = found if expected is None else expected
         torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
+
+
+@every_function
+def test_what_has_left_a_transform_learns_nothing_by_running_statistics(function, torch_backend):
+    x, residual, weight, bias = (tensor.detach() for tensor in tensors(3, 4, 5))
+    kept: list[Tensor] = []
+
+    def escape(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x.sum()
+
+    torch.func.grad(escape)(x)
+    found, expected = (
+        call(function, running=statistics(4), training=False)(given, residual, weight, bias)[0]
+        for given in (kept[0], x)
+    )
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad

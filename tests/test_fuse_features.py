@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +251,37 @@ def test_data_parallel_processes_train_it(tmp_path: Path) -> None:
     failures = [path.read_text() for path in sorted(tmp_path.glob("failure_*"))]
     assert not failures, "\n".join(failures)
     assert [process.exitcode for process in processes] == [0, 0]
+
+
+class GoesByItsModules(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.extra = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.layers: Any = nn.Sequential(nn.Linear(8, 8))
+        self.named = nn.ModuleDict({"inner": nn.ModuleList([nn.Linear(8, 8)])})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.layers, *self.named["inner"]):  # type: ignore[misc]
+            x = layer(x)
+        if self.extra is not None:
+            x = self.extra(x)
+        return torch.relu(self.norm(x))
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a container grows": lambda model: model.layers.append(nn.Tanh()),
+    "a container in one grows": lambda model: model.named["inner"].append(nn.Tanh()),
+    "another container": lambda model: setattr(model, "layers", nn.ModuleList([*model.layers, nn.Tanh()])),
+    "none where one was": lambda model: setattr(model, "extra", None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_forward_goes_by_the_modules_of_its_moment(change: str) -> None:
+    torch.manual_seed(0)
+    model, x = GoesByItsModules().to(DEVICE), normal(3, 8)
+    original = copy.deepcopy(model)
+    torch.testing.assert_close(fuse(model)(x), original(x))
+    for each in (model, original):
+        CHANGES[change](each)
+    torch.testing.assert_close(model(x), original(x))

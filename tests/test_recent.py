@@ -45,6 +45,15 @@ def test_torchs_guard_tells_what_it_should():
     assert recent._guards is not None, "this torch has another: see fused_ops/recent.py"
 
 
+def test_the_trial_does_not_depend_on_the_default_type():
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert recent._tells(recent._guards)
+    finally:
+        torch.set_default_dtype(default)
+
+
 @pytest.mark.parametrize("guards", [Trusting, Wary, Guards, None])
 def test_a_guard_that_tells_something_else_is_not_used(guards):
     assert not recent._tells(guards)

@@ -52,8 +52,4 @@ def _plan_batch_norm(
     tensors = (x, running_mean, running_var, weight, bias)
     normalize = fallback.at_first(plan_norm) if add_first else plan_norm(*tensors)  # the total may be of another type
     composed = _plan_composed(normalize, add_first, activation, dropout_p)
-    if not training or running_mean is None:
-        return composed
-    learns = True in [tensor is not None and tensor.requires_grad for tensor in (x, residual, weight, bias)]
-    may_fail = not (x.is_cpu and fallback.takes_no_memory(activation, learns))
-    return batch_fallback.plan_put_back(composed, may_fail)
+    return batch_fallback.plan_put_back(composed) if training and running_mean is not None else composed

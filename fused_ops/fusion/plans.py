@@ -19,16 +19,13 @@ from .patterns import Site
 from .sites import NormSite, has_hooks, path_of, submodule
 from .tracing import Given, Traced
 
-_LISTS = (nn.ModuleList, nn.ModuleDict)
-
 
 class Plan:
     """Runs a module's forward by a graph of it, in calls that find what the graph was traced with.
 
     given: what each parameter of forward is given; attributes: scalars of the module that its branches went by;
-    children: the names of its modules; lists: of those in its lists and dicts, which a forward may go through; skipped:
-    those that are not called, by their class; norms: those that are called with more than they were; inlined: those
-    whose forward is in the graph.
+    children: its modules, as far as a forward may go by them; skipped: those that are not called, by their class;
+    norms: those that are called with more than they were; inlined: those whose forward is in the graph.
     """
 
     def __init__(
@@ -52,9 +49,7 @@ class Plan:
         for name, default in self.defaults.items():
             self.given.setdefault(name, Given(None, default))
         self.attributes = dict(traced.attributes)
-        self.children = tuple(module._modules)
-        lists = {name: child for name, child in module._modules.items() if isinstance(child, _LISTS)}
-        self.lists = {name: tuple(child._modules) for name, child in lists.items()}
+        self.children = children_of(module)
         skipped = [(path_of(name), type(module.get_submodule(name))) for site in sites for name in site.skipped]
         self.skipped = tuple(dict.fromkeys(skipped))
         self.norms = tuple(dict.fromkeys(path_of(site.norm) for site in sites if site.norm))
@@ -83,12 +78,8 @@ class Plan:
 
     def match(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | None:
         """The arguments of `run` for a call of the module, or None where it has to be run as it was."""
-        if len(args) > len(self.positional) or tuple(module._modules) != self.children:
+        if len(args) > len(self.positional) or children_of(module) != self.children:
             return None
-        for name, names in self.lists.items():
-            child = module._modules[name]
-            if child is None or tuple(child._modules) != names:
-                return None
         for name, value in self.attributes.items():
             if getattr(module, name, ...) != value:
                 return None
@@ -117,6 +108,18 @@ class Plan:
 def _activation(name: str, **parameters: float) -> Activation | None:
     """What the source of a graph calls `Activation`: made in each call only where it has parameters."""
     return Activation(name, **parameters) if parameters else resolve(name)
+
+
+def children_of(module: nn.Module) -> tuple[Any, ...]:
+    """The names of a module's children, which of them are None, and in containers, which a forward may go through, the
+    same again."""
+    return tuple([
+        (name, None if child is None else children_of(child) if isinstance(child, _CONTAINERS) else ())
+        for name, child in module._modules.items()
+    ])  # fmt: skip
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def _names(code: CodeType) -> set[str]:
