@@ -12,12 +12,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .channel_fallback import _by_channel, plan_stored_norm, stored_norm, torchs_batch_norm
+from .channel_fallback import (
+    _by_channel,
+    _through_norm,
+    _x_hat,
+    plan_stored_norm,
+    stored_norm,
+    torchs_batch_norm,
+)
 from .fallback import (
     PLAIN,
     _common_dtype,
     _laid_out_as,
     _looked_into,
+    _one_type,
     _takes_function,
     apply_of,
     goes_on_from,
@@ -170,10 +178,6 @@ def move(running: list[Tensor], moved: list[Tensor]) -> None:
                 tensor.copy_(found)
 
 
-def _one_type(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
-    return all(tensor is None or tensor.dtype == dtype for tensor in tensors)
-
-
 def _computed_in(x: Tensor, *others: Tensor | None) -> torch.dtype:
     """At least float32: with parameters in half precision torch's CPU kernel keeps mean and rstd in that, and with a
     mean of ten deviations dweight is off by percents."""
@@ -281,7 +285,7 @@ _apply = apply_of(_BatchNorm)
 def differentiable_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Batch norm by the input's statistics in elementary operations, in the type that kernels compute in."""
     dtype = _computed_in(x, weight, bias)
-    y, _ = _x_hat(x.to(dtype), eps)
+    y, _ = _x_hat(x.to(dtype), [dim for dim in range(x.dim()) if dim != 1], eps)
     y = y if weight is None else y * _by_channel(weight, x, dtype)
     return y if bias is None else y + _by_channel(bias, x, dtype)
 
@@ -298,19 +302,10 @@ def gradients(
     batch = [dim for dim in range(dy.dim()) if dim != 1]
     dx = dweight = None
     if x is not None:
-        x_hat, rstd = _x_hat(x.to(dtype), eps)
-        dx_hat = dz if weight is None else dz * _by_channel(weight, dz, dtype)
+        x_hat, rstd = _x_hat(x.to(dtype), batch, eps)
         if needs_x:
-            along = (dx_hat * x_hat).mean(batch, keepdim=True)
-            dx = (dx_hat - dx_hat.mean(batch, keepdim=True) - x_hat * along) * rstd
+            dx_hat = dz if weight is None else dz * _by_channel(weight, dz, dtype)
+            dx = _through_norm(dx_hat, x_hat, rstd, batch)
         if needs_weight:
             dweight = (dz * x_hat).sum(batch)
     return dx, dweight, dz.sum(batch) if needs_bias else None
-
-
-def _x_hat(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x_hat, rstd) of each channel, rstd as it broadcasts to x."""
-    batch = [dim for dim in range(x.dim()) if dim != 1]
-    deviation = x - x.mean(batch, keepdim=True)
-    rstd = torch.rsqrt(deviation.square().mean(batch, keepdim=True) + eps)
-    return deviation * rstd, rstd

@@ -16,6 +16,7 @@ from .fallback import (
     _is_ours_alone,
     _laid_out_as,
     _looked_into,
+    _one_type,
     _takes_function,
     apply_of,
     goes_on_from,
@@ -73,47 +74,38 @@ def _group_norm_by_squares(
     sizes = (samples, channels, x.numel() // (samples * channels), groups)
     # Below F.group_norm, which makes them contiguous, torch goes by no strides of theirs.
     weight, bias = (None if parameter is None else parameter.contiguous() for parameter in (weight, bias))
-    norm = _GroupNormBySquares.apply if _takes_function(x, weight, bias) else _native_group_norm
-    y, mean, rstd = norm(x, weight, bias, sizes, eps)
+    norm = _GroupNormBySquares.apply if _takes_function(x, weight, bias) else torch.native_group_norm
+    y, mean, rstd = norm(x, weight, bias, *sizes, eps)
     is_exact = ((mean * rstd).abs() <= _FEW_DEVIATIONS) & (rstd > 0)
     return y if is_exact.all().item() else None
 
 
-def _native_group_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, sizes: tuple[int, int, int, int], eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.native_group_norm(x, weight, bias, *sizes, eps)
-
-
 class _GroupNormBySquares(torch.autograd.Function):
-    """torch's own pass over channels_last, whose backward finds dx whether or not somebody wants it: asked for the
-    other two alone, torch's ends the process (seen in 2.13, on a CPU)."""
+    """torch.native_group_norm, whose backward finds dx whether or not somebody wants it: asked for the other two alone,
+    torch's ends the process (seen in 2.13, channels_last on a CPU)."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        sizes: tuple[int, int, int, int],
-        eps: float,
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, *sizes_and_eps: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, rstd = _native_group_norm(x, weight, bias, sizes, eps)
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, *sizes_and_eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd)
-        ctx.sizes, ctx.eps = sizes, eps
+        ctx.sizes_and_eps = sizes_and_eps
         return y, mean, rstd
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        *sizes, eps = ctx.sizes_and_eps
+        needs_x, needs_weight, needs_bias, *others = ctx.needs_input_grad
         if goes_on_from(dy):
-            dx, dweight, dbias = _gradients_of_groups(dy, x, weight, ctx.sizes[-1], ctx.eps)
+            found = _gradients_of_groups(dy, x, weight, sizes[-1], eps)
         else:
-            given = (_laid_out_as(x, dy), x, mean, rstd, weight, *ctx.sizes)
-            dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(*given, (True, needs_weight, needs_bias))
-        return dx if needs_x else None, dweight if needs_weight else None, dbias if needs_bias else None, None, None
+            given = (_laid_out_as(x, dy), x, mean, rstd, weight, *sizes)
+            found = torch.ops.aten.native_group_norm_backward(*given, (True, needs_weight, needs_bias))
+        needs = (needs_x, needs_weight, needs_bias)
+        return *[each if needed else None for each, needed in zip(found, needs, strict=True)], *[None] * len(others)
 
 
 def _gradients_of_groups(
@@ -122,13 +114,24 @@ def _gradients_of_groups(
     """(dx, dweight, dbias) in elementary operations; any derivative of them is right."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     dz, rows = dy.to(dtype), x.to(dtype).reshape(x.shape[0], groups, -1)
-    deviation = rows - rows.mean(-1, keepdim=True)
-    rstd = torch.rsqrt(deviation.square().mean(-1, keepdim=True) + eps)
-    x_hat = deviation * rstd
-    g = (dz if weight is None else dz * _by_channel(weight, dz, dtype)).reshape(rows.shape)
-    dx = (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True)) * rstd
+    x_hat, rstd = _x_hat(rows, [-1], eps)
+    dx_hat = (dz if weight is None else dz * _by_channel(weight, dz, dtype)).reshape(rows.shape)
+    dx = _through_norm(dx_hat, x_hat, rstd, [-1]).reshape(x.shape)
     batch = [dim for dim in range(dy.dim()) if dim != 1]
-    return dx.reshape(x.shape), (dz * x_hat.reshape(x.shape)).sum(batch), dz.sum(batch)
+    return dx, (dz * x_hat.reshape(x.shape)).sum(batch), dz.sum(batch)
+
+
+def _x_hat(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor]:
+    """x normalized over these dims in elementary operations, and rstd as it broadcasts to x."""
+    deviation = x - x.mean(dims, keepdim=True)
+    rstd = torch.rsqrt(deviation.square().mean(dims, keepdim=True) + eps)
+    return deviation * rstd, rstd
+
+
+def _through_norm(dx_hat: Tensor, x_hat: Tensor, rstd: Tensor, dims: list[int]) -> Tensor:
+    """dx from the gradient of what `_x_hat` returns."""
+    along = (dx_hat * x_hat).mean(dims, keepdim=True)
+    return (dx_hat - dx_hat.mean(dims, keepdim=True) - x_hat * along) * rstd
 
 
 def _has_few_positions_channels_last(x: Tensor) -> bool:
@@ -237,8 +240,7 @@ def plan_stored_norm(
         if learn:
             mean, var = mean.detach(), var.detach()
         torchs = may_be_torchs and _mean_is_small(mean, var, eps)
-        if not torchs:
-            mean, var = of_type(mean, dtype), of_type(var, dtype)
+        mean, var = of_type(mean, dtype), of_type(var, dtype)
         if in_function:
             return _apply(x, mean, var, weight, bias, eps, torchs)
         return _by_given(x, mean, var, weight, bias, eps, torchs)
@@ -265,13 +267,10 @@ def torchs_batch_norm(
     eps: float,
 ) -> Tensor:
     """F.batch_norm of tensors that nobody traces, without its checks; who intercepts functions wants F's."""
-    if _function_modes() and intercepted():
+    if intercepted():
         return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
     cudnn = not x.is_cpu and torch.backends.cudnn.enabled
     return torch.batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn)
-
-
-_function_modes = torch._C._len_torch_function_stack
 
 
 # torch folds the mean into a shift: of a mean of so many deviations three bits are lost, as where y itself is as large.
@@ -293,9 +292,6 @@ class _KnownMean(NamedTuple):
     key: tuple[int, int, float]
     small: bool
 
-    def is_gone(self) -> bool:
-        return any(storage.expired() for storage in self.storages)
-
 
 _known_means: dict[tuple[Any, ...], _KnownMean] = {}  # by the places in memory of a mean and a variance
 MOST_KNOWN = 1024
@@ -304,9 +300,8 @@ MOST_KNOWN = 1024
 def _torch_takes(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether torch's own pass by statistics may stand for the three of `by_statistics`, where no mean is large beside
     its deviation: on a CPU that nobody traces or transforms, in one type."""
-    given = [tensor for tensor in (mean, var, weight, bias) if tensor is not None]
-    one_type = x.dtype not in HALF and {tensor.dtype for tensor in given} == {x.dtype}
-    return one_type and x.numel() > 0 and _values_are_here(x, *given)
+    given = (mean, var, weight, bias)
+    return x.dtype not in HALF and _one_type(x.dtype, *given) and x.numel() > 0 and _values_are_here(x, *given)
 
 
 def _mean_is_small(mean: Tensor, var: Tensor, eps: float) -> bool:
@@ -337,7 +332,7 @@ def _place(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[Any, ...]:
 def _forget_means() -> None:
     """Those that are gone, or all where that leaves many."""
     for place, known in list(_known_means.items()):
-        if known.is_gone():
+        if any(storage.expired() for storage in known.storages):
             _known_means.pop(place, None)
     if len(_known_means) > MOST_KNOWN // 2:
         _known_means.clear()

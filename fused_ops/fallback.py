@@ -21,6 +21,8 @@ from .validation import FLOATING, HALF
 Tensor = torch.Tensor
 Shape = tuple[int, ...]
 
+_function_modes = torch._C._len_torch_function_stack
+
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -46,6 +48,8 @@ def recorded() -> bool:
 def intercepted() -> bool:
     """Whether a mode of somebody's own intercepts torch's functions; the one of a default device changes none of ours,
     as each of them names its device."""
+    if _function_modes() == 0:
+        return False
     return True in [type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()]
 
 
@@ -229,8 +233,12 @@ def _common_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
     return dtype
 
 
+def _one_type(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
+    return all(tensor is None or tensor.dtype == dtype for tensor in tensors)
+
+
 def _all_float32(weight: Tensor | None, bias: Tensor | None) -> bool:
-    return weight is not None and all(t is None or t.dtype == torch.float32 for t in (weight, bias))
+    return weight is not None and _one_type(torch.float32, weight, bias)
 
 
 def layer_norm(
@@ -240,7 +248,7 @@ def layer_norm(
     if subtract_mean and x.dtype in HALF and x.device.type == "cpu" and _all_float32(weight, bias):
         return F.layer_norm(x, shape, weight, bias, eps)  # the one mixture that torch takes, on a CPU
     dtype = _common_dtype(x, weight, bias)
-    if any(tensor is not None and tensor.dtype != dtype for tensor in (x, weight, bias)):
+    if not _one_type(dtype, x, weight, bias):
         # torch refuses some mixtures and takes a slow path for others.
         weight, bias = (None if parameter is None else parameter.to(dtype) for parameter in (weight, bias))
         return layer_norm(x.to(dtype), shape, weight, bias, eps, subtract_mean).to(x.dtype)
@@ -255,7 +263,7 @@ def plan_layer_norm(
 ) -> Callable[..., Tensor]:
     """`layer_norm` of tensors like these, as a function of them."""
     plain = not _looked_into() and {*map(type, (x, weight, bias))} <= PLAIN and not intercepted()
-    if plain and all(tensor is None or tensor.dtype == x.dtype for tensor in (weight, bias)):
+    if plain and _one_type(x.dtype, weight, bias):
         # Who intercepts functions wants F's; for others they take a microsecond more.
         if subtract_mean:
             return lambda x, weight, bias: torch.layer_norm(x, shape, weight, bias, eps)

@@ -15,22 +15,17 @@ from torch.autograd import forward_ad
 
 from .backend import get_backend
 from .fallback import PLAIN, intercepted
-from .recent import Recent
+from .recent import Call as Call
+from .recent import Decisions, Tensors
 
 Tensor = torch.Tensor
-Tensors = tuple[Tensor | None, ...]
 Key = tuple[Any, ...]
-Call = Callable[..., Any]
 
-MOST = 4096  # calls; when shapes vary without end, all is forgotten now and then
-
-_calls: dict[Key, Call] = {}  # by all that matters of the tensors
-_recent = Recent(MOST)
+_decisions = Decisions(most=4096)  # when shapes vary without end, all is forgotten now and then
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _tracing_state = torch._C._get_tracing_state
 _transforms = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
 
 
 def watched() -> bool:
@@ -41,7 +36,7 @@ def watched() -> bool:
         or _transforms() is not None
         or forward_ad._current_level >= 0
         or _dispatch_modes() > 0
-        or (_function_modes() > 0 and intercepted())
+        or intercepted()
     )
 
 
@@ -59,8 +54,8 @@ def find(
     types = tuple(map(type, tensors))
     near: Key | None
     try:
-        near = function, options, state, types, tensors[0].shape  # type: ignore[union-attr]
-        call = _recent.find(near, tensors)
+        near = function, options, state, types, tensors[0].shape
+        call = _decisions.recall(near, tensors)
     except (AttributeError, TypeError):  # x is no tensor; an option or a size that cannot be told again
         near = call = None
     if call is not None:
@@ -68,59 +63,42 @@ def find(
     if near is None or not {*types} <= PLAIN:
         return plan(function, *tensors, *options)
     key = function, options, state, *(_of_rows(tensors, inner) if inner else map(signature, tensors))
-    call = _calls.get(key)
-    if call is None:
-        call = remember(key, plan(function, *tensors, *options))
-    _recent.keep(near, tensors, call)
-    return call
-
-
-def remember(key: Key, call: Call) -> Call:
-    """The call itself, kept for those of the same key."""
-    if len(_calls) >= MOST:
-        forget()
-    _calls[key] = call
-    return call
+    return _decisions.decide(near, tensors, key, lambda: plan(function, *tensors, *options))
 
 
 def forget() -> None:
     """Decides anew from now on, as whoever has changed what decisions follow from may want."""
-    _calls.clear()
-    _recent.clear()
+    _decisions.forget()
 
 
-# Of each plain tensor, all that a decision may depend on. One that torch negates as it reads, and one that has left a
-# transform and still wears its wrapper, is not what lies in memory.
+# Of each plain tensor, all that a decision may depend on.
 
 
 def signature(tensor: Tensor | None) -> Key | None:
     """Of a tensor whatever it is."""
-    return None if tensor is None else (
-        tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_neg(), _wrapped(tensor),
-        tensor.shape, tensor.stride(),
-    )  # fmt: skip
+    return None if tensor is None else (*_traits(tensor), tensor.shape, tensor.stride())
 
 
 def gradient_signature(tensor: Tensor | None) -> Key | None:
     """Of a tensor whose shape is known."""
-    return None if tensor is None else (
-        tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_neg(), _wrapped(tensor),
-        layout(tensor),
-    )  # fmt: skip
+    return None if tensor is None else (*_traits(tensor), layout(tensor))
 
 
 def _of_rows(tensors: Tensors, inner: int) -> Key:
     """Of a call's tensors where the first two are rows, whose number may be any."""
     x, residual, *others = tensors
-    alike = residual is None or residual.shape == x.shape  # type: ignore[union-attr]
+    alike = residual is None or residual.shape == x.shape
     return alike, _rows(x, inner), _rows(residual, inner), *map(signature, others)
 
 
 def _rows(tensor: Tensor | None, inner: int) -> Key | None:
-    return None if tensor is None else (
-        tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_neg(), _wrapped(tensor),
-        tensor.shape[-inner:], tensor.numel() > 0, layout(tensor),
-    )  # fmt: skip
+    return None if tensor is None else (*_traits(tensor), tensor.shape[-inner:], tensor.numel() > 0, layout(tensor))
+
+
+def _traits(tensor: Tensor) -> Key:
+    """One that torch negates as it reads, and one that has left a transform and still wears its wrapper, is not what
+    lies in memory."""
+    return tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_neg(), _wrapped(tensor)
 
 
 def layout(tensor: Tensor) -> Any:

@@ -24,7 +24,7 @@ from .autograd import (
 from .drops import placeholder
 from .kernels.families import family_of
 from .kernels.problem import Gradients, Norm
-from .recent import Recent
+from .recent import Decisions
 
 Tensor = torch.Tensor
 
@@ -40,7 +40,7 @@ class Plan:
     """How calls on tensors that lie in one way run by kernels: forward as a function of them, backward as one for each
     way in which gradients come."""
 
-    __slots__ = ("_backwards", "_recent", "forward", "norm", "saving", "x_dtype")
+    __slots__ = ("_backwards", "forward", "norm", "saving", "x_dtype")
 
     def __init__(
         self,
@@ -57,8 +57,7 @@ class Plan:
         self.forward = family_of(norm).plan_forward(
             x, residual, weight, bias, norm, saving.statistics, saving.bits, *running
         )
-        self._backwards: dict[known.Key, _Backward] = {}  # by all that matters of the tensors
-        self._recent = Recent(MOST_BACKWARDS)
+        self._backwards = Decisions(MOST_BACKWARDS)
 
     def backward(
         self, saved: Saved, dy: Tensor | None, dtotal: Tensor | None, needed: tuple[bool, ...]
@@ -68,17 +67,12 @@ class Plan:
             return self._run_once(saved, dy, dtotal, needed)
         tensors = dy, dtotal, *saved
         near = needed, dy.shape, *map(type, tensors)
-        run = self._recent.find(near, tensors)
+        run = self._backwards.recall(near, tensors)
         if run is None:
             if is_batched(dy) or is_batched(dtotal) or not {*near[2:]} <= fallback.PLAIN:
                 return self._run_once(saved, dy, dtotal, needed)
             key = needed, known.gradient_signature(dy), known.gradient_signature(dtotal), *map(_unpacked, saved)
-            run = self._backwards.get(key)
-            if run is None:
-                if len(self._backwards) >= MOST_BACKWARDS:
-                    self._backwards.clear()
-                run = self._backwards[key] = self._plan(saved, dy, dtotal, needed)
-            self._recent.keep(near, tensors, run)
+            run = self._backwards.decide(near, tensors, key, lambda: self._plan(saved, dy, dtotal, needed))
         return run(saved, dy, dtotal)
 
     def _run_once(

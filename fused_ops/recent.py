@@ -1,5 +1,5 @@
-"""Calls of late, found by comparing tensors in C++: types, dispatch keys, devices, dtypes, whether they require a
-gradient, sizes and strides.
+"""What was decided for tensors, kept for others like them: those of late are told by a comparison in C++ (of types,
+dispatch keys, devices, dtypes, whether they require a gradient, sizes and strides), others by a key of what matters.
 """
 
 from __future__ import annotations
@@ -11,59 +11,65 @@ from typing import Any
 import torch
 
 Tensor = torch.Tensor
-Tensors = tuple[Tensor | None, ...]
+Tensors = tuple[Any, ...]  # or what a caller has in a tensor's place
 Call = Callable[..., Any]
 Guard = Callable[..., bool]
-Decided = tuple[Callable[[Tensors], tuple[Tensor, ...]], Guard, Call]  # picks those that are not None for the guard
+Guarded = tuple[Callable[[Tensors], tuple[Tensor, ...]], Guard, Call]  # picks those that are not None for the guard
 
 MOST_ALIKE = 8  # calls that are told apart by their tensors alone
 
 
-class Recent:
-    """What was decided for tensors, by a key that is quick to tell and then by the tensors themselves: at most so many
-    keys, and of each the last few."""
+class Decisions:
+    """At most so many, and as many of late; when there are more, all is forgotten and decided anew."""
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._of_key: dict[Any, list[Decided]] = {}
+        self._by_key: dict[Any, Call] = {}
+        self._of_late: dict[Any, list[Guarded]] = {}
 
-    def __len__(self) -> int:
-        return len(self._of_key)
-
-    def find(self, key: Any, tensors: Tensors) -> Call | None:
-        """What was decided for tensors like these, None in the same places; TypeError where the key has no hash."""
-        for there, guard, call in self._of_key.get(key, ()):
+    def recall(self, near: Any, tensors: Tensors) -> Call | None:
+        """What was decided of late for tensors like these, None in the same places, by what is quick to tell besides;
+        TypeError where that has no hash."""
+        for there, guard, call in self._of_late.get(near, ()):
             given = there(tensors)
             # Of a nested tensor's strides a guard asks in vain, which ends the process.
             if True not in map(_is_nested, given) and guard(*given):
                 return call
         return None
 
-    def keep(self, key: Any, tensors: Tensors, call: Call) -> None:
-        """What was decided; nothing where torch has no guard, or a tensor is there twice, which a guard refuses."""
-        there = [id(tensor) for tensor in tensors if tensor is not None]
-        if _guards is None or len({*there}) < len(there):
+    def decide(self, near: Any, tensors: Tensors, key: Any, make: Callable[[], Call]) -> Call:
+        """What was decided by this key, or is now; to be recalled for tensors like these."""
+        call = self._by_key.get(key)
+        if call is None:
+            call = make()
+            if len(self._by_key) >= self.most:
+                self.forget()
+            self._by_key[key] = call
+        self._keep_of_late(near, tensors, call)
+        return call
+
+    def forget(self) -> None:
+        self._by_key.clear()
+        self._of_late.clear()
+
+    def _keep_of_late(self, near: Any, tensors: Tensors, call: Call) -> None:
+        """Not where torch has no guard, or a tensor is there twice, which a guard refuses."""
+        places = [place for place, tensor in enumerate(tensors) if tensor is not None]
+        pick = itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
+        there = pick(tensors)
+        if _guards is None or len({*map(id, there)}) < len(there):
             return
-        if key not in self._of_key and len(self) >= self.most:
-            self.clear()
-        alike = self._of_key.get(key, [])
-        self._of_key[key] = [_decided(tensors, call), *alike[: MOST_ALIKE - 1]]
-
-    def clear(self) -> None:
-        self._of_key.clear()
-
-
-def _decided(tensors: Tensors, call: Call) -> Decided:
-    there = [place for place, tensor in enumerate(tensors) if tensor is not None]
-    pick = itemgetter(*there) if len(there) > 1 else itemgetter(slice(there[0], there[0] + 1))
-    return pick, _guard_of(*pick(tensors)), call
-
-
-def _guard_of(*tensors: Tensor) -> Guard:
-    return _guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        if near not in self._of_late and len(self._of_late) >= self.most:
+            self._of_late.clear()
+        alike = self._of_late.get(near, [])
+        self._of_late[near] = [(pick, _guard_of(_guards, there), call), *alike[: MOST_ALIKE - 1]]
 
 
 _is_nested = attrgetter("is_nested")
+
+
+def _guard_of(guards: Any, tensors: tuple[Tensor, ...]) -> Guard:
+    return guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
 def _tells(guards: Any) -> bool:
@@ -79,7 +85,7 @@ def _tells(guards: Any) -> bool:
         alike.to("meta"),
     ]
     try:
-        fits = guards(x, y, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        fits = _guard_of(guards, (x, y))
         return fits(alike, y) and not any([fits(other, y) for other in others])
     except Exception:
         return False

@@ -73,24 +73,20 @@ def plan_forward(
     programs = cdiv(places.elements, block)
     numbers = (places.elements, *places.numbers, *_drops(problem), problem.alpha, problem.beta)
 
+    as_they_lie = lies(x, places) and lies(residual, places) and strides == places.strides and columns(scale) is scale
+
     def run(x: Tensor, residual: Tensor, scale: Tensor | None, seed: Tensor | None) -> Added:
-        out = allocate(x, residual, save_bits)
-        launch(programs, x.device, (x, residual, scale, seed), out, *numbers)
-        return out
-
-    if lies(x, places) and lies(residual, places) and strides == places.strides and columns(scale) is scale:
-        return run
-
-    def run_copied(x: Tensor, residual: Tensor, scale: Tensor | None, seed: Tensor | None) -> Added:
         y, bits = out = allocate(x, residual, save_bits)
-        written = arranged(y, places, copy=False)
-        given = (arranged(x, places), arranged(residual, places), columns(scale), seed)
-        launch(programs, y.device, given, (written, bits), *numbers)
+        written = y
+        if not as_they_lie:
+            x, residual, scale = arranged(x, places), arranged(residual, places), columns(scale)
+            written = arranged(y, places, copy=False)
+        launch(programs, y.device, (x, residual, scale, seed), (written, bits), *numbers)
         if written is not y:
             y.copy_(written)
         return out
 
-    return run_copied
+    return run
 
 
 def strides_of_sum(x: Tensor) -> tuple[int, ...]:

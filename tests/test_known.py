@@ -247,12 +247,11 @@ def test_a_wrong_call_stays_wrong_after_a_right_one(each_backend):
 
 
 def test_it_does_not_grow_without_end(monkeypatch):
-    monkeypatch.setattr(known, "MOST", 3)
-    monkeypatch.setattr(known._recent, "most", 3)
+    monkeypatch.setattr(known._decisions, "most", 3)
     for samples in range(1, 9):
         F.group_norm(torch.randn(samples, C, 3, device=DEVICE), 2)
         F.layer_norm(torch.randn(samples, C, device=DEVICE), C)
-        assert len(known._calls) <= 3 and len(known._recent) <= 3
+        assert len(known._decisions._by_key) <= 3 and len(known._decisions._of_late) <= 3
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])

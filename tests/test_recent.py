@@ -21,6 +21,19 @@ def rows(**options: Any) -> Tensor:
     return torch.randn(4, C, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_(**options)
 
 
+def calls_of(place: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows with every call of a function."""
+    calls: list[Any] = []
+    original = getattr(place, name)
+
+    def noted(*given: Any) -> Any:
+        calls.append(given)
+        return original(*given)
+
+    monkeypatch.setattr(place, name, noted)
+    return calls
+
+
 class Guards:
     """In the place of torch's: of tensors that it takes for like any others, or for like none."""
 
@@ -63,9 +76,9 @@ def test_without_a_guard_calls_are_known_all_the_same(monkeypatch, each_backend)
     monkeypatch.setattr(recent, "_guards", None)
     known.forget()
     F.layer_norm(rows(), C, activation="gelu").square().sum().backward()
-    (call,) = known._calls.values()
+    (call,) = known._decisions._by_key.values()
     F.layer_norm(rows(), C, activation="gelu").square().sum().backward()
-    assert [*known._calls.values()] == [call] and not len(known._recent)
+    assert [*known._decisions._by_key.values()] == [call] and not known._decisions._of_late
     assert F.layer_norm(rows().double(), C, activation="gelu").dtype == torch.float64
 
 
@@ -94,9 +107,7 @@ def test_calls_of_one_shape_are_all_found(monkeypatch, each_backend):
 def test_a_backward_is_planned_once(monkeypatch, triton_backend):
     from fused_ops import planned
 
-    decided: list[Any] = []
-    original = planned.Plan._plan
-    monkeypatch.setattr(planned.Plan, "_plan", lambda *given: decided.append(0) or original(*given))  # type: ignore[func-returns-value]
+    decided = calls_of(planned.Plan, "_plan", monkeypatch)
     for samples in (4, 4, 3):
         x = rows().detach()[:samples].requires_grad_()
         F.layer_norm(x, C, activation="gelu").square().sum().backward()
@@ -111,12 +122,11 @@ def test_a_plan_keeps_no_more_backwards_than_it_may(triton_backend):
 
     for gap in range(planned.MOST_BACKWARDS + 2):
         y = F.layer_norm(rows(), C, activation="gelu")
-        plan = y.grad_fn.plan  # type: ignore[union-attr]
+        node: Any = y.grad_fn
+        kept = node.plan._backwards
         y.backward(torch.ones(4, C + 1 + gap, device=DEVICE)[:, :C])
-        assert len(plan._backwards) <= planned.MOST_BACKWARDS
-    assert len(plan._recent._of_key) == 1 and all(
-        len(alike) <= recent.MOST_ALIKE for alike in plan._recent._of_key.values()
-    )
+        assert len(kept._by_key) <= planned.MOST_BACKWARDS
+    assert len(kept._of_late) == 1 and all(len(alike) <= recent.MOST_ALIKE for alike in kept._of_late.values())
 
 
 @pytest.mark.parametrize("x", [None, [1.0], 3])
@@ -131,16 +141,14 @@ def test_a_default_device_hides_nothing(each_backend):
     with torch.device(DEVICE):
         known.forget()
         F.layer_norm(rows(), C)
-        assert len(known._calls) == 1
+        assert len(known._decisions._by_key) == 1
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_residual_adds_are_planned_once(dropout_p, monkeypatch, triton_backend):
     from fused_ops import residual_autograd
 
-    planned: list[Any] = []
-    original = residual_autograd.plan
-    monkeypatch.setattr(residual_autograd, "plan", lambda *given: planned.append(0) or original(*given))  # type: ignore[func-returns-value]
+    planned = calls_of(residual_autograd, "plan", monkeypatch)
     for _ in range(2):
         x, residual = rows(), rows()
         F.residual_add(x, residual, dropout_p=dropout_p).sum().backward()

@@ -58,10 +58,13 @@ class CompiledLaunch:
         moved = {of: of * count for of, count in self.widths.items()}
         return sum(count for of, count in moved.items() if of >= width) / max(1, sum(moved.values()))
 
+    def side_by_side(self, multiprocessors: int) -> int:
+        """How many programs of this launch a multiprocessor has at once."""
+        return min(self.resident_programs, -(-self.programs // multiprocessors))
+
     def bytes_in_flight(self, multiprocessors: int) -> int:
         """Bytes of loads on their way on a multiprocessor, with as many programs as it gets of this launch."""
-        programs = min(self.resident_programs, -(-self.programs // multiprocessors))
-        return programs * self.threads * self.thread_bytes_in_flight
+        return self.side_by_side(multiprocessors) * self.threads * self.thread_bytes_in_flight
 
 
 _read: dict[tuple[str, str], CompiledLaunch] = {}

@@ -94,7 +94,7 @@ def idle_share(launch: CompiledLaunch, device: Device) -> float:
     what it has loaded: 0 where there are other programs, or warps that do not wait for each other."""
     unit = TARGETS[device.target].multiprocessor
     multiprocessors = device.facts.multiprocessors
-    alone = min(launch.resident_programs, -(-launch.programs // multiprocessors)) == 1
+    alone = launch.side_by_side(multiprocessors) == 1
     if not (alone and launch.in_step):
         return 0.0
     working = (1 - launch.overlap) * launch.code.loop_instructions * launch.warps / unit.issue / device.clock

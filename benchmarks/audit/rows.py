@@ -96,10 +96,10 @@ def assemble(
 
 
 def _asked_of_l2(counted: Counted, index: int, launch: CompiledLaunch, device: Device) -> float:
-    busy = min(device.facts.multiprocessors, launch.programs)
-    together = min(launch.resident_programs, -(-launch.programs // busy))
-    l1_bytes = TARGETS[device.target].multiprocessor.l1_bytes(together * launch.shared_bytes)
-    return counted.full_asked_of_l2(index, busy, l1_bytes)
+    multiprocessors = device.facts.multiprocessors
+    shared = launch.side_by_side(multiprocessors) * launch.shared_bytes
+    l1_bytes = TARGETS[device.target].multiprocessor.l1_bytes(shared)
+    return counted.full_asked_of_l2(index, min(multiprocessors, launch.programs), l1_bytes)
 
 
 def traffic_findings(

@@ -92,4 +92,4 @@ BATCH_NORMS = (
     # PointNet: clouds of 2,500 points, 1,024 features of each; then a feature vector a cloud.
     _of("pointnet_1024_batch_norm", images(1024, (2500,), 32, 4), "relu"),
     _of("pointnet_512_batch_norm_vectors", Shapes((32, 512), (32, 512), (8, 512)), "relu", launch_bound=True),
-)  # fmt: skip
+)

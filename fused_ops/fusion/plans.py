@@ -113,10 +113,13 @@ def _activation(name: str, **parameters: float) -> Activation | None:
 def children_of(module: nn.Module) -> tuple[Any, ...]:
     """The names of a module's children, which of them are None, and in containers, which a forward may go through, the
     same again."""
-    return tuple([
-        (name, None if child is None else children_of(child) if isinstance(child, _CONTAINERS) else ())
-        for name, child in module._modules.items()
-    ])  # fmt: skip
+    return tuple([(name, _within(child)) for name, child in module._modules.items()])
+
+
+def _within(child: nn.Module | None) -> tuple[Any, ...] | None:
+    if child is None:
+        return None
+    return children_of(child) if isinstance(child, _CONTAINERS) else ()
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
