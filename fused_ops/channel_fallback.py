@@ -129,7 +129,7 @@ def _x_hat(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _through_norm(dx_hat: Tensor, x_hat: Tensor, rstd: Tensor, dims: list[int]) -> Tensor:
-    """dx from the gradient of what `_x_hat` returns."""
+    """dx from dx_hat, the gradient of x_hat."""
     along = (dx_hat * x_hat).mean(dims, keepdim=True)
     return (dx_hat - dx_hat.mean(dims, keepdim=True) - x_hat * along) * rstd
 

@@ -96,8 +96,8 @@ def _rows(tensor: Tensor | None, inner: int) -> Key | None:
 
 
 def _traits(tensor: Tensor) -> Key:
-    """One that torch negates as it reads, and one that has left a transform and still wears its wrapper, is not what
-    lies in memory."""
+    """What matters besides how it lies: one that torch negates as it reads, and one that has left a transform and still
+    wears its wrapper, is not what lies in memory."""
     return tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_neg(), _wrapped(tensor)
 
 

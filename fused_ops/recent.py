@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 Tensor = torch.Tensor
-Tensors = tuple[Any, ...]  # or what a caller has in a tensor's place
+Tensors = tuple[Any, ...]  # tensors, None, or what a caller gave by mistake
 Call = Callable[..., Any]
 Guard = Callable[..., bool]
 Guarded = tuple[Callable[[Tensors], tuple[Tensor, ...]], Guard, Call]  # picks those that are not None for the guard
@@ -20,7 +20,8 @@ MOST_ALIKE = 8  # calls that are told apart by their tensors alone
 
 
 class Decisions:
-    """At most so many, and as many of late; when there are more, all is forgotten and decided anew."""
+    """At most so many, all forgotten when there are more; of late, for as many keys that are quick to tell, the last
+    few of each."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -28,8 +29,8 @@ class Decisions:
         self._of_late: dict[Any, list[Guarded]] = {}
 
     def recall(self, near: Any, tensors: Tensors) -> Call | None:
-        """What was decided of late for tensors like these, None in the same places, by what is quick to tell besides;
-        TypeError where that has no hash."""
+        """What was decided of late for tensors like these, None in the same places, in calls of which `near`, which is
+        quick to tell, is the same; TypeError where it has no hash."""
         for there, guard, call in self._of_late.get(near, ()):
             given = there(tensors)
             # Of a nested tensor's strides a guard asks in vain, which ends the process.

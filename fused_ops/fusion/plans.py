@@ -111,15 +111,10 @@ def _activation(name: str, **parameters: float) -> Activation | None:
 
 
 def children_of(module: nn.Module) -> tuple[Any, ...]:
-    """The names of a module's children, which of them are None, and in containers, which a forward may go through, the
+    """The names of a module's children, whether each is None, and of containers, which a forward may go through, the
     same again."""
-    return tuple([(name, _within(child)) for name, child in module._modules.items()])
-
-
-def _within(child: nn.Module | None) -> tuple[Any, ...] | None:
-    if child is None:
-        return None
-    return children_of(child) if isinstance(child, _CONTAINERS) else ()
+    children = module._modules.items()
+    return tuple([(name, children_of(c) if isinstance(c, _CONTAINERS) else c is None) for name, c in children])
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
