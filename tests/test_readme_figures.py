@@ -103,7 +103,7 @@ COUNTED = "| bfloat16, forward + backward | launches, ours / eager |"
 def test_a_line_of_what_was_counted_is_a_row_of_the_results(line: list[str]) -> None:
     call, launches, moved = line
     function, shape = re.findall(r"`(\w+)`", call)[0], call.rpartition(", ")[2]
-    run = Run.read(RESULTS / "amd-epyc-2026-11-27.jsonl")
+    run = Run.read(RESULTS / "amd-epyc-2026-11-28.jsonl")
     found = [
         row.workload
         for row in run.counted
