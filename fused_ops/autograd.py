@@ -261,7 +261,7 @@ def _differentiable_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, 
 def _summed_to_parameter(dz: Tensor, norm: Norm) -> Tensor:
     if isinstance(norm, RowNorm):
         return dz.reshape(dz.numel() // max(1, norm.span), norm.span).sum(0)
-    return dz.sum([dim for dim in range(dz.dim()) if dim != 1])
+    return dz.sum(fallback.but_channels(dz))
 
 
 def through_mask(bits: Tensor, norm: Norm | SwitchNorm, dy: Tensor) -> Tensor:

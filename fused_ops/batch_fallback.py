@@ -28,6 +28,7 @@ from .fallback import (
     _one_type,
     _takes_function,
     apply_of,
+    but_channels,
     goes_on_from,
     left_a_transform,
     of_type,
@@ -285,7 +286,7 @@ _apply = apply_of(_BatchNorm)
 def differentiable_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Batch norm by the input's statistics in elementary operations, in the type that kernels compute in."""
     dtype = _computed_in(x, weight, bias)
-    y, _ = _x_hat(x.to(dtype), [dim for dim in range(x.dim()) if dim != 1], eps)
+    y, _ = _x_hat(x.to(dtype), but_channels(x), eps)
     y = y if weight is None else y * _by_channel(weight, x, dtype)
     return y if bias is None else y + _by_channel(bias, x, dtype)
 
@@ -299,7 +300,7 @@ def gradients(
     """
     dtype = _computed_in(dy, x, weight)
     dz = dy.to(dtype)
-    batch = [dim for dim in range(dy.dim()) if dim != 1]
+    batch = but_channels(dy)
     dx = dweight = None
     if x is not None:
         x_hat, rstd = _x_hat(x.to(dtype), batch, eps)

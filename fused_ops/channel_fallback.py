@@ -19,6 +19,7 @@ from .fallback import (
     _one_type,
     _takes_function,
     apply_of,
+    but_channels,
     goes_on_from,
     intercepted,
     left_a_transform,
@@ -117,7 +118,7 @@ def _gradients_of_groups(
     x_hat, rstd = _x_hat(rows, [-1], eps)
     dx_hat = (dz if weight is None else dz * _by_channel(weight, dz, dtype)).reshape(rows.shape)
     dx = _through_norm(dx_hat, x_hat, rstd, [-1]).reshape(x.shape)
-    batch = [dim for dim in range(dy.dim()) if dim != 1]
+    batch = but_channels(dy)
     return dx, (dz * x_hat.reshape(x.shape)).sum(batch), dz.sum(batch)
 
 
@@ -200,7 +201,7 @@ class _ByStatistics(torch.autograd.Function):
             dx, dweight, dbias = (each if needed else None for each, needed in zip(found, needs, strict=True))
             return dx, None, None, dweight, dbias, None, None
         x_dtype, bias_dtype = ctx.types
-        dtype, batch = var.dtype, [dim for dim in range(dy.dim()) if dim != 1]
+        dtype, batch = var.dtype, but_channels(dy)
         dz, rstd = dy.to(dtype), torch.rsqrt(var + ctx.eps)
         dx = dweight = dbias = None
         if needs_x:

@@ -17,7 +17,7 @@ from . import backend, batch_fallback, functional, validation
 from .activation import Activation, ActivationLike, resolve
 from .channel_fallback import _by_channel, by_statistics
 from .collectives import Moments, computed_in, gather_statistics, reduce_means, values_of_channel
-from .fallback import _laid_out_as
+from .fallback import _laid_out_as, but_channels
 from .functional.dispatch import _fused, _kernels, _plan_composed
 
 if backend.HAS_TRITON:
@@ -163,7 +163,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *rest = ctx.needs_input_grad
-        dtype, batch = rstd.dtype, [dim for dim in range(x.dim()) if dim != 1]
+        dtype, batch = rstd.dtype, but_channels(x)
         dz, x_hat = dy.to(dtype), by_statistics(x.to(dtype), mean, rstd, None, None)
         g = dz if weight is None else dz * _by_channel(weight, x, dtype)
         means = (g.mean(batch), (g * x_hat).mean(batch)) if x.numel() else None
@@ -180,7 +180,7 @@ class _SyncBatchNorm(torch.autograd.Function):
 
 
 def _moments(x: Tensor) -> Moments:
-    batch = [dim for dim in range(x.dim()) if dim != 1]
+    batch = but_channels(x)
     wide = x.detach().to(computed_in(x))
     origin = wide.mean(batch)
     deviation = wide - _by_channel(origin, x, wide.dtype)

@@ -233,6 +233,11 @@ def _common_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
     return dtype
 
 
+def but_channels(x: Tensor) -> list[int]:
+    """The dimensions over which a channel's elements lie."""
+    return [dim for dim in range(x.dim()) if dim != 1]
+
+
 def _one_type(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     return all(tensor is None or tensor.dtype == dtype for tensor in tensors)
 

@@ -107,7 +107,7 @@ def _composed(
     x, residual, weight, bias = (None if tensor is None else tensor.view_as(tensor) for tensor in operands)
     dz = dy if saved.bits is None else through_mask(saved.bits, norm, dy)
     if x is None:  # nothing that is asked for depends on it
-        dbias = None if bias is None else dz.sum([dim for dim in range(dz.dim()) if dim != 1])
+        dbias = None if bias is None else dz.sum(fallback.but_channels(dz))
         return Gradients(None, None if saved.bits is None else dz, None, dbias), MixtureGradients(None, None)
     mean = None if norm.training else kinds.means[-x.shape[1] :]
     var = None if norm.training else kinds.variances[-x.shape[1] :]

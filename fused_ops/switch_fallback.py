@@ -19,6 +19,7 @@ from .fallback import (
     _is_ours_alone,
     _laid_out_as,
     _takes_function,
+    but_channels,
     transformed,
 )
 
@@ -117,7 +118,7 @@ class _SwitchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         if not saved:  # the bias alone learns
-            dbias = dy.to(ctx.dtype).sum([dim for dim in range(dy.dim()) if dim != 1])
+            dbias = dy.to(ctx.dtype).sum(but_channels(dy))
             return None, None, dbias, *(None,) * 5
         needs = tuple(ctx.needs_input_grad[:5])
         x, weight, mean_weight, var_weight, *kept = saved
