@@ -45,7 +45,7 @@ def pre_activation_gradient(
 
 
 @triton.jit
-def _bit_bytes(row, first_byte, in_rows, row_bytes, end_byte, BYTES: tl.constexpr):
+def bit_bytes(row, first_byte, in_rows, row_bytes, end_byte, BYTES: tl.constexpr):
     """Offsets [rows, BYTES] of the bytes from `first_byte` on, eight flags each, and which of them exist."""
     byte = first_byte + tl.arange(0, BYTES)[None, :]
     end = row_bytes if end_byte is None else tl.minimum(row_bytes, end_byte)
@@ -59,7 +59,7 @@ def store_bits(Bits_ptr, flags, row, first_byte, in_rows, row_bytes, end_byte=No
     ROWS: tl.constexpr = flags.shape[0]
     BYTES: tl.constexpr = flags.shape[1] // 8
     shifted = tl.reshape(flags, [ROWS, BYTES, 8]).to(tl.int32) << tl.arange(0, 8)[None, None, :]
-    offsets, exists = _bit_bytes(row, first_byte, in_rows, row_bytes, end_byte, BYTES)
+    offsets, exists = bit_bytes(row, first_byte, in_rows, row_bytes, end_byte, BYTES)
     tl.store(Bits_ptr + offsets, tl.sum(shifted, axis=2).to(tl.uint8), mask=exists)
 
 
@@ -68,7 +68,7 @@ def load_bits(Bits_ptr, row, first_byte, in_rows, row_bytes, BLOCK_SPAN: tl.cons
     """The flags [rows, BLOCK_SPAN] that `store_bits` packed, or None where there is no mask."""
     if Bits_ptr is not None:
         ROWS: tl.constexpr = row.shape[0]
-        offsets, exists = _bit_bytes(row, first_byte, in_rows, row_bytes, None, BLOCK_SPAN // 8)
+        offsets, exists = bit_bytes(row, first_byte, in_rows, row_bytes, None, BLOCK_SPAN // 8)
         packed = tl.load(Bits_ptr + offsets, mask=exists, other=0).to(tl.int32)
         bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
         return tl.reshape(bits, [ROWS, BLOCK_SPAN]) != 0

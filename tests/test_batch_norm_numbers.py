@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as TF
@@ -14,7 +15,17 @@ from fused_ops import functional as F
 from tests.channel_norm_cases import with_layout
 from tests.hard_data import HARD, constant_rows, large_mean, outlier
 from tests.layouts import channels_last
-from tests.norm_cases import DTYPES, HALF, OPERANDS, TORCH_ACTIVATIONS, check, short, with_exact_sums, with_fields
+from tests.norm_cases import (
+    DEVICE,
+    DTYPES,
+    HALF,
+    OPERANDS,
+    TORCH_ACTIVATIONS,
+    check,
+    short,
+    with_exact_sums,
+    with_fields,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels")
 
@@ -211,3 +222,16 @@ def test_an_output_that_nothing_uses_and_a_float32_residual(training: bool, miss
     check(case)
     for frozen in ((), ("x",), ("residual",), ("weight", "bias"), ("x", "residual")):
         check(with_fields(case, frozen=frozen, **{missing: None}))
+
+
+# Where channels of a matrix have gaps between them in a program's tile, the mask has none.
+@pytest.mark.parametrize("plane", [1, 2, 3, 5, 6, 7, 8, 9, 15, 25, 49, 121, 225])
+@pytest.mark.parametrize("channels", [8, 30])
+@pytest.mark.parametrize("samples", [2, 5])
+def test_the_mask_lies_as_the_elements_do(samples: int, channels: int, plane: int) -> None:
+    drawn = torch.randn(2, samples, channels, plane, generator=torch.Generator().manual_seed(plane))
+    x, residual = drawn.to(DEVICE).unbind()
+    y = F.batch_norm(x.requires_grad_(), None, None, training=True, residual=residual, activation="relu")
+    (bits,) = [tensor for tensor in y.grad_fn.saved_tensors if tensor is not None and tensor.dtype == torch.uint8]
+    flags = np.unpackbits(bits.cpu().numpy(), axis=1, bitorder="little")[:, : channels * plane]
+    np.testing.assert_array_equal(flags.astype(bool), (y > 0).reshape(samples, -1).cpu().numpy())

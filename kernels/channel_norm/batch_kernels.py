@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..dropout import plane_factor
-from ..epilogue import activate, pre_activation, store_bits
+from ..epilogue import activate, bit_bytes, pre_activation, store_bits
 from ..moments import input_gradient, reciprocal_deviation, sum_in_groups, tile_moments
 from ..tiles import load_added_residual, load_gradients, load_input, scalar, store_gradients, store_tile
 from .forward_kernels import move_statistic
@@ -39,18 +39,50 @@ def store_first(ptr, values, channel, is_first):
 
 
 @triton.jit
+def close_gaps(words, SPREAD: tl.constexpr, PADDED: tl.constexpr):
+    """[rows, bytes] of flags, SPREAD of each channel that begin PADDED apart, as bytes without gaps. A word has one
+    byte of four rows, which is then looked for once."""
+    BYTES: tl.constexpr = words.shape[1]
+    EACH_ROW: tl.constexpr = 0x01010101
+    byte = tl.arange(0, BYTES)[None, :]
+    place = byte * 8
+    closed = tl.zeros_like(words)
+    # A byte has parts of so many others: up to the end of one, to the channel's end, and of the channels after it.
+    for _ in tl.static_range(3 if SPREAD > 4 else 4):
+        in_channel, up = place % SPREAD, (place - byte * 8).to(tl.uint32)
+        source, down = place // SPREAD * (PADDED // 8) + in_channel // 8, (in_channel % 8).to(tl.uint32)
+        flags = tl.minimum(8 - in_channel % 8, SPREAD - in_channel)
+        part = tl.gather(words, tl.broadcast_to(tl.minimum(source, BYTES - 1), words.shape), 1)
+        keep = (((1 << flags) - 1).to(tl.uint32) << up & 255) * EACH_ROW
+        closed |= (part >> down << up) & keep
+        place += flags
+    return closed
+
+
+@triton.jit
 def store_column_bits(
     Bits_ptr, flags, row, in_rows, COLUMNS: tl.constexpr, SPREAD: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
 ):
     """Packs the flags [rows, columns] of this program along the columns that exist."""
-    OWNED: tl.constexpr = BLOCK_CHANNELS * SPREAD
     PADDED: tl.constexpr = flags.shape[1] // BLOCK_CHANNELS
-    if PADDED > SPREAD:
-        place = tl.arange(0, flags.shape[1])
-        index = tl.where(place < OWNED, place // SPREAD * PADDED + place % SPREAD, 0)[None, :]
-        flags = tl.gather(flags.to(tl.int32), tl.broadcast_to(index, flags.shape), 1) != 0
-    first = tl.program_id(0).to(tl.int64) * (OWNED // 8)
-    store_bits(Bits_ptr, flags, row, first, in_rows, (COLUMNS + 7) // 8, first + (OWNED + 7) // 8)
+    ROW_BYTES: tl.constexpr = (COLUMNS + 7) // 8
+    OWNED_BYTES: tl.constexpr = BLOCK_CHANNELS * SPREAD // 8
+    first = tl.program_id(0).to(tl.int64) * OWNED_BYTES
+    if PADDED == SPREAD:
+        store_bits(Bits_ptr, flags, row, first, in_rows, ROW_BYTES, first + OWNED_BYTES)
+    else:
+        # To gather flags one by one would take more instructions than all else that is done to an element.
+        TOGETHER: tl.constexpr = min(4, flags.shape[0])
+        BYTES: tl.constexpr = flags.shape[1] // 8
+        of_row = tl.arange(0, TOGETHER).to(tl.uint32) * 8
+        of_flag = tl.arange(0, 8).to(tl.uint32)
+        words = tl.reshape(flags.to(tl.uint32), [flags.shape[0] // TOGETHER, TOGETHER, flags.shape[1]])
+        words = tl.sum(words << of_row[None, :, None], axis=1)
+        words = tl.sum(tl.reshape(words, [words.shape[0], BYTES, 8]) << of_flag[None, None, :], axis=2)
+        words = close_gaps(words, SPREAD, PADDED)
+        packed = tl.reshape(words[:, None, :] >> of_row[None, :, None], [flags.shape[0], BYTES])
+        offsets, exists = bit_bytes(row, first, in_rows, ROW_BYTES, first + OWNED_BYTES, BYTES)
+        tl.store(Bits_ptr + offsets, packed.to(tl.uint8), mask=exists)
 
 
 @triton.jit

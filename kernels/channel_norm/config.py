@@ -157,9 +157,10 @@ class ChannelTile:
 def _channel_tile(rows: int, spread: int, itemsize: int, elements_per_thread: int, longest: int) -> ChannelTile | None:
     """As few channels as make runs of whole bytes of bits and of 16 bytes, or, one column each, of a sector's 32."""
     block_channels = 8 // math.gcd(8, spread) if spread > 1 else max(8, 32 // itemsize)
+    padded = spread if spread.bit_count() == 1 else _padded(spread)
     block_rows = triton.next_power_of_2(rows)
     while True:
-        block_columns = block_channels * triton.next_power_of_2(spread)
+        block_columns = block_channels * padded
         elements = block_rows * block_columns
         if 2 * elements > 128 * elements_per_thread:
             break
