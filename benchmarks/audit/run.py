@@ -29,6 +29,7 @@ from .host import HostTime
 from .report import Audit, summary
 from .rows import AuditRow, assemble
 from .slices import Counted
+from .sweep_record import SweepRecord
 from .targets import DEVICE_OF, DEVICES, TARGETS, Device
 
 DTYPES = ("bfloat16", "float32")
@@ -52,6 +53,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--full", action="store_true", help="every workload and entry of the launch tables, traffic on every device"
     )
     parser.add_argument("--every", type=_positive, default=1, metavar="N", help="with --full, every N-th entry alone")
+    parser.add_argument(
+        "--swept",
+        type=Path,
+        metavar="FILE",
+        help="with --full, the entries swept so far: what it has is not compiled again",
+    )
     parser.add_argument("--output", type=Path, default=environment.LOCAL_RESULTS, help="folder of the JSON")
     return parser.parse_args(arguments)
 
@@ -96,7 +103,11 @@ def perform(chosen: Sequence[Workload], options: argparse.Namespace, described: 
             found += findings
             if key[1:] == shown:
                 rows.append(row)
-    spills, swept = _sweep(sorted({target for _, target in pairs}), options.every) if options.full else ([], 0)
+    spills: list[sweep.Spill] = []
+    swept = 0
+    if options.full:
+        targets = sorted({target for _, target in pairs})
+        spills, swept = _sweep(targets, options.every, SweepRecord(options.swept))
     return Audit(described, rows, list(dict.fromkeys(found)), spills, swept)
 
 
@@ -132,20 +143,21 @@ def _work(names: Sequence[str], compiled_pairs: Sequence[Pair], counted_pairs: S
     )
 
 
-def _sweep(targets: Sequence[str], every: int) -> tuple[list[sweep.Spill], int]:
-    """What spills in the launch tables, and how many calls were compiled."""
+def _sweep(targets: Sequence[str], every: int, record: SweepRecord) -> tuple[list[sweep.Spill], int]:
+    """What spills in the launch tables, and how many calls were compiled, now or as the record has it."""
     with workers(interpret=False, count=1) as pool:
-        calls = {target: pool.submit(sweep.calls, target).result()[::every] for target in targets}
-    groups = [(group, target) for target in targets for group in sweep.by_kind(calls[target])]
-    spills: list[sweep.Spill] = []
-    with tqdm(total=sum(map(len, calls.values())), unit="call") as bar:
-        for first in range(0, len(groups), GROUPS_A_POOL):  # a worker keeps what it compiled: gigabytes of all
+        groups = [group for name in targets for group in pool.submit(sweep.groups, name, every=every).result()]
+    left = [group for group in groups if record.spills(group) is None]
+    calls, calls_left = (sum(len(group.calls) for group in some) for some in (groups, left))
+    with tqdm(total=calls, initial=calls - calls_left, unit="call") as bar:
+        for first in range(0, len(left), GROUPS_A_POOL):  # a worker keeps what it compiled: gigabytes of all
             with workers(interpret=False, count=CORES) as pool:
-                done = {pool.submit(sweep.spills, *group): group for group in groups[first : first + GROUPS_A_POOL]}
-                for future in as_completed(done):
-                    spills += future.result()
-                    bar.update(len(done[future][0]))
-        return list(dict.fromkeys(spills)), int(bar.total)
+                compiling = {pool.submit(group.compile): group for group in left[first : first + GROUPS_A_POOL]}
+                for future in as_completed(compiling):
+                    group = compiling[future]
+                    record.add(group, future.result())
+                    bar.update(len(group.calls))
+    return list(dict.fromkeys(spill for group in groups for spill in record.spills(group) or ())), calls
 
 
 def _submit(pool: Executor, job: Callable[..., Any], names: Sequence[str], pairs: Sequence[Pair]) -> dict[Key, Future]:

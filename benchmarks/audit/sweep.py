@@ -7,15 +7,17 @@ most operands that get it: of rows at the longest span, aligned or ragged, of pl
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import triton
+from triton.runtime.jit import JITFunction
 
 from fused_ops.kernels.launcher import Launcher
 
@@ -24,7 +26,18 @@ from .inert import compiling_for
 from .sweep_calls import Call, Kind, candidates, kinds
 from .targets import TARGETS
 
-Entry = tuple[str, int, int | None, tuple[int, ...]]  # kernel, warps, registers, what else is constant
+
+class Entry(NamedTuple):
+    """kernel: its name; source: a hash of it and of the activation in it; registers: the most, and how many more on
+    some targets; tile: what else is constant."""
+
+    kernel: str
+    source: str
+    warps: int
+    registers: tuple[int | None, int]
+    tile: tuple[int, ...]
+
+
 # Constants of a kernel in which calls of one entry differ.
 SIZES = frozenset({"SPAN", "CHANNELS", "GROUPS", "PLANE"})
 
@@ -45,9 +58,26 @@ class Spill:
         )
 
 
-def calls(target_name: str, some_kinds: Iterable[Kind] | None = None) -> list[Call]:
-    """Calls that together get every entry on a target, for each type, activation and residual."""
-    found = []
+@dataclass(frozen=True)
+class Group:
+    """Calls of one kind on one target: with others they share no entry. contents: a hash of them and their entries."""
+
+    target: str
+    calls: tuple[Call, ...]
+    contents: str
+
+    @property
+    def kind(self) -> Kind:
+        return self.calls[0].kind
+
+    def compile(self) -> list[Spill]:
+        """What spills."""
+        return spills(self.calls, self.target)
+
+
+def groups(target_name: str, some_kinds: Iterable[Kind] | None = None, every: int = 1) -> list[Group]:
+    """Every n-th of the calls that together get every entry on a target, for each type, activation and residual."""
+    found: list[tuple[Call, list[Entry]]] = []
     with compiling_for(TARGETS[target_name]):
         for kind in kinds() if some_kinds is None else some_kinds:
             seen: set[Entry] = set()
@@ -55,8 +85,13 @@ def calls(target_name: str, some_kinds: Iterable[Kind] | None = None) -> list[Ca
                 entries = entries_of(call)
                 if not entries <= seen:
                     seen |= entries
-                    found.append(call)
-    return found
+                    found.append((call, sorted(entries, key=repr)))
+    made = []
+    for _, of_kind in itertools.groupby(found[::every], key=lambda pair: pair[0].kind):
+        pairs = list(of_kind)
+        contents = hashlib.sha256("\n".join(f"{call}: {entries}" for call, entries in pairs).encode()).hexdigest()
+        made.append(Group(target_name, tuple(call for call, _ in pairs), contents))
+    return made
 
 
 def entries_of(call: Call) -> set[Entry]:
@@ -74,12 +109,10 @@ def _entry(launcher: Launcher) -> Entry:
         for name, constant in zip(names, launcher.constants, strict=True)
         if isinstance(constant, int) and name not in SIZES
     )
-    return launcher.kernel.__name__, launcher.num_warps, launcher.most_registers, tile
-
-
-def by_kind(some_calls: Iterable[Call]) -> list[list[Call]]:
-    """Neighbouring calls of one kind together: among these no entry is compiled twice."""
-    return [list(group) for _, group in itertools.groupby(some_calls, key=lambda call: call.kind)]
+    functions = [function for function in launcher.constants if isinstance(function, JITFunction)]
+    source = " ".join(function.cache_key for function in (launcher.kernel, *functions))
+    registers = (launcher.most_registers, launcher.more_from_sm_100)
+    return Entry(launcher.kernel.__name__, source, launcher.num_warps, registers, tile)
 
 
 def _once(launch: Callable[..., None]) -> Callable[..., None]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -11,6 +15,7 @@ import torch
 from benchmarks.audit import sweep
 from benchmarks.audit.inert import compiling_for
 from benchmarks.audit.sweep_calls import FEW, ChannelCall, Kind, RowCall
+from benchmarks.audit.sweep_record import SweepRecord
 from benchmarks.audit.targets import TARGETS
 from fused_ops.kernels.launcher import Launcher
 from tests.schedules import forget_schedules
@@ -34,6 +39,20 @@ def unwritten_memory_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
 
 
+@contextlib.contextmanager
+def few_registers() -> Iterator[None]:
+    """Gives the threads of every kernel that is scheduled inside so few that it spills."""
+    original = Launcher.__init__
+
+    def with_few(launcher: Launcher, *arguments: Any, most_registers: int | None = None, **others: Any) -> None:
+        original(launcher, *arguments, most_registers=24, **others)
+
+    forget_schedules()
+    with mock.patch.object(Launcher, "__init__", with_few):
+        yield
+    forget_schedules()
+
+
 # Which is no norm, and is compiled by test_residual_add_launches.
 OF_THE_RESIDUAL_ADD = "column_sum_of_any_span_kernel"
 
@@ -42,10 +61,11 @@ def test_it_reaches_every_kernel() -> None:
     modules = [importlib.import_module(f"fused_ops.kernels.{name}") for name in MODULES]
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     reached: set[str] = set()
-    some_calls = sweep.calls("sm_90", [KIND])
+    (group,) = sweep.groups("sm_90", [KIND])
+    some_calls = group.calls
     with compiling_for(TARGETS["sm_90"]):
         for call in some_calls:
-            reached |= {name for name, *_ in sweep.entries_of(call)}
+            reached |= {entry.kernel for entry in sweep.entries_of(call)}
     assert reached == kernels - {ONE_PROGRAM_OF_ONE_WARP, OF_THE_RESIDUAL_ADD}
     assert len(set(map(str, some_calls))) == len(some_calls)
 
@@ -57,14 +77,20 @@ def test_it_reaches_every_kernel() -> None:
 )
 def test_it_names_what_spills(call: RowCall | ChannelCall) -> None:
     assert sweep.spills([call], "sm_90") == []
-    original = Launcher.__init__
-
-    def with_few_registers(launcher: Launcher, *arguments: object, most_registers: int | None = None) -> None:
-        original(launcher, *arguments, most_registers=24)
-
-    forget_schedules()
-    with mock.patch.object(Launcher, "__init__", with_few_registers):
+    with few_registers():
         found = sweep.spills([call], "sm_90")
-    forget_schedules()
     assert found and all(f"sm_90: {spill.kernel} spills {spill.bytes} bytes" in str(spill) for spill in found)
     assert str(call) in str(found[0])
+
+
+def test_what_was_swept_is_known_until_its_kernels_change(tmp_path: Path) -> None:
+    path = tmp_path / "swept.jsonl"
+    (group,) = sweep.groups("sm_90", [KIND], every=50)
+    assert SweepRecord(path).spills(group) is None
+    found = [sweep.Spill("a call", "sm_90", "a_kernel", 255, 8)]
+    SweepRecord(path).add(group, found)
+    (same,) = sweep.groups("sm_90", [KIND], every=50)
+    assert SweepRecord(path).spills(same) == found
+    with few_registers():
+        (changed,) = sweep.groups("sm_90", [KIND], every=50)
+    assert SweepRecord(path).spills(changed) is None

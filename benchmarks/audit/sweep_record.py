@@ -1,0 +1,47 @@
+"""What was swept of the launch tables, kept in a file, so that a sweep of hours can be cut off and go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import triton
+
+from .sweep import Group, Spill
+
+
+class SweepRecord:
+    """Lines of JSON, one a group of calls: what spilled, by which version of Triton, and a hash of what was compiled.
+    Without a path nothing is known, and nothing kept."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._known: dict[tuple[str, str, str], list[Spill]] = {}
+        if path is not None and path.exists():
+            for line in path.read_text().splitlines():
+                entry = json.loads(line)
+                spills = [Spill(**spill) for spill in entry["spills"]]
+                self._known[entry["target"], entry["triton"], entry["contents"]] = spills
+
+    def spills(self, group: Group) -> list[Spill] | None:
+        """What was found in a group, None where its kernels have changed since, or were never compiled."""
+        return self._known.get((group.target, triton.__version__, group.contents))
+
+    def add(self, group: Group, spills: Sequence[Spill]) -> None:
+        """Keeps what was found at once."""
+        self._known[group.target, triton.__version__, group.contents] = list(spills)
+        if self.path is None:
+            return
+        entry = {
+            "target": group.target,
+            "kind": str(group.kind),
+            "triton": triton.__version__,
+            "calls": len(group.calls),
+            "contents": group.contents,
+            "spills": [dataclasses.asdict(spill) for spill in spills],
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
