@@ -84,6 +84,16 @@ class BackwardKind(NamedTuple):
         _, slope, passes = ACTIVATIONS[self.activation]
         return slope, passes
 
+    @property
+    def mixed(self) -> bool:
+        """Whether float32 is read beside 16 bits."""
+        return self.x is not None and self.x.itemsize > self.dy.itemsize
+
+    @property
+    def crowded(self) -> bool:
+        """Whether an element takes registers besides those of what is read, as wide as dy, and of what is written."""
+        return self.mixed or self.slope[0] is not None
+
     def partials(self, shape: tuple[int, ...], device: torch.device, both: bool) -> Pair:
         """Uninitialized sums of dz * x_hat and of dz over planes, for dweight and dbias, or for dx as well."""
         dtype = compute_dtype(self.dy)
@@ -98,9 +108,8 @@ class BackwardPieces:
     def __init__(self, kind: BackwardKind) -> None:
         self.kind = kind
         length = kind.plane[0]
-        mixed = kind.x is not None and kind.x.itemsize > kind.dy.itemsize
         self.tile = tile = backward_piece_tile(
-            kind.channels, longest_of(kind.plane), kind.dy.itemsize, kind.channels_last, mixed, kind.frozen,
+            kind.channels, longest_of(kind.plane), kind.dy.itemsize, kind.channels_last, kind.mixed, kind.frozen,
             kind.seed is not None, kind.is_spread,
         )  # fmt: skip
         self.blocks = cdiv(kind.channels, tile.block_channels)

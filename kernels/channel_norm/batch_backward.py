@@ -60,8 +60,8 @@ def plan_backward(
     floats = (*batch_drop_numbers(norm, dy), norm.alpha, norm.beta)
     tile = None
     if norm.training and view.channels_last:
-        is_read = kind.residual is not None
-        tile = batch_backward_tile(view.plane, view.channels // kind.groups, dy.element_size(), is_read)
+        spread, is_read = view.channels // kind.groups, kind.residual is not None
+        tile = batch_backward_tile(view.plane, spread, dy.element_size(), kind.crowded, is_read)
     norm = norm._replace(seed=None)  # that of each call is its own
 
     if tile is not None:
@@ -123,6 +123,5 @@ def backward_pieces_of(kind: BackwardKind) -> BackwardPieces:
 def _whole_channels(kind: BackwardKind, tile: ChannelTile) -> Launcher:
     if kind.seed is not None:
         tile = with_dropout(tile)
-    constants = (kind.channels, kind.groups, kind.add_first, kind.needs_dx, *kind.slope)
-    block = (tile.block_channels, tile.block_rows, tile.block_columns)
-    return Launcher(batch_norm_backward_kernel, tile.num_warps, *constants, *block, most_registers=tile.most_registers)
+    constants = (kind.channels, kind.groups, kind.add_first, kind.needs_dx, *kind.slope, *tile.block)
+    return Launcher(batch_norm_backward_kernel, tile.num_warps, *constants, most_registers=tile.most_registers)

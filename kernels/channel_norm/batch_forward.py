@@ -60,8 +60,8 @@ def plan_forward(
     floats = numbers_of(norm, x)
     tile = None
     if norm.training and view.channels_last:
-        waiting = 2 if residual is not None and not norm.add_first else 1
-        tile = batch_forward_tile(view.plane, view.channels // kind.groups, x.element_size(), waiting)
+        waiting, spread = 2 if residual is not None and not norm.add_first else 1, view.channels // kind.groups
+        tile = batch_forward_tile(view.plane, spread, x.element_size(), waiting, norm.add_first)
     norm = norm._replace(seed=None)  # that of each call is its own
     training = norm.training
 
@@ -181,6 +181,5 @@ def pieces_of(kind: ForwardKind) -> ForwardPieces:
 def _whole_channels(kind: ForwardKind, tile: ChannelTile) -> Launcher:
     if kind.seed is not None:
         tile = with_dropout(tile)
-    constants = (kind.channels, kind.groups, *kind.functions)
-    block = (tile.block_channels, tile.block_rows, tile.block_columns)
-    return Launcher(batch_norm_forward_kernel, tile.num_warps, *constants, *block, most_registers=tile.most_registers)
+    constants = (kind.channels, kind.groups, *kind.functions, *tile.block)
+    return Launcher(batch_norm_forward_kernel, tile.num_warps, *constants, most_registers=tile.most_registers)

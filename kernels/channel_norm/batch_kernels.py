@@ -32,6 +32,16 @@ def columns_of_program(
 
 
 @triton.jit
+def rows_of_program(rows, BLOCK_ROWS: tl.constexpr, FULL: tl.constexpr):
+    """(row, in_rows), each [BLOCK_ROWS]. FULL, all are there, as is constant: a thread would keep a mask of each."""
+    row = tl.arange(0, BLOCK_ROWS).to(tl.int64)
+    if FULL:
+        return row, tl.full([BLOCK_ROWS], True, tl.int1)
+    else:
+        return row, row < rows
+
+
+@triton.jit
 def store_first(ptr, values, channel, is_first):
     """A value of each channel, in the type that is stored; nothing where there is nowhere to."""
     if ptr is not None:
@@ -100,14 +110,13 @@ def batch_norm_forward_kernel(
     rows: tl.int64, momentum: tl.float64, threshold: tl.int64, positions: tl.int64, factor: tl.float64, 
     eps: tl.float64, alpha: tl.float64, beta: tl.float64,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """y and what else there is a pointer for; running statistics are moved."""
     COMPUTE: tl.constexpr = tl.float64 if X_ptr.dtype.element_ty == tl.float64 else tl.float32
     SPREAD: tl.constexpr = COLUMNS // CHANNELS
     column, in_columns, channel, is_first = columns_of_program(COLUMNS, CHANNELS, BLOCK_CHANNELS, BLOCK_COLUMNS)
-    row = tl.arange(0, BLOCK_ROWS).to(tl.int64)
-    in_rows = row < rows
+    row, in_rows = rows_of_program(rows, BLOCK_ROWS, FULL)
     base, col = row * COLUMNS, column[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
 
@@ -119,11 +128,15 @@ def batch_norm_forward_kernel(
     # Everything that will be needed is asked for before the reduction waits for x.
     weight = load_of_channels(Weight_ptr, channel, in_columns, COMPUTE, 0)
     bias = load_of_channels(Bias_ptr, channel, in_columns, COMPUTE, 0)
-    residual = load_added_residual(Residual_ptr, Total_ptr, base, col, mask, COMPUTE)
+    residual = None
+    if FULL:
+        residual = load_added_residual(Residual_ptr, Total_ptr, base, col, mask, COMPUTE)
 
     count = scalar(rows * SPREAD, COMPUTE)
     mean, m2, deviation = tile_moments(x, mask, 1.0 / count, True, BLOCK_COLUMNS // BLOCK_CHANNELS, 0)
     rstd = reciprocal_deviation(m2, count, scalar(eps, COMPUTE))
+    if not FULL:  # masks take the registers in which it would wait
+        residual = load_added_residual(Residual_ptr, Total_ptr, base, col, mask, COMPUTE)
     z = pre_activation(deviation * rstd[None, :], weight, bias, residual)
     y = activate(z, ACTIVATION, scalar(alpha, COMPUTE), scalar(beta, COMPUTE))
     store_tile(Y_ptr, y, base, col, mask)
@@ -143,14 +156,13 @@ def batch_norm_backward_kernel(
     threshold: tl.int64, positions: tl.int64, factor: tl.float64, alpha: tl.float64, beta: tl.float64,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ADD_FIRST: tl.constexpr, NEEDS_DX: tl.constexpr,
     SLOPE: tl.constexpr, PASSES: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """The gradients that there are pointers for."""
     COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
     SPREAD: tl.constexpr = COLUMNS // CHANNELS
     column, in_columns, channel, is_first = columns_of_program(COLUMNS, CHANNELS, BLOCK_CHANNELS, BLOCK_COLUMNS)
-    row = tl.arange(0, BLOCK_ROWS).to(tl.int64)
-    in_rows = row < rows
+    row, in_rows = rows_of_program(rows, BLOCK_ROWS, FULL)
     base, col = row * COLUMNS, column[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
 

@@ -138,20 +138,27 @@ def group_backward_tile(of: GroupPlanes, itemsize: int, residual: bool = False) 
     longest = {2: 8192, 4: 4096 if residual else 8192, 8: 1024}[itemsize]
     tile = _group_tile(of, itemsize, {2: 16, 4: 16, 8: 4}[itemsize], longest)
     if tile is not None and residual and itemsize < 8:  # left alone, ptxas spills some bytes to fit one program more
-        return replace(tile, most_registers=registers_a_thread(tile.num_warps, 168))
+        most = 224 if of.plane * itemsize % 4 else 168
+        return replace(tile, most_registers=registers_a_thread(tile.num_warps, most))
     return tile
 
 
 @dataclass(frozen=True)
 class ChannelTile:
     """All rows, padded to block_rows, of the columns of block_channels channels, those of each padded to a power of
-    two: block_columns together."""
+    two: block_columns together. full: the rows are as many as block_rows."""
 
     block_channels: int
     block_rows: int
     block_columns: int
+    full: bool
     num_warps: int
     most_registers: int | None
+
+    @property
+    def block(self) -> tuple[int, int, int, bool]:
+        """As kernels take it."""
+        return self.block_channels, self.block_rows, self.block_columns, self.full
 
 
 def _channel_tile(rows: int, spread: int, itemsize: int, elements_per_thread: int, longest: int) -> ChannelTile | None:
@@ -168,22 +175,31 @@ def _channel_tile(rows: int, spread: int, itemsize: int, elements_per_thread: in
     if elements > longest:
         return None
     num_warps = max(1, elements // (elements_per_thread * THREADS_PER_WARP))
-    return ChannelTile(block_channels, block_rows, block_columns, num_warps, _most_registers(itemsize, num_warps))
+    most_registers = _most_registers(itemsize, num_warps)
+    return ChannelTile(block_channels, block_rows, block_columns, rows == block_rows, num_warps, most_registers)
 
 
 @functools.cache
-def batch_forward_tile(rows: int, spread: int, itemsize: int, waiting: int) -> ChannelTile | None:
+def batch_forward_tile(rows: int, spread: int, itemsize: int, waiting: int, added: bool) -> ChannelTile | None:
     """Tile of the forward that reads a channel once, `spread` columns of `rows`, or None where it has to be cut into
-    pieces. waiting: the tensors of x's size that are in registers at once, x and a residual."""
+    pieces. waiting and added as in `group_forward_tile`."""
     longest = {2: 16384, 4: 16384 if waiting == 1 else 8192, 8: 2048}[itemsize]
-    return _channel_tile(rows, spread, itemsize, {2: 32, 4: 16, 8: 4}[itemsize], longest)
+    tile = _channel_tile(rows, spread, itemsize, {2: 32, 4: 16, 8: 4}[itemsize], longest)
+    # Where ptxas, left alone, spills some bytes to fit one program more.
+    if tile is not None and itemsize == 2 and (added or spread > 128 or (waiting == 2 and not tile.full)):
+        return replace(tile, most_registers=registers_a_thread(tile.num_warps))
+    return tile
 
 
 @functools.cache
-def batch_backward_tile(rows: int, spread: int, itemsize: int, residual: bool) -> ChannelTile | None:
-    """Tile of the backward that reads a channel once, or None. residual: one is read, to compute z again."""
+def batch_backward_tile(rows: int, spread: int, itemsize: int, crowded: bool, residual: bool) -> ChannelTile | None:
+    """Tile of the backward that reads a channel once, or None. crowded: a slope takes more than two values, or float32
+    is read beside 16 bits; residual: one is read, to compute z again."""
     longest = {2: 8192, 4: 4096 if residual else 8192, 8: 1024}[itemsize]
     tile = _channel_tile(rows, spread, itemsize, {2: 16, 4: 16, 8: 4}[itemsize], longest)
+    if tile is None and itemsize == 2 and not crowded:  # nor masks of rows: registers have room for twice as many
+        twice = _channel_tile(rows, spread, itemsize, elements_per_thread=32, longest=2 * longest)
+        tile = twice if twice is not None and twice.full else None
     if tile is not None and itemsize < 8:  # left alone, ptxas spills some bytes to fit one program more
         most = 168 if tile.num_warps <= 4 else 255  # of larger programs there is one on a multiprocessor anyway
         return replace(tile, most_registers=registers_a_thread(tile.num_warps, most))
@@ -244,11 +260,12 @@ def forward_piece_tile(
     """Tile of the forward's passes over pieces, as fast as were found on an H200: of planes up to 8 KB one tile, 64
     bytes a thread; of longer ones many small programs. drops: each element draws whether it is kept, which takes so
     many registers that a thread has 16 bytes. spread: channels are several columns each. mixes: statistics are mixed
-    here for each plane, and a thread has half where elements have addresses of their own as well."""
+    here for each plane. Where elements have addresses of their own, of channels side by side or beside a mixture, a
+    thread has half as many."""
     one_tile = not channels_last and plane * itemsize <= 8192
     tile_bytes = _SPREAD_TILE_BYTES if spread else 8192 if one_tile else 4096 if channels_last else 2048
     thread_bytes = 64 if (one_tile or channels_last) and not spread and itemsize < 8 else 32
-    if mixes and not channels_last and plane * itemsize % 4:
+    if channels * itemsize % 16 if channels_last else mixes and plane * itemsize % 4:
         thread_bytes = 32
     if drops:
         tile_bytes, thread_bytes = tile_bytes // 2, 16
@@ -279,8 +296,8 @@ def backward_piece_tile(
     tile = _piece_tile(channels, plane, itemsize, channels_last, tile_bytes, thread_bytes)
     most_registers = 168 if crowded and channels_last else tile.most_registers
     ragged = channels * itemsize % 16 != 0
-    if crowded and channels_last and ragged:
-        most_registers = 224
+    if channels_last and ragged:
+        most_registers = 255
     if mixed:
         most_registers = 184 if channels_last and not ragged else 255
     if drops:

@@ -108,8 +108,10 @@ class ForwardPieces:
         stages = max(tile.stages, min(3, 3 * tile.stages))
         most, more = tile.most_registers, 0
         if itemsize < 8 and not drops:
-            if kind.channels_last:  # with 16 registers less a fourth program fits
-                most, more = (128, 24) if kind.channels * itemsize % 16 == 0 else (208, 0)  # more: or some bytes spill
+            if kind.add_first and (kind.channels_last or stages):
+                most = 168
+            elif kind.channels_last:  # with 16 registers less a fourth program fits; more: or some bytes spill
+                most, more = 128, 24
             elif stages:
                 most = 128
         of_moments = (kind.channels, length, kind.vec, kind.channels_last, *block[:2], stages)
