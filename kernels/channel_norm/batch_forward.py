@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..activations import ACTIVATIONS
 from ..dropout import drop_numbers
 from ..launch import cdiv
 from ..launcher import Launcher, Tensors
@@ -61,7 +62,8 @@ def plan_forward(
     tile = None
     if norm.training and view.channels_last:
         waiting, spread = 2 if residual is not None and not norm.add_first else 1, view.channels // kind.groups
-        tile = batch_forward_tile(view.plane, spread, x.element_size(), waiting, norm.add_first)
+        smooth = ACTIVATIONS[norm.activation].slope is not None
+        tile = batch_forward_tile(view.plane, spread, x.element_size(), waiting, norm.add_first, smooth)
     norm = norm._replace(seed=None)  # that of each call is its own
     training = norm.training
 

@@ -180,10 +180,14 @@ def _channel_tile(rows: int, spread: int, itemsize: int, elements_per_thread: in
 
 
 @functools.cache
-def batch_forward_tile(rows: int, spread: int, itemsize: int, waiting: int, added: bool) -> ChannelTile | None:
+def batch_forward_tile(
+    rows: int, spread: int, itemsize: int, waiting: int, added: bool, smooth: bool
+) -> ChannelTile | None:
     """Tile of the forward that reads a channel once, `spread` columns of `rows`, or None where it has to be cut into
-    pieces. waiting and added as in `group_forward_tile`."""
+    pieces. waiting and added as in `group_forward_tile`; smooth: the activation has a slope of more than two values."""
     longest = {2: 16384, 4: 16384 if waiting == 1 else 8192, 8: 2048}[itemsize]
+    if itemsize == 2 and waiting == 2 and smooth and rows.bit_count() > 1:  # bounds checks take registers, too
+        longest = 8192
     tile = _channel_tile(rows, spread, itemsize, {2: 32, 4: 16, 8: 4}[itemsize], longest)
     # Where ptxas, left alone, spills some bytes to fit one program more.
     if tile is not None and itemsize == 2 and (added or spread > 128 or (waiting == 2 and not tile.full)):
