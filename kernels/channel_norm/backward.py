@@ -127,7 +127,7 @@ def _schedule(*fields: Any) -> Schedule:
     kind = BackwardKind(*fields)
     tile = None
     if not kind.channels_last:
-        tile = group_backward_tile(kind.group_planes, kind.dy.itemsize, kind.residual is not None)
+        tile = group_backward_tile(kind.group_planes, kind.dy.itemsize, kind.crowded, kind.residual is not None)
     if tile is None:
         return BackwardPieces(kind)
     if kind.seed is not None:

@@ -134,7 +134,7 @@ class BackwardPieces:
         )  # fmt: skip
         slope = (None, None) if self.leaves_dz else kind.slope
         # What a mixture needs besides is needed before the tiles are: with 16 registers less a fourth program fits.
-        with_fewer = kind.kinds and kind.channels_last and kind.dy.itemsize < 8 and kind.seed is None
+        with_fewer = kind.kinds and kind.channels_last and kind.dy.itemsize < 8 and not kind.mixed and kind.seed is None
         most = 128 if with_fewer else tile.most_registers
         self.apply = launcher(channel_gradient_apply_kernel, kind.kinds, *slope, most_registers=most)
 

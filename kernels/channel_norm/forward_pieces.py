@@ -108,7 +108,9 @@ class ForwardPieces:
         stages = max(tile.stages, min(3, 3 * tile.stages))
         most, more = tile.most_registers, 0
         if itemsize < 8 and not drops:
-            if kind.add_first and (kind.channels_last or stages):
+            if kind.add_first and kind.channels_last:
+                most = 255 if kind.channels * itemsize % 16 else 184
+            elif kind.add_first and stages:
                 most = 168
             elif kind.channels_last:  # with 16 registers less a fourth program fits; more: or some bytes spill
                 most, more = 128, 24
