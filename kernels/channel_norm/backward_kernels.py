@@ -177,7 +177,7 @@ def sums_of_groups(
         in_groups = group < groups_in_all
         sums = tl.zeros([BLOCK, group.shape[1]], COMPUTE)
         for first in tl.range(0, rows * (CHANNELS // GROUPS), BLOCK):
-            index = (scalar(first, tl.int64) + tl.arange(0, BLOCK))[:, None]
+            index = (scalar(first, tl.int32) + tl.arange(0, BLOCK))[:, None]
             place, exists, _ = partials_of_groups(index, group, rows, pieces, CHANNELS, GROUPS)
             values = tl.load(Sums_ptr + place, mask=exists & in_groups, other=0.0)
             if WEIGHS_EACH:

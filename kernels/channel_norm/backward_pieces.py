@@ -127,7 +127,7 @@ class BackwardPieces:
             return Launcher(kernel, tile.num_warps, *constants, most_registers=most_registers)
 
         self.sums = launcher(channel_gradient_sums_kernel, kind.frozen, *kind.slope)
-        block_partials, self.block_groups = combine_tile(kind.channels // kind.groups)
+        block_partials, self.block_groups = combine_tile(kind.channels, kind.groups, kind.is_spread)
         self.combine = Launcher(
             combine_gradients_kernel, 4, *of_plane, kind.pooled, block_partials, self.block_groups, *COMBINED_COLUMNS,
             most_registers=MERGE_REGISTERS,

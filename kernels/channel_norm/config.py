@@ -226,6 +226,10 @@ MOST_PIECES = 2048
 BACKWARD_PROGRAMS = 16  # a multiprocessor, where there is work for so many
 
 
+# Partial results of all channels that are several columns each: of 2048 programs with 128 columns.
+SPREAD_PARTIALS = 2048 * 128
+
+
 MERGE_REGISTERS = 255  # what merges partial results; left alone, ptxas spills some bytes to fit one program more
 
 
@@ -349,10 +353,13 @@ class Merged(NamedTuple):
 MERGED = Merged(pieces=16, planes=64, of_sample=1024, rows=128, channels=8)
 
 
-def combine_tile(group_channels: int) -> tuple[int, int]:
+def combine_tile(channels: int, groups: int, spread: bool) -> tuple[int, int]:
     """(partial results, groups) that a program merges at a time. The channels of a large group are neighbours, those of
-    small ones are only beside those of the next."""
-    return (1024, 1) if group_channels >= 8 else (256, 8)
+    small ones are only beside those of the next. Of channels that are several columns each there are the fewer the more
+    groups there are: so many programs share them."""
+    if spread:
+        return min(1024, max(128, triton.next_power_of_2(SPREAD_PARTIALS // groups))), 1
+    return (1024, 1) if channels // groups >= 8 else (256, 8)
 
 
 def _block_of_channels(channels: int, itemsize: int) -> int:

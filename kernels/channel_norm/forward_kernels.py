@@ -151,11 +151,12 @@ def channel_moments_kernel(
 @triton.jit
 def partials_of_groups(index, group, rows, pieces, CHANNELS: tl.constexpr, GROUPS: tl.constexpr):
     """(place, exists, piece) of partial results index [BLOCK, 1] of groups [1, BLOCK_GROUPS]. They have `rows` rows of
-    CHANNELS each, one for each piece of the planes of each sample that shares the statistics."""
+    CHANNELS each, one for each piece of the planes of each sample that shares the statistics. The index is int32, as of
+    `piece_of_planes`."""
     GROUP_CHANNELS: tl.constexpr = CHANNELS // GROUPS
     row = index // GROUP_CHANNELS
     channel = group % GROUPS * GROUP_CHANNELS + index % GROUP_CHANNELS
-    return (group // GROUPS * rows + row) * CHANNELS + channel, row < rows, row % pieces
+    return (group // GROUPS * rows + row) * CHANNELS + channel, row < rows, row % scalar(pieces, tl.int32)
 
 
 @triton.jit
@@ -165,7 +166,7 @@ def partial_means(
 ):  # fmt: skip
     """(count, mean, place) of BLOCK partial results of each group, means as differences from `origin`; the count is 0
     behind the last."""
-    index = (scalar(first, tl.int64) + tl.arange(0, BLOCK))[:, None]
+    index = (scalar(first, tl.int32) + tl.arange(0, BLOCK))[:, None]
     place, exists, piece = partials_of_groups(index, group, rows, pieces, CHANNELS, GROUPS)
     exists = exists & in_groups
     count = tl.where(exists, tl.minimum(plane - piece * piece_length, piece_length), 0)

@@ -118,7 +118,7 @@ class ForwardPieces:
                 most = 128
         of_moments = (kind.channels, length, kind.vec, kind.channels_last, *block[:2], stages)
         self.moments = launcher(channel_moments_kernel, *of_moments, most=most, more_from_sm_100=more)
-        block_partials, self.block_groups = combine_tile(kind.channels // kind.groups)
+        block_partials, self.block_groups = combine_tile(kind.channels, kind.groups, kind.is_spread)
         # A launcher for each: what it stores, and what not, is part of what it compiled.
         self.combine, self.combine_in_parts = (
             Launcher(
