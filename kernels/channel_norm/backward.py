@@ -127,7 +127,8 @@ def _schedule(*fields: Any) -> Schedule:
     kind = BackwardKind(*fields)
     tile = None
     if not kind.channels_last:
-        tile = group_backward_tile(kind.group_planes, kind.dy.itemsize, kind.crowded, kind.residual is not None)
+        crowded, is_read = kind.crowded or kind.wanted.dresidual, kind.residual is not None
+        tile = group_backward_tile(kind.group_planes, kind.dy.itemsize, crowded, is_read)
     if tile is None:
         return BackwardPieces(kind)
     if kind.seed is not None:

@@ -136,7 +136,8 @@ def group_backward_tile(
     of: GroupPlanes, itemsize: int, crowded: bool = False, residual: bool = False
 ) -> GroupTile | None:
     """Tile of the backward that reads a group once, or None where it has to be cut into pieces. crowded: a slope takes
-    more than two values, or float32 is read beside 16 bits; residual: one is read, to compute z again."""
+    more than two values, the gradient of a total is read, or float32 beside 16 bits, or dresidual is written; residual:
+    one is read, to compute z again."""
     longest = {2: 8192, 4: 4096 if residual else 8192, 8: 1024}[itemsize]
     tile = _group_tile(of, itemsize, {2: 16, 4: 16, 8: 4}[itemsize], longest)
     if tile is None or itemsize == 8:
@@ -144,8 +145,8 @@ def group_backward_tile(
     if residual:  # left alone, ptxas spills some bytes to fit one program more
         most = 224 if of.plane * itemsize % 4 else 168
         return replace(tile, most_registers=registers_a_thread(tile.num_warps, most))
-    if itemsize == 2 and not crowded and tile.num_warps == 16:  # left alone, it takes so many that one program fits
-        return replace(tile, most_registers=64)
+    if itemsize == 2 and not crowded and tile.num_warps == 16:  # of which but one program would fit
+        return replace(tile, num_warps=8, most_registers=128)
     return tile
 
 
@@ -192,18 +193,19 @@ def batch_forward_tile(
     """Tile of the forward that reads a channel once, `spread` columns of `rows`, or None where it has to be cut into
     pieces. waiting and added as in `group_forward_tile`; smooth: the activation has a slope of more than two values."""
     longest = {2: 16384, 4: 16384 if waiting == 1 else 8192, 8: 2048}[itemsize]
-    if itemsize == 2 and smooth and (added or waiting == 2) and rows.bit_count() > 1:  # checks of bounds take some, too
-        longest = 8192
+    if itemsize == 2 and rows.bit_count() > 1 and (added or (smooth and waiting == 2)):
+        longest = 8192  # checks of bounds take registers, too
     tile = _channel_tile(rows, spread, itemsize, {2: 32, 4: 16, 8: 4}[itemsize], longest)
     # Where ptxas, left alone, spills some bytes to fit one program more.
-    if tile is not None and itemsize == 2 and (added or spread > 128 or (waiting == 2 and not tile.full)):
+    if tile is not None and itemsize == 2 and (added or spread > 128 or not tile.full):
         return replace(tile, most_registers=registers_a_thread(tile.num_warps))
     return tile
 
 
 @functools.cache
 def batch_backward_tile(rows: int, spread: int, itemsize: int, crowded: bool, residual: bool) -> ChannelTile | None:
-    """Tile of the backward that reads a channel once, or None. crowded and residual as in `group_backward_tile`."""
+    """Tile of the backward that reads a channel once, or None. crowded and residual as in `group_backward_tile`,
+    but that dresidual finds room."""
     longest = {2: 8192, 4: 4096 if residual else 8192, 8: 1024}[itemsize]
     tile = _channel_tile(rows, spread, itemsize, {2: 16, 4: 16, 8: 4}[itemsize], longest)
     if tile is None and itemsize == 2 and not crowded:  # nor masks of rows: registers have room for twice as many
