@@ -225,9 +225,16 @@ def test_an_output_that_nothing_uses_and_a_float32_residual(training: bool, miss
 
 
 # Where channels of a matrix have gaps between them in a program's tile, the mask has none.
-@pytest.mark.parametrize("plane", [1, 2, 3, 5, 6, 7, 8, 9, 15, 25, 49, 121, 225])
-@pytest.mark.parametrize("channels", [8, 30])
-@pytest.mark.parametrize("samples", [2, 5])
+@pytest.mark.one_in(1)
+@pytest.mark.parametrize(
+    ("samples", "channels", "plane"),
+    [
+        (samples, channels, plane)
+        for samples, channels in ((1, 30), (2, 300), (4, 8), (5, 30))
+        for plane in (1, 2, 3, 5, 6, 7, 8, 9, 15, 25, 49, 121, 225)
+        if samples * plane > 1
+    ],
+)
 def test_the_mask_lies_as_the_elements_do(samples: int, channels: int, plane: int) -> None:
     drawn = torch.randn(2, samples, channels, plane, generator=torch.Generator().manual_seed(plane))
     x, residual = drawn.to(DEVICE).unbind()

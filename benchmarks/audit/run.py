@@ -60,7 +60,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="with --full, the entries swept so far: what it has is not compiled again",
     )
     parser.add_argument("--output", type=Path, default=environment.LOCAL_RESULTS, help="folder of the JSON")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.swept is not None and not options.full:
+        parser.error("--swept is of the sweep that --full makes; give both")
+    return options
 
 
 def _positive(text: str) -> int:

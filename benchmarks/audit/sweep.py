@@ -8,6 +8,7 @@ most operands that get it: of rows at the longest span, aligned or ragged, of pl
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -19,8 +20,10 @@ from unittest import mock
 import triton
 from triton.runtime.jit import JITFunction
 
+from fused_ops.kernels import launcher
 from fused_ops.kernels.launcher import Launcher
 
+from . import binary, inert, targets
 from .binary import resources
 from .inert import compiling_for
 from .sweep_calls import Call, Kind, candidates, kinds
@@ -60,7 +63,8 @@ class Spill:
 
 @dataclass(frozen=True)
 class Group:
-    """Calls of one kind on one target: with others they share no entry. contents: a hash of them and their entries."""
+    """Calls of one kind on one target: with others they share no entry. contents: a hash of them, of their entries, and
+    of what compiles and judges them."""
 
     target: str
     calls: tuple[Call, ...]
@@ -87,10 +91,12 @@ def groups(target_name: str, some_kinds: Iterable[Kind] | None = None, every: in
                     seen |= entries
                     found.append((call, sorted(entries, key=repr)))
     made = []
+    judges = [inspect.getsource(module) for module in (launcher, inert, binary, targets)]
     for _, of_kind in itertools.groupby(found[::every], key=lambda pair: pair[0].kind):
         pairs = list(of_kind)
-        contents = hashlib.sha256("\n".join(f"{call}: {entries}" for call, entries in pairs).encode()).hexdigest()
-        made.append(Group(target_name, tuple(call for call, _ in pairs), contents))
+        text = "\n".join((*judges, *(f"{call}: {entries}" for call, entries in pairs)))
+        calls = tuple(call for call, _ in pairs)
+        made.append(Group(target_name, calls, hashlib.sha256(text.encode()).hexdigest()))
     return made
 
 

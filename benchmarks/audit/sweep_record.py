@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -13,17 +14,18 @@ from .sweep import Group, Spill
 
 
 class SweepRecord:
-    """Lines of JSON, one a group of calls: what spilled, by which version of Triton, and a hash of what was compiled.
-    Without a path nothing is known, and nothing kept."""
+    """Lines of JSON, one a group of calls: what spilled, by which version of Triton, and a hash of what decides it. A
+    line that was cut off is no line. Without a path nothing is known, and nothing kept."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._known: dict[tuple[str, str, str], list[Spill]] = {}
         if path is not None and path.exists():
             for line in path.read_text().splitlines():
-                entry = json.loads(line)
-                spills = [Spill(**spill) for spill in entry["spills"]]
-                self._known[entry["target"], entry["triton"], entry["contents"]] = spills
+                with contextlib.suppress(json.JSONDecodeError):
+                    entry = json.loads(line)
+                    spills = [Spill(**spill) for spill in entry["spills"]]
+                    self._known[entry["target"], entry["triton"], entry["contents"]] = spills
 
     def spills(self, group: Group) -> list[Spill] | None:
         """What was found in a group, None where its kernels have changed since, or were never compiled."""
@@ -44,4 +46,4 @@ class SweepRecord:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write("\n" + json.dumps(entry))  # in front, for the sake of a line that was cut off

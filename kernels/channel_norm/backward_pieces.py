@@ -91,8 +91,8 @@ class BackwardKind(NamedTuple):
 
     @property
     def crowded(self) -> bool:
-        """Whether an element takes more registers than for dy, x, a flag, and what is made of them."""
-        return self.mixed or self.dtotal is not None or self.slope[0] is not None
+        """Whether an element takes registers for more than dy, x, a flag, and what is made of them."""
+        return self.mixed or self.dtotal is not None or self.seed is not None or self.slope[0] is not None
 
     def partials(self, shape: tuple[int, ...], device: torch.device, both: bool) -> Pair:
         """Uninitialized sums of dz * x_hat and of dz over planes, for dweight and dbias, or for dx as well."""

@@ -63,7 +63,8 @@ def plan_forward(
     if norm.training and view.channels_last:
         waiting, spread = 2 if residual is not None and not norm.add_first else 1, view.channels // kind.groups
         smooth = ACTIVATIONS[norm.activation].slope is not None
-        tile = batch_forward_tile(view.plane, spread, x.element_size(), waiting, norm.add_first, smooth)
+        added, drops = norm.add_first, norm.seed is not None
+        tile = batch_forward_tile(view.plane, spread, x.element_size(), waiting, added, smooth, drops)
     norm = norm._replace(seed=None)  # that of each call is its own
     training = norm.training
 

@@ -33,7 +33,8 @@ def columns_of_program(
 
 @triton.jit
 def rows_of_program(rows, BLOCK_ROWS: tl.constexpr, FULL: tl.constexpr):
-    """(row, in_rows), each [BLOCK_ROWS]. FULL, all are there, as is constant: a thread would keep a mask of each."""
+    """(row, in_rows), each [BLOCK_ROWS]. Where the tile is FULL, in_rows is constant: what was found of each row's
+    bounds would stay in registers."""
     row = tl.arange(0, BLOCK_ROWS).to(tl.int64)
     if FULL:
         return row, tl.full([BLOCK_ROWS], True, tl.int1)
@@ -51,7 +52,7 @@ def store_first(ptr, values, channel, is_first):
 @triton.jit
 def close_gaps(words, SPREAD: tl.constexpr, PADDED: tl.constexpr):
     """[rows, bytes] of flags, SPREAD of each channel that begin PADDED apart, as bytes without gaps. A word has one
-    byte of four rows, which is then looked for once."""
+    byte each of as many rows as `store_column_bits` puts together, which is then looked for once."""
     BYTES: tl.constexpr = words.shape[1]
     EACH_ROW: tl.constexpr = 0x01010101
     byte = tl.arange(0, BYTES)[None, :]
@@ -59,10 +60,10 @@ def close_gaps(words, SPREAD: tl.constexpr, PADDED: tl.constexpr):
     closed = tl.zeros_like(words)
     # A byte has parts of so many others: up to the end of one, to the channel's end, and of the channels after it.
     for _ in tl.static_range(3 if SPREAD > 4 else 4):
-        in_channel, up = place % SPREAD, (place - byte * 8).to(tl.uint32)
-        source, down = place // SPREAD * (PADDED // 8) + in_channel // 8, (in_channel % 8).to(tl.uint32)
-        flags = tl.minimum(8 - in_channel % 8, SPREAD - in_channel)
-        part = tl.gather(words, tl.broadcast_to(tl.minimum(source, BYTES - 1), words.shape), 1)
+        slot = place // SPREAD * PADDED + place % SPREAD
+        flags = tl.minimum(8 - slot % 8, SPREAD - place % SPREAD)
+        down, up = (slot % 8).to(tl.uint32), (place - byte * 8).to(tl.uint32)
+        part = tl.gather(words, tl.broadcast_to(tl.minimum(slot // 8, BYTES - 1), words.shape), 1)
         keep = (((1 << flags) - 1).to(tl.uint32) << up & 255) * EACH_ROW
         closed |= (part >> down << up) & keep
         place += flags

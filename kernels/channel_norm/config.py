@@ -171,10 +171,9 @@ class ChannelTile:
 def _channel_tile(rows: int, spread: int, itemsize: int, elements_per_thread: int, longest: int) -> ChannelTile | None:
     """As few channels as make runs of whole bytes of bits and of 16 bytes, or, one column each, of a sector's 32."""
     block_channels = 8 // math.gcd(8, spread) if spread > 1 else max(8, 32 // itemsize)
-    padded = spread if spread.bit_count() == 1 else _padded(spread)
     block_rows = triton.next_power_of_2(rows)
     while True:
-        block_columns = block_channels * padded
+        block_columns = block_channels * triton.next_power_of_2(spread)
         elements = block_rows * block_columns
         if 2 * elements > 128 * elements_per_thread:
             break
@@ -188,14 +187,18 @@ def _channel_tile(rows: int, spread: int, itemsize: int, elements_per_thread: in
 
 @functools.cache
 def batch_forward_tile(
-    rows: int, spread: int, itemsize: int, waiting: int, added: bool, smooth: bool
+    rows: int, spread: int, itemsize: int, waiting: int, added: bool, smooth: bool, drops: bool
 ) -> ChannelTile | None:
     """Tile of the forward that reads a channel once, `spread` columns of `rows`, or None where it has to be cut into
-    pieces. waiting and added as in `group_forward_tile`; smooth: the activation has a slope of more than two values."""
+    pieces. waiting, added and drops as in `group_forward_tile`; smooth: the activation has a slope of more than two
+    values."""
     longest = {2: 16384, 4: 16384 if waiting == 1 else 8192, 8: 2048}[itemsize]
-    if itemsize == 2 and rows.bit_count() > 1 and (added or (smooth and waiting == 2)):
-        longest = 8192  # checks of bounds take registers, too
-    tile = _channel_tile(rows, spread, itemsize, {2: 32, 4: 16, 8: 4}[itemsize], longest)
+    elements_per_thread = {2: 32, 4: 16, 8: 4}[itemsize]
+    if drops or rows == 1:
+        longest, elements_per_thread = longest // 2, elements_per_thread // 2
+    if itemsize == 2 and rows.bit_count() > 1 and (added or 1 < spread < 32 or (waiting == 2 and smooth)):
+        longest = min(longest, 8192)  # checks of bounds take registers, too
+    tile = _channel_tile(rows, spread, itemsize, elements_per_thread, longest)
     # Where ptxas, left alone, spills some bytes to fit one program more.
     if tile is not None and itemsize == 2 and (added or spread > 128 or not tile.full):
         return replace(tile, most_registers=registers_a_thread(tile.num_warps))

@@ -85,6 +85,7 @@ CALLS: dict[str, tuple[str, tuple[int, ...], dict[str, Any], list[str]]] = {
     "planes that fit": ("add_instance_norm", (16, 64, 32, 32), {}, GROUPS),
     "planes": ("add_instance_norm", (4, 64, 192, 192), {}, PIECES),
     "channels that fit": ("add_batch_norm", (16, 256, 7, 7), {}, WHOLE),
+    "channels of twice as many values": ("add_batch_norm", (32, 256, 7, 7), {}, PIECES),
     "channels that fit, channels_last": ("add_batch_norm", (8, 64, 7, 7), {"channels_last": True}, WHOLE),
     "channels": ("add_batch_norm", (64, 64, 56, 56), {}, PIECES),
     "channels, 14x14": ("add_batch_norm", (128, 256, 14, 14), {}, PIECES),
@@ -94,7 +95,7 @@ CALLS: dict[str, tuple[str, tuple[int, ...], dict[str, Any], list[str]]] = {
     "mixtures, channels_last": ("add_switch_norm", (16, 64, 56, 56), {"channels_last": True}, MIXED),
 }  # fmt: skip
 # Rows, planes and channels that begin between 16-byte boundaries; those that drop have smaller tiles.
-BETWEEN_BOUNDARIES = ("rows of 767", "groups of 7x7", "channels that fit")
+BETWEEN_BOUNDARIES = ("rows of 767", "groups of 7x7", "channels that fit", "channels of twice as many values")
 
 
 @pytest.mark.one_in(16)

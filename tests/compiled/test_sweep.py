@@ -18,6 +18,7 @@ from benchmarks.audit.sweep_calls import FEW, ChannelCall, Kind, RowCall
 from benchmarks.audit.sweep_record import SweepRecord
 from benchmarks.audit.targets import TARGETS
 from fused_ops.kernels.launcher import Launcher
+from fused_ops.kernels.row_norm.forward_kernels import row_norm_forward_kernel
 from tests.schedules import forget_schedules
 
 KIND = Kind(torch.bfloat16, "gelu", "after")
@@ -83,14 +84,18 @@ def test_it_names_what_spills(call: RowCall | ChannelCall) -> None:
     assert str(call) in str(found[0])
 
 
-def test_what_was_swept_is_known_until_its_kernels_change(tmp_path: Path) -> None:
+def test_what_was_swept_is_known_until_its_kernels_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "swept.jsonl"
     (group,) = sweep.groups("sm_90", [KIND], every=50)
     assert SweepRecord(path).spills(group) is None
     found = [sweep.Spill("a call", "sm_90", "a_kernel", 255, 8)]
+    path.write_text('{"target": "sm_90", "tri')  # cut off
     SweepRecord(path).add(group, found)
     (same,) = sweep.groups("sm_90", [KIND], every=50)
     assert SweepRecord(path).spills(same) == found
     with few_registers():
         (changed,) = sweep.groups("sm_90", [KIND], every=50)
+    assert SweepRecord(path).spills(changed) is None
+    monkeypatch.setattr(row_norm_forward_kernel, "hash", "of another kernel")
+    (changed,) = sweep.groups("sm_90", [KIND], every=50)
     assert SweepRecord(path).spills(changed) is None
