@@ -194,7 +194,7 @@ def batch_forward_tile(
     values."""
     longest = {2: 16384, 4: 16384 if waiting == 1 else 8192, 8: 2048}[itemsize]
     elements_per_thread = {2: 32, 4: 16, 8: 4}[itemsize]
-    if drops or rows == 1:
+    if drops or rows == 1:  # of more, some bytes spill
         longest, elements_per_thread = longest // 2, elements_per_thread // 2
     if itemsize == 2 and rows.bit_count() > 1 and (added or 1 < spread < 32 or (waiting == 2 and smooth)):
         longest = min(longest, 8192)  # checks of bounds take registers, too
