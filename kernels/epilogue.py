@@ -45,7 +45,7 @@ def pre_activation_gradient(
 
 
 @triton.jit
-def bit_bytes(row, first_byte, in_rows, row_bytes, end_byte, BYTES: tl.constexpr):
+def _bit_bytes(row, first_byte, in_rows, row_bytes, end_byte, BYTES: tl.constexpr):
     """Offsets [rows, BYTES] of the bytes from `first_byte` on, eight flags each, and which of them exist."""
     byte = first_byte + tl.arange(0, BYTES)[None, :]
     end = row_bytes if end_byte is None else tl.minimum(row_bytes, end_byte)
@@ -53,14 +53,24 @@ def bit_bytes(row, first_byte, in_rows, row_bytes, end_byte, BYTES: tl.constexpr
 
 
 @triton.jit
-def store_bits(Bits_ptr, flags, row, first_byte, in_rows, row_bytes, end_byte=None):
-    """Packs flags [rows, span] eight to a byte, lowest bit first, into each row's bytes from `first_byte` on, up to
-    `end_byte` where another program's begin there."""
-    ROWS: tl.constexpr = flags.shape[0]
-    BYTES: tl.constexpr = flags.shape[1] // 8
-    shifted = tl.reshape(flags, [ROWS, BYTES, 8]).to(tl.int32) << tl.arange(0, 8)[None, None, :]
-    offsets, exists = bit_bytes(row, first_byte, in_rows, row_bytes, end_byte, BYTES)
-    tl.store(Bits_ptr + offsets, tl.sum(shifted, axis=2).to(tl.uint8), mask=exists)
+def pack(flags):
+    """[rows, span] flags, eight to a byte, lowest bit first: [rows, span // 8]. Or words of a flag a byte to words."""
+    flags = tl.reshape(flags, [flags.shape[0], flags.shape[1] // 8, 8]).to(tl.uint32)
+    return tl.sum(flags << tl.arange(0, 8).to(tl.uint32)[None, None, :], axis=2)
+
+
+@triton.jit
+def store_bytes(Bits_ptr, packed, row, first_byte, in_rows, row_bytes, end_byte=None):
+    """Stores bytes [rows, BYTES] into each row's from `first_byte` on, up to `end_byte` where another program's begin
+    there."""
+    offsets, exists = _bit_bytes(row, first_byte, in_rows, row_bytes, end_byte, packed.shape[1])
+    tl.store(Bits_ptr + offsets, packed.to(tl.uint8), mask=exists)
+
+
+@triton.jit
+def store_bits(Bits_ptr, flags, row, first_byte, in_rows, row_bytes):
+    """Packs flags [rows, span] into each row's bytes from `first_byte` on."""
+    store_bytes(Bits_ptr, pack(flags), row, first_byte, in_rows, row_bytes)
 
 
 @triton.jit
@@ -68,7 +78,7 @@ def load_bits(Bits_ptr, row, first_byte, in_rows, row_bytes, BLOCK_SPAN: tl.cons
     """The flags [rows, BLOCK_SPAN] that `store_bits` packed, or None where there is no mask."""
     if Bits_ptr is not None:
         ROWS: tl.constexpr = row.shape[0]
-        offsets, exists = bit_bytes(row, first_byte, in_rows, row_bytes, None, BLOCK_SPAN // 8)
+        offsets, exists = _bit_bytes(row, first_byte, in_rows, row_bytes, None, BLOCK_SPAN // 8)
         packed = tl.load(Bits_ptr + offsets, mask=exists, other=0).to(tl.int32)
         bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
         return tl.reshape(bits, [ROWS, BLOCK_SPAN]) != 0

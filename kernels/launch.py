@@ -122,7 +122,7 @@ def _row_tile(
     return RowConfig(block_rows, block_span, num_warps, stages, most_registers)
 
 
-def _ragged(span: int, itemsize: int) -> bool:
+def ragged_rows(span: int, itemsize: int) -> bool:
     """Whether rows begin between 16-byte boundaries; an element's address and mask then take registers of their own."""
     return span % (16 // itemsize) != 0
 
@@ -171,7 +171,7 @@ def row_forward_config(
             longest = min(longest, 12288)
     else:
         longest = {4: 8192 if crowded else 16384, 8: 2048}[itemsize]
-    ragged = _ragged(span, itemsize)
+    ragged = ragged_rows(span, itemsize)
     if ragged:
         longest = min(longest, 8192)
     if span > longest:
@@ -216,7 +216,7 @@ def row_backward_config(
     # Without parameters a residual is read only where z is computed again.
     crowded = operands >= 4 or (operands == 0 and itemsize == 2 and loaded_bytes > 2 * itemsize)
     longest = {2: 4096 if crowded else 8192, 4: 4096 if crowded else 8192, 8: 1024}[itemsize]
-    if _ragged(span, itemsize):
+    if ragged_rows(span, itemsize):
         longest = min(longest, 2048)
     elif _mixed(itemsize, loaded_bytes):
         longest = 2048 if operands >= 3 else 4096
@@ -233,7 +233,7 @@ def row_backward_config(
     # 16 warps a multiprocessor. Fewer where elements have masks and addresses of their own, since several rows make a
     # tile, or ragged ones: 12 where registers are short, 8 in a tile of short ragged rows. One stage more of two 16-bit
     # tensors then keeps as many bytes in flight.
-    ragged = _ragged(span, itemsize)
+    ragged = ragged_rows(span, itemsize)
     several_rows = _padded_span(span) < 128 * elements_per_thread
     most_registers = 128
     if ragged and span <= 128 * elements_per_thread:
@@ -247,7 +247,7 @@ def row_backward_config(
 def column_block_config(span: int, itemsize: int, loaded_bytes: int) -> RowConfig:
     """Block of columns that a program of the chunked backward goes down the rows with: 4 KB, or 2 KB where elements
     take more registers. loaded_bytes as in `row_backward_config`."""
-    ragged = _ragged(span, itemsize)
+    ragged = ragged_rows(span, itemsize)
     block_span = (2048 if ragged or _mixed(itemsize, loaded_bytes) else 4096) // itemsize
     return RowConfig(1, block_span, num_warps=4, stages=3, most_registers=200 if ragged else 168)
 
@@ -282,7 +282,7 @@ def chunk_config(span: int, itemsize: int, loaded_itemsize: int) -> ChunkConfig:
     A row of up to 64 KB is one chunk of 8 KB tiles, which one program walks beside others; above, chunks of 32 KB. Of
     float64 and of ragged rows 16 KB always: they spill with the 64 registers that 32 warps leave a thread.
     """
-    if itemsize == 8 or _ragged(span, itemsize):
+    if itemsize == 8 or ragged_rows(span, itemsize):
         return _chunks(span, itemsize, num_warps=16)
     if span * loaded_itemsize <= 65536:
         return _chunks(span, itemsize, num_warps=8, least_steps=cdiv(span * itemsize, 8192))

@@ -9,14 +9,20 @@ from .tiles import scalar
 
 
 @triton.jit
+def in_all_places(sums, PLANES: tl.constexpr):
+    """[GROUPS, 1] as a vector [GROUPS * PLANES], each in the places of its group."""
+    GROUPS: tl.constexpr = sums.shape[0]
+    return tl.reshape(tl.broadcast_to(sums, [GROUPS, PLANES]), [GROUPS * PLANES])
+
+
+@triton.jit
 def sum_in_groups(values, PLANES: tl.constexpr):
     """Sums of neighbouring PLANES values of a vector, each in all their places."""
     if PLANES == 1:
         return values
     elif values.shape[0] % PLANES == 0:
         GROUPS: tl.constexpr = values.shape[0] // PLANES
-        sums = tl.sum(tl.reshape(values, [GROUPS, PLANES]), axis=1, keep_dims=True)
-        return tl.reshape(tl.broadcast_to(sums, [GROUPS, PLANES]), [GROUPS * PLANES])
+        return in_all_places(tl.sum(tl.reshape(values, [GROUPS, PLANES]), axis=1, keep_dims=True), PLANES)
     else:
         # Each group moves to a power of two of places of its own.
         PADDED: tl.constexpr = triton.next_power_of_2(PLANES)
@@ -35,8 +41,7 @@ def sum_rows(x, PLANES: tl.constexpr, AXIS: tl.constexpr):
     if PLANES > 1 and AXIS == 1:
         # At once: of sums for each row, threads would exchange as many as they have rows.
         GROUPS: tl.constexpr = x.shape[0] // PLANES
-        sums = tl.sum(tl.reshape(x, [GROUPS, PLANES * x.shape[1]]), axis=1, keep_dims=True)
-        return tl.reshape(tl.broadcast_to(sums, [GROUPS, PLANES]), [GROUPS * PLANES])
+        return in_all_places(tl.sum(tl.reshape(x, [GROUPS, PLANES * x.shape[1]]), axis=1, keep_dims=True), PLANES)
     else:
         return sum_in_groups(tl.sum(x, axis=AXIS), PLANES)
 

@@ -106,11 +106,8 @@ def perform(chosen: Sequence[Workload], options: argparse.Namespace, described: 
             found += findings
             if key[1:] == shown:
                 rows.append(row)
-    spills: list[sweep.Spill] = []
-    swept = 0
-    if options.full:
-        targets = sorted({target for _, target in pairs})
-        spills, swept = _sweep(targets, options.every, SweepRecord(options.swept))
+    targets = sorted({target for _, target in pairs})
+    spills, swept = _sweep(targets, options.every, SweepRecord(options.swept)) if options.full else ([], 0)
     return Audit(described, rows, list(dict.fromkeys(found)), spills, swept)
 
 

@@ -29,11 +29,11 @@ class SweepRecord:
 
     def spills(self, group: Group) -> list[Spill] | None:
         """What was found in a group, None where its kernels have changed since, or were never compiled."""
-        return self._known.get((group.target, triton.__version__, group.contents))
+        return self._known.get(_key(group))
 
     def add(self, group: Group, spills: Sequence[Spill]) -> None:
         """Keeps what was found at once."""
-        self._known[group.target, triton.__version__, group.contents] = list(spills)
+        self._known[_key(group)] = list(spills)
         if self.path is None:
             return
         entry = {
@@ -47,3 +47,7 @@ class SweepRecord:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write("\n" + json.dumps(entry))  # in front, for the sake of a line that was cut off
+
+
+def _key(group: Group) -> tuple[str, str, str]:
+    return group.target, triton.__version__, group.contents

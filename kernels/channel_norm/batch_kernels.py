@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..dropout import plane_factor
-from ..epilogue import activate, bit_bytes, pre_activation, store_bits
+from ..epilogue import activate, pack, pre_activation, store_bytes
 from ..moments import input_gradient, reciprocal_deviation, sum_in_groups, tile_moments
 from ..tiles import load_added_residual, load_gradients, load_input, scalar, store_gradients, store_tile
 from .forward_kernels import move_statistic
@@ -80,20 +80,15 @@ def store_column_bits(
     OWNED_BYTES: tl.constexpr = BLOCK_CHANNELS * SPREAD // 8
     first = tl.program_id(0).to(tl.int64) * OWNED_BYTES
     if PADDED == SPREAD:
-        store_bits(Bits_ptr, flags, row, first, in_rows, ROW_BYTES, first + OWNED_BYTES)
+        packed = pack(flags)
     else:
         # To gather flags one by one would take more instructions than all else that is done to an element.
         TOGETHER: tl.constexpr = min(4, flags.shape[0])
-        BYTES: tl.constexpr = flags.shape[1] // 8
         of_row = tl.arange(0, TOGETHER).to(tl.uint32) * 8
-        of_flag = tl.arange(0, 8).to(tl.uint32)
         words = tl.reshape(flags.to(tl.uint32), [flags.shape[0] // TOGETHER, TOGETHER, flags.shape[1]])
-        words = tl.sum(words << of_row[None, :, None], axis=1)
-        words = tl.sum(tl.reshape(words, [words.shape[0], BYTES, 8]) << of_flag[None, None, :], axis=2)
-        words = close_gaps(words, SPREAD, PADDED)
-        packed = tl.reshape(words[:, None, :] >> of_row[None, :, None], [flags.shape[0], BYTES])
-        offsets, exists = bit_bytes(row, first, in_rows, ROW_BYTES, first + OWNED_BYTES, BYTES)
-        tl.store(Bits_ptr + offsets, packed.to(tl.uint8), mask=exists)
+        words = close_gaps(pack(tl.sum(words << of_row[None, :, None], axis=1)), SPREAD, PADDED)
+        packed = tl.reshape(words[:, None, :] >> of_row[None, :, None], [flags.shape[0], words.shape[1]])
+    store_bytes(Bits_ptr, packed, row, first, in_rows, ROW_BYTES, first + OWNED_BYTES)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import triton
 
-from ..launch import THREADS_PER_WARP, DeviceFacts, cdiv, registers_a_thread
+from ..launch import THREADS_PER_WARP, DeviceFacts, cdiv, ragged_rows, registers_a_thread
 from ..views import PooledPlanes, vector_length
 
 # Planes below this many elements compile for their length; longer ones take it at run time, and compile once for each
@@ -132,9 +132,7 @@ def group_forward_tile(
 
 
 @functools.cache
-def group_backward_tile(
-    of: GroupPlanes, itemsize: int, crowded: bool = False, residual: bool = False
-) -> GroupTile | None:
+def group_backward_tile(of: GroupPlanes, itemsize: int, crowded: bool, residual: bool) -> GroupTile | None:
     """Tile of the backward that reads a group once, or None where it has to be cut into pieces. crowded: a slope takes
     more than two values, the gradient of a total is read, or float32 beside 16 bits, or dresidual is written; residual:
     one is read, to compute z again."""
@@ -231,10 +229,6 @@ MOST_PIECES = 2048
 BACKWARD_PROGRAMS = 16  # a multiprocessor, where there is work for so many
 
 
-# Partial results of all channels that are several columns each: of 2048 programs with 128 columns.
-SPREAD_PARTIALS = 2048 * 128
-
-
 MERGE_REGISTERS = 255  # what merges partial results; left alone, ptxas spills some bytes to fit one program more
 
 
@@ -258,7 +252,7 @@ def _piece_tile(
     stages = 0 if plane <= block_plane else 4 if channels_last else 1
     most_registers = _most_registers(itemsize, num_warps)
     if channels_last:
-        most_registers = 168 if channels * itemsize % 16 else 144
+        most_registers = 168 if ragged_rows(channels, itemsize) else 144
     return PieceTile(block_channels, block_plane, num_warps, most_registers, stages)
 
 
@@ -285,7 +279,7 @@ def forward_piece_tile(
     one_tile = not channels_last and plane * itemsize <= 8192
     tile_bytes = _SPREAD_TILE_BYTES if spread else 8192 if one_tile else 4096 if channels_last else 2048
     thread_bytes = 64 if (one_tile or channels_last) and not spread and itemsize < 8 else 32
-    if channels * itemsize % 16 if channels_last else mixes and plane * itemsize % 4:
+    if ragged_rows(channels, itemsize) if channels_last else mixes and plane * itemsize % 4:
         thread_bytes = 32
     if drops:
         tile_bytes, thread_bytes = tile_bytes // 2, 16
@@ -300,13 +294,13 @@ def backward_piece_tile(
     itemsize: int,
     channels_last: bool,
     mixed: bool = False,
-    crowded: bool = False,
+    frozen: bool = False,
     drops: bool = False,
     spread: bool = False,
 ) -> PieceTile:
     """Tile of the backward's passes over pieces: 8 KB of a tensor, 4 KB where registers are short, 32 bytes a thread.
 
-    mixed: beside 16-bit tensors float32 ones are read, which take more of them. crowded: tensors are written, and sums
+    mixed: beside 16-bit tensors float32 ones are read, which take more of them. frozen: tensors are written, and sums
     kept, in one pass. drops and spread as in `forward_piece_tile`.
     """
     tile_bytes = _SPREAD_TILE_BYTES if spread else 4096 if channels_last or mixed else 8192
@@ -314,8 +308,8 @@ def backward_piece_tile(
     if drops:
         tile_bytes, thread_bytes = tile_bytes // 2, 16
     tile = _piece_tile(channels, plane, itemsize, channels_last, tile_bytes, thread_bytes)
-    most_registers = 168 if crowded and channels_last else tile.most_registers
-    ragged = channels * itemsize % 16 != 0
+    most_registers = 168 if frozen and channels_last else tile.most_registers
+    ragged = ragged_rows(channels, itemsize)
     if channels_last and ragged:
         most_registers = 255
     if mixed:
@@ -356,6 +350,10 @@ class Merged(NamedTuple):
 
 
 MERGED = Merged(pieces=16, planes=64, of_sample=1024, rows=128, channels=8)
+
+
+# Partial results of all channels that are several columns each: of 2048 programs with 128 columns.
+SPREAD_PARTIALS = 2048 * 128
 
 
 def combine_tile(channels: int, groups: int, spread: bool) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..activations import ACTIVATIONS
-from ..launch import cdiv, device_facts
+from ..launch import cdiv, device_facts, ragged_rows
 from ..launcher import Launcher, Tensors
 from ..problem import Forward, Tensor, compute_dtype
 from .config import (
@@ -109,7 +109,7 @@ class ForwardPieces:
         most, more = tile.most_registers, 0
         if itemsize < 8 and not drops:
             if kind.add_first and kind.channels_last:
-                most = 255 if kind.channels * itemsize % 16 else 184
+                most = 255 if ragged_rows(kind.channels, itemsize) else 184
             elif kind.add_first and stages:
                 most = 168
             elif kind.channels_last:  # with 16 registers less a fourth program fits; more: or some bytes spill
