@@ -103,6 +103,16 @@ def registers_a_thread(num_warps: int, most: int = 255) -> int:
     return min(most, 65536 // (num_warps * THREADS_PER_WARP))
 
 
+def more_registers(num_warps: int, registers: int) -> int | None:
+    """The bound of a thread in a program that spills with so many registers: what it can have if as many programs as
+    possible fit with 16 more. None where there are no more."""
+    granted = 8 * cdiv(registers, 8)
+    programs = 65536 // (num_warps * THREADS_PER_WARP * (granted + 16))
+    if granted >= 248 or programs == 0:
+        return None
+    return registers_a_thread(num_warps * programs)
+
+
 def _padded_span(span: int) -> int:
     return max(8, triton.next_power_of_2(span))  # 8: the bits of a mask fill whole bytes
 
@@ -177,8 +187,7 @@ def row_forward_config(
     if span > longest:
         return None
     if itemsize == 8:
-        # One row will do, as weights are no wider than x. Without a bound ptxas spills to fit more programs.
-        return _row_tile(span, elements_per_thread=4, most_registers=128)
+        return _row_tile(span, elements_per_thread=4)  # one row will do, as weights are no wider than x
     # 64 bytes of x a thread, so that the programs that fit have 64 KB and more in flight on a multiprocessor. Half of
     # that where a residual waits beside it in a longer row, or where each element has an address and a mask of its own.
     small = 1024 < span <= 4096 and waiting == 2 and itemsize == 2
@@ -191,17 +200,7 @@ def row_forward_config(
         # reads weight and bias again, from the L1 cache, which on an H200 costs less than sums across warps
         # (h200-variants.txt).
         tile = _row_tile(span, elements_per_thread, least_threads=THREADS_PER_WARP)
-    # Where ptxas, left alone, spills some bytes to fit one program more.
-    most_registers = None
-    if ragged:
-        most_registers = registers_a_thread(tile.num_warps)
-    elif wide_residual and span > 1024:
-        most_registers = registers_a_thread(tile.num_warps, 128)
-    elif small and wide_parameters:
-        most_registers = 96
-    elif elements_per_thread == 32 and waiting + parameters >= 3 and tile.num_warps == 4:
-        most_registers = 128
-    return replace(tile, most_registers=most_registers)
+    return tile
 
 
 def row_backward_config(
@@ -282,11 +281,15 @@ def chunk_config(span: int, itemsize: int, loaded_itemsize: int) -> ChunkConfig:
     A row of up to 64 KB is one chunk of 8 KB tiles, which one program walks beside others; above, chunks of 32 KB. Of
     float64 and of ragged rows 16 KB always: they spill with the 64 registers that 32 warps leave a thread.
     """
-    if itemsize == 8 or ragged_rows(span, itemsize):
-        return _chunks(span, itemsize, num_warps=16)
-    if span * loaded_itemsize <= 65536:
+    narrow = itemsize == 8 or ragged_rows(span, itemsize)
+    if not narrow and span * loaded_itemsize <= 65536:
         return _chunks(span, itemsize, num_warps=8, least_steps=cdiv(span * itemsize, 8192))
-    return _chunks(span, itemsize, num_warps=32)
+    num_warps = 16 if narrow else 32
+    config = _chunks(span, itemsize, num_warps)
+    if itemsize == 2 and config.steps > 1 and loaded_itemsize > itemsize:
+        # Sums of each place of a tile, beside a residual, take more registers than there are.
+        return _chunks(span, itemsize, num_warps // 2, most_registers=255)
+    return config
 
 
 def walk_stages(config: ChunkConfig, loaded_itemsize: int, shared_bytes: int) -> int:

@@ -8,7 +8,7 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
-from .launch import THREADS_PER_WARP, is_gpu
+from .launch import THREADS_PER_WARP, is_gpu, more_registers
 from .views import Tensors as Tensors
 
 Tensor = torch.Tensor
@@ -32,7 +32,8 @@ class Launcher:
     A call through Triton costs 7 us, one of what it compiled 1 us: so that is kept, by driver, device and the tensors'
     16-byte alignment (on AMD their size, too). No run-time number is one that Triton specializes on.
 
-    most_registers: of a thread; more_from_sm_100: and so many more where the compiler makes more of the same code.
+    most_registers: of a thread. ptxas, left alone or with too few, keeps some values in memory, often so that one more
+    program fits: it is asked again, with a bound for fewer programs, until it keeps none there.
     """
 
     def __init__(
@@ -41,11 +42,10 @@ class Launcher:
         num_warps: int,
         *constants: Any,
         most_registers: int | None = None,
-        more_from_sm_100: int = 0,
     ) -> None:
         self.kernel = kernel
         self.num_warps = num_warps
-        self.most_registers, self.more_from_sm_100 = most_registers, more_from_sm_100
+        self.most_registers = most_registers
         self.constants = constants
         self._compiled: dict[tuple[Any, ...], Any] = {}
         self._types: tuple[torch.dtype | None, ...] | None = None
@@ -106,11 +106,23 @@ class Launcher:
         self._types = types
 
     def _first_launch(self, programs: int, arguments: tuple[Any, ...]) -> Any:
+        """Launches, and returns what was compiled for it."""
         # fp fusion: its default changes in Triton 3.10, and with it the bits.
         options: dict[str, Any] = {"num_warps": self.num_warps, "enable_fp_fusion": True}
-        if self._compiles:
-            target = triton.runtime.driver.active.get_current_target()
-            options["num_warps"] = max(1, self.num_warps * THREADS_PER_WARP // target.warp_size)
-            if self.most_registers is not None and target.backend == "cuda":
-                options["maxnreg"] = self.most_registers + (self.more_from_sm_100 if target.arch >= 100 else 0)
-        return self.kernel[(programs,)](*arguments, **options)
+        if not self._compiles:
+            return self.kernel[(programs,)](*arguments, **options)
+        target = _drivers.active.get_current_target()
+        options["num_warps"] = max(1, self.num_warps * THREADS_PER_WARP // target.warp_size)
+        bounded = target.backend == "cuda"  # AMD's compiler knows no such bound, and does not spill
+        most_registers = self.most_registers if bounded else None
+        while True:
+            if most_registers is not None:
+                options["maxnreg"] = most_registers
+            compiled = self.kernel.warmup(*arguments, grid=(programs,), **options)
+            launch = compiled[(programs, 1, 1)]  # on loading it Triton learns what it takes
+            spills = bounded and compiled.n_spills > 0
+            most_registers = more_registers(self.num_warps, compiled.n_regs) if spills else None
+            if most_registers is None:
+                break
+        launch(*arguments)
+        return compiled

@@ -12,7 +12,7 @@ import torch
 from .activations import ACTIVATIONS
 from .column_sum import column_sum_of_any_span
 from .dropout import rate
-from .launch import THREADS_PER_WARP, cdiv, device_facts, registers_a_thread
+from .launch import THREADS_PER_WARP, cdiv, device_facts
 from .launcher import Launcher, Tensors
 from .problem import ResidualAdd, Tensor, compute_dtype
 from .residual_kernels import residual_add_backward_kernel, residual_add_forward_kernel
@@ -262,8 +262,6 @@ class _BackwardLauncher:
 
     def __init__(self, sums: bool, activation: str | None, variant: tuple[Any, ...], types: Types) -> None:
         self.sums = sums
-        # Left alone, ptxas spills some bytes of the sums in order to fit one program more.
-        self.most_registers = registers_a_thread(_WARPS) if sums else None
         # Who reads dy alone needs all programs that a multiprocessor can have, with few registers each.
         reads_dy_alone = types[1:3] == (None, None)
         self.block = _block(types) // (2 if reads_dy_alone else 1)
@@ -274,9 +272,7 @@ class _BackwardLauncher:
     def _launcher(self, division: Division) -> Launcher:
         launch = self.launchers.get(division)
         if launch is None:
-            launch = Launcher(
-                residual_add_backward_kernel, _WARPS, *self.constants, *division, most_registers=self.most_registers
-            )
+            launch = Launcher(residual_add_backward_kernel, _WARPS, *self.constants, *division)
             self.launchers[division] = launch
         return launch
 

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import triton
-
+from . import cubin
 from .assembly import Assembly, CodeSize, parse_gcn, parse_sass
-from .inert import Launch
+from .inert import WORD_BYTES, Launch
 from .targets import Target
 
 WIDEST_ACCESS = 16  # bytes a thread
@@ -107,18 +102,14 @@ def resources(launch: Launch, target: Target) -> tuple[int, int]:
     if target.backend == "hip":
         text = launch.compiled.asm["amdgcn"]
         return _amd(text, "vgpr_count"), _amd(text, "private_segment_fixed_size") + 4 * _amd(text, "vgpr_spill_count")
-    usage = _run_on_binary(launch, triton.knobs.nvidia.cuobjdump.path, "-res-usage")
-    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    if found.keys() != {"REG", "STACK", "LOCAL"}:
-        raise RuntimeError(f"cuobjdump must print REG, STACK and LOCAL of {launch.kernel}, but printed {usage!r}")
-    return found["REG"], found["STACK"] + found["LOCAL"]
+    return launch.compiled.n_regs, launch.compiled.n_spills * WORD_BYTES
 
 
 def assembly(launch: Launch, target: Target) -> Assembly:
     """The machine code of a launch."""
     if target.backend == "hip":
         return parse_gcn(launch.compiled.asm["amdgcn"])
-    return parse_sass(_run_on_binary(launch, triton.knobs.nvidia.nvdisasm.path, "-c"))
+    return parse_sass(cubin.machine_code(launch.compiled.asm["cubin"], launch.kernel))
 
 
 def _amd(text: str, name: str) -> int:
@@ -126,13 +117,3 @@ def _amd(text: str, name: str) -> int:
     if found is None:
         raise RuntimeError(f"AMD's assembly must hold .{name} among its metadata, but does not")
     return int(found[1])
-
-
-def _run_on_binary(launch: Launch, program: Any, option: str) -> str:
-    """What a tool of the Triton package prints of a launch's binary."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
-        Path(binary.name).write_bytes(launch.compiled.asm["cubin"])
-        done = subprocess.run([program, option, binary.name], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{program} {option} of {launch.kernel} ended with {done.returncode}: {done.stderr.strip()}")
-    return done.stdout

@@ -17,7 +17,10 @@ import triton
 import fused_ops
 from fused_ops.kernels.launch import assume_device
 
+from . import cubin
 from .targets import DEVICE_OF, Target
+
+WORD_BYTES = 4  # in which a driver counts what is spilled
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,12 @@ class InertDriver:
 
         return Recorder
 
-    def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
-        return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads: nobody looks at them
+    def load_binary(self, name: str, binary: bytes, *_: Any) -> tuple[int, int, int, int, int]:
+        """(module, function, registers, spilled words, most threads): of registers and spills the launcher reads."""
+        registers = spilled_bytes = 0
+        if self.target.backend == "cuda":
+            registers, spilled_bytes = cubin.resources(binary, name)
+        return 1, 1, registers, spilled_bytes // WORD_BYTES, 1024
 
     def get_device_properties(self, _: int) -> dict[str, int]:
         unit = self.target.multiprocessor

@@ -31,13 +31,13 @@ from .targets import TARGETS
 
 
 class Entry(NamedTuple):
-    """kernel: its name; source: a hash of it and of the activation in it; registers: the most, and how many more on
-    some targets; tile: what else is constant."""
+    """kernel: its name; source: a hash of it and of the activation in it; registers: the most that a thread gets at
+    first; tile: what else is constant."""
 
     kernel: str
     source: str
     warps: int
-    registers: tuple[int | None, int]
+    registers: int | None
     tile: tuple[int, ...]
 
 
@@ -117,8 +117,7 @@ def _entry(launcher: Launcher) -> Entry:
     )
     functions = [function for function in launcher.constants if isinstance(function, JITFunction)]
     source = " ".join(function.cache_key for function in (launcher.kernel, *functions))
-    registers = (launcher.most_registers, launcher.more_from_sm_100)
-    return Entry(launcher.kernel.__name__, source, launcher.num_warps, registers, tile)
+    return Entry(launcher.kernel.__name__, source, launcher.num_warps, launcher.most_registers, tile)
 
 
 def _once(launch: Callable[..., None]) -> Callable[..., None]:

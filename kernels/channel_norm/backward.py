@@ -15,7 +15,7 @@ from ..problem import BatchNorm, Gradients, GroupNorm, SwitchNorm, Tensor, Wante
 from ..views import Samples, View, empty_samples, plan_reading
 from .backward_kernels import channel_norm_backward_kernel
 from .backward_pieces import BackwardKind, BackwardPieces, Floats, Pair, Strides
-from .config import group_backward_tile, plane_kind, plane_units, widest_access, with_dropout
+from .config import group_backward_tile, plane_kind, plane_units, widest_access
 
 Schedule = Callable[[int, int, Tensors, Pair, Strides, Floats], Pair]
 
@@ -131,8 +131,6 @@ def _schedule(*fields: Any) -> Schedule:
         tile = group_backward_tile(kind.group_planes, kind.dy.itemsize, crowded, is_read)
     if tile is None:
         return BackwardPieces(kind)
-    if kind.seed is not None:
-        tile = with_dropout(tile)
     block_groups = tile.block_groups
     constants = (kind.channels, kind.groups, kind.plane[0], kind.vec, kind.add_first, kind.needs_dx, *kind.slope)
     block = (block_groups, tile.block_planes, tile.block_plane)

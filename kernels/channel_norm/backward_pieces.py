@@ -14,7 +14,6 @@ from ..launcher import Launcher, Tensors
 from ..problem import Tensor, Wanted, compute_dtype
 from .backward_kernels import channel_gradient_apply_kernel, channel_gradient_sums_kernel, combine_gradients_kernel
 from .config import (
-    MERGE_REGISTERS,
     GroupPlanes,
     PlaneKind,
     backward_piece_tile,
@@ -109,7 +108,7 @@ class BackwardPieces:
         self.kind = kind
         length = kind.plane[0]
         self.tile = tile = backward_piece_tile(
-            kind.channels, longest_of(kind.plane), kind.dy.itemsize, kind.channels_last, kind.mixed, kind.frozen,
+            kind.channels, longest_of(kind.plane), kind.dy.itemsize, kind.channels_last, kind.mixed,
             kind.seed is not None, kind.is_spread,
         )  # fmt: skip
         self.blocks = cdiv(kind.channels, tile.block_channels)
@@ -130,12 +129,10 @@ class BackwardPieces:
         block_partials, self.block_groups = combine_tile(kind.channels, kind.groups, kind.is_spread)
         self.combine = Launcher(
             combine_gradients_kernel, 4, *of_plane, kind.pooled, block_partials, self.block_groups, *COMBINED_COLUMNS,
-            most_registers=MERGE_REGISTERS,
         )  # fmt: skip
         slope = (None, None) if self.leaves_dz else kind.slope
         # What a mixture needs besides is needed before the tiles are: with 16 registers less a fourth program fits.
-        with_fewer = kind.kinds and kind.channels_last and kind.dy.itemsize < 8 and not kind.mixed and kind.seed is None
-        most = 128 if with_fewer else tile.most_registers
+        most = 128 if kind.kinds and kind.channels_last else tile.most_registers
         self.apply = launcher(channel_gradient_apply_kernel, kind.kinds, *slope, most_registers=most)
 
     def __call__(self, samples: int, plane: int, given: Tensors, out: Pair, strides: Strides, floats: Floats) -> Pair:

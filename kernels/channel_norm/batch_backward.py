@@ -18,7 +18,7 @@ from .backward import allocate_gradients, plan_operands
 from .backward_pieces import BackwardKind, BackwardPieces, Pair, Strides
 from .batch_forward import batch_drop_numbers
 from .batch_kernels import batch_norm_backward_kernel
-from .config import ChannelTile, batch_backward_tile, pooled_plane_kind, with_dropout
+from .config import ChannelTile, batch_backward_tile, pooled_plane_kind
 
 
 def batch_norm_backward(
@@ -121,7 +121,5 @@ def backward_pieces_of(kind: BackwardKind) -> BackwardPieces:
 
 @functools.cache
 def _whole_channels(kind: BackwardKind, tile: ChannelTile) -> Launcher:
-    if kind.seed is not None:
-        tile = with_dropout(tile)
     constants = (kind.channels, kind.groups, kind.add_first, kind.needs_dx, *kind.slope, *tile.block)
-    return Launcher(batch_norm_backward_kernel, tile.num_warps, *constants, most_registers=tile.most_registers)
+    return Launcher(batch_norm_backward_kernel, tile.num_warps, *constants)

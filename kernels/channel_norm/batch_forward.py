@@ -18,7 +18,7 @@ from ..launcher import Launcher, Tensors
 from ..problem import BatchNorm, Forward, Tensor, compute_dtype
 from ..views import Pooled, PooledPlanes, columns, empty_samples, plan_reading, pooled_planes
 from .batch_kernels import batch_norm_forward_kernel
-from .config import ChannelTile, batch_forward_tile, pooled_plane_kind, widest_access, with_dropout
+from .config import ChannelTile, batch_forward_tile, pooled_plane_kind, widest_access
 from .forward_pieces import Floats, ForwardKind, ForwardPieces, Running
 
 
@@ -182,7 +182,5 @@ def pieces_of(kind: ForwardKind) -> ForwardPieces:
 
 @functools.cache
 def _whole_channels(kind: ForwardKind, tile: ChannelTile) -> Launcher:
-    if kind.seed is not None:
-        tile = with_dropout(tile)
     constants = (kind.channels, kind.groups, *kind.functions, *tile.block)
-    return Launcher(batch_norm_forward_kernel, tile.num_warps, *constants, most_registers=tile.most_registers)
+    return Launcher(batch_norm_forward_kernel, tile.num_warps, *constants)

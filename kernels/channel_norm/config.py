@@ -6,11 +6,11 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import triton
 
-from ..launch import THREADS_PER_WARP, DeviceFacts, cdiv, ragged_rows, registers_a_thread
+from ..launch import THREADS_PER_WARP, DeviceFacts, cdiv, ragged_rows
 from ..views import PooledPlanes, vector_length
 
 # Planes below this many elements compile for their length; longer ones take it at run time, and compile once for each
@@ -50,7 +50,7 @@ class GroupTile:
     block_planes: int
     block_plane: int
     num_warps: int
-    most_registers: int | None
+    most_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,6 @@ class PieceTile:
     num_warps: int
     most_registers: int | None
     stages: int  # of the software pipeline over the tiles; 0 where a plane is one
-
-
-def _most_registers(itemsize: int, num_warps: int) -> int | None:
-    """What there is for float64, of which ptxas spills some bytes in order to fit one more program; for other types it
-    finds a better balance than one number for every activation does."""
-    return registers_a_thread(num_warps) if itemsize == 8 else None
-
-
-Tile = TypeVar("Tile", "GroupTile", "ChannelTile")
-
-
-def with_dropout(tile: Tile) -> Tile:
-    """A tile whose elements each draw whether they are kept, which takes registers, too: all that there are."""
-    return replace(tile, most_registers=registers_a_thread(tile.num_warps))
 
 
 def _padded(length: int) -> int:
@@ -110,7 +96,7 @@ def _group_tile(of: GroupPlanes, itemsize: int, elements_per_thread: int, longes
         return None
     block_groups = max(1, 128 * elements_per_thread // padded)
     num_warps = max(1, block_groups * padded // (elements_per_thread * THREADS_PER_WARP))
-    return GroupTile(block_groups, block_planes, block_plane, num_warps, _most_registers(itemsize, num_warps))
+    return GroupTile(block_groups, block_planes, block_plane, num_warps)
 
 
 @functools.cache
@@ -125,10 +111,7 @@ def group_forward_tile(
     elements_per_thread = {2: 32, 4: 16, 8: 4}[itemsize]
     if of.plane * itemsize % (16 if drops else 4):
         longest, elements_per_thread = longest // 2, elements_per_thread // 2
-    tile = _group_tile(of, itemsize, elements_per_thread, longest)
-    if tile is not None and itemsize == 2 and added and tile.num_warps == 16:
-        return replace(tile, most_registers=128)  # with half of them, of two programs, ptxas spills some bytes
-    return tile
+    return _group_tile(of, itemsize, elements_per_thread, longest)
 
 
 @functools.cache
@@ -138,12 +121,8 @@ def group_backward_tile(of: GroupPlanes, itemsize: int, crowded: bool, residual:
     one is read, to compute z again."""
     longest = {2: 8192, 4: 4096 if residual else 8192, 8: 1024}[itemsize]
     tile = _group_tile(of, itemsize, {2: 16, 4: 16, 8: 4}[itemsize], longest)
-    if tile is None or itemsize == 8:
-        return tile
-    if residual:  # left alone, ptxas spills some bytes to fit one program more
-        most = 224 if of.plane * itemsize % 4 else 168
-        return replace(tile, most_registers=registers_a_thread(tile.num_warps, most))
-    if itemsize == 2 and not crowded and tile.num_warps == 16:  # of which but one program would fit
+    # Of 16 warps but one program would fit.
+    if tile is not None and itemsize == 2 and not crowded and not residual and tile.num_warps == 16:
         return replace(tile, num_warps=8, most_registers=128)
     return tile
 
@@ -158,7 +137,6 @@ class ChannelTile:
     block_columns: int
     full: bool
     num_warps: int
-    most_registers: int | None
 
     @property
     def block(self) -> tuple[int, int, int, bool]:
@@ -179,8 +157,7 @@ def _channel_tile(rows: int, spread: int, itemsize: int, elements_per_thread: in
     if elements > longest:
         return None
     num_warps = max(1, elements // (elements_per_thread * THREADS_PER_WARP))
-    most_registers = _most_registers(itemsize, num_warps)
-    return ChannelTile(block_channels, block_rows, block_columns, rows == block_rows, num_warps, most_registers)
+    return ChannelTile(block_channels, block_rows, block_columns, rows == block_rows, num_warps)
 
 
 @functools.cache
@@ -196,11 +173,7 @@ def batch_forward_tile(
         longest, elements_per_thread = longest // 2, elements_per_thread // 2
     if itemsize == 2 and rows.bit_count() > 1 and (added or 1 < spread < 32 or (waiting == 2 and smooth)):
         longest = min(longest, 8192)  # checks of bounds take registers, too
-    tile = _channel_tile(rows, spread, itemsize, elements_per_thread, longest)
-    # Where ptxas, left alone, spills some bytes to fit one program more.
-    if tile is not None and itemsize == 2 and (added or spread > 128 or not tile.full):
-        return replace(tile, most_registers=registers_a_thread(tile.num_warps))
-    return tile
+    return _channel_tile(rows, spread, itemsize, elements_per_thread, longest)
 
 
 @functools.cache
@@ -212,9 +185,6 @@ def batch_backward_tile(rows: int, spread: int, itemsize: int, crowded: bool, re
     if tile is None and itemsize == 2 and not crowded:  # nor masks of rows: registers have room for twice as many
         twice = _channel_tile(rows, spread, itemsize, elements_per_thread=32, longest=2 * longest)
         tile = twice if twice is not None and twice.full else None
-    if tile is not None and itemsize < 8:  # left alone, ptxas spills some bytes to fit one program more
-        most = 168 if tile.num_warps <= 4 else 255  # of larger programs there is one on a multiprocessor anyway
-        return replace(tile, most_registers=registers_a_thread(tile.num_warps, most))
     return tile
 
 
@@ -227,9 +197,6 @@ LEAST_CHANNEL_BYTES = 256
 # Of a sample: enough to fill a device with one, few enough to be merged by one program a group.
 MOST_PIECES = 2048
 BACKWARD_PROGRAMS = 16  # a multiprocessor, where there is work for so many
-
-
-MERGE_REGISTERS = 255  # what merges partial results; left alone, ptxas spills some bytes to fit one program more
 
 
 def _piece_tile(
@@ -250,10 +217,7 @@ def _piece_tile(
     threads = block_channels * block_plane * itemsize // thread_bytes
     num_warps = max(1, threads // THREADS_PER_WARP)
     stages = 0 if plane <= block_plane else 4 if channels_last else 1
-    most_registers = _most_registers(itemsize, num_warps)
-    if channels_last:
-        most_registers = 168 if ragged_rows(channels, itemsize) else 144
-    return PieceTile(block_channels, block_plane, num_warps, most_registers, stages)
+    return PieceTile(block_channels, block_plane, num_warps, 144 if channels_last else None, stages)
 
 
 # Of the channels that are columns of a matrix, several of each channel (see `views.pooled_planes`): of smaller programs
@@ -283,8 +247,7 @@ def forward_piece_tile(
         thread_bytes = 32
     if drops:
         tile_bytes, thread_bytes = tile_bytes // 2, 16
-    tile = _piece_tile(channels, plane, itemsize, channels_last, tile_bytes, thread_bytes)
-    return replace(tile, most_registers=registers_a_thread(tile.num_warps)) if drops else tile
+    return _piece_tile(channels, plane, itemsize, channels_last, tile_bytes, thread_bytes)
 
 
 @functools.cache
@@ -294,29 +257,19 @@ def backward_piece_tile(
     itemsize: int,
     channels_last: bool,
     mixed: bool = False,
-    frozen: bool = False,
     drops: bool = False,
     spread: bool = False,
 ) -> PieceTile:
     """Tile of the backward's passes over pieces: 8 KB of a tensor, 4 KB where registers are short, 32 bytes a thread.
 
-    mixed: beside 16-bit tensors float32 ones are read, which take more of them. frozen: tensors are written, and sums
-    kept, in one pass. drops and spread as in `forward_piece_tile`.
+    mixed: beside 16-bit tensors float32 ones are read, which take more of them. drops and spread as in
+    `forward_piece_tile`.
     """
     tile_bytes = _SPREAD_TILE_BYTES if spread else 4096 if channels_last or mixed else 8192
     thread_bytes = 32
     if drops:
         tile_bytes, thread_bytes = tile_bytes // 2, 16
-    tile = _piece_tile(channels, plane, itemsize, channels_last, tile_bytes, thread_bytes)
-    most_registers = 168 if frozen and channels_last else tile.most_registers
-    ragged = ragged_rows(channels, itemsize)
-    if channels_last and ragged:
-        most_registers = 255
-    if mixed:
-        most_registers = 184 if channels_last and not ragged else 255
-    if drops:
-        most_registers = registers_a_thread(tile.num_warps)
-    return replace(tile, most_registers=most_registers)
+    return _piece_tile(channels, plane, itemsize, channels_last, tile_bytes, thread_bytes)
 
 
 def forward_steps(plane: int, itemsize: int, tile: PieceTile) -> int:

@@ -14,7 +14,7 @@ from ..launch import cdiv
 from ..launcher import Launcher, Tensors
 from ..problem import Forward, GroupNorm, Tensor, compute_dtype
 from ..views import Samples, empty_samples, plan_reading
-from .config import group_forward_tile, plane_kind, plane_units, widest_access, with_dropout
+from .config import group_forward_tile, plane_kind, plane_units, widest_access
 from .forward_kernels import channel_norm_forward_kernel
 from .forward_pieces import Floats, ForwardKind, ForwardPieces
 
@@ -107,14 +107,10 @@ def _schedule(*fields: Any) -> Schedule:
         tile = group_forward_tile(kind.group_planes, kind.x.itemsize, waiting, kind.add_first, drops)
     if tile is None:
         return ForwardPieces(kind)
-    if kind.seed is not None:
-        tile = with_dropout(tile)
     block_groups = tile.block_groups
     constants = (kind.channels, kind.groups, kind.plane[0], kind.vec, *kind.functions)
     block = (block_groups, tile.block_planes, tile.block_plane)
-    launch = Launcher(
-        channel_norm_forward_kernel, tile.num_warps, *constants, *block, most_registers=tile.most_registers
-    )
+    launch = Launcher(channel_norm_forward_kernel, tile.num_warps, *constants, *block)
 
     def whole_groups(
         samples: int, plane: int, given: Tensors, out: Forward, strides: tuple[int, int], floats: Floats

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..activations import ACTIVATIONS
-from ..launch import cdiv, device_facts, ragged_rows
+from ..launch import cdiv, device_facts
 from ..launcher import Launcher, Tensors
 from ..problem import Forward, Tensor, compute_dtype
 from .config import (
-    MERGE_REGISTERS,
     GroupPlanes,
     PlaneKind,
     backward_steps,
@@ -98,32 +97,20 @@ class ForwardPieces:
         block = (tile.block_channels, tile.block_plane, tile.stages)
         self.blocks = cdiv(kind.channels, tile.block_channels)
 
-        def launcher(
-            kernel: Any, *constants: Any, most: int | None = tile.most_registers, more_from_sm_100: int = 0
-        ) -> Launcher:
-            return Launcher(kernel, tile.num_warps, *constants, most_registers=most, more_from_sm_100=more_from_sm_100)
+        def launcher(kernel: Any, *constants: Any, most: int | None = tile.most_registers) -> Launcher:
+            return Launcher(kernel, tile.num_warps, *constants, most_registers=most)
 
         of_plane = (kind.channels, kind.groups, length, kind.vec, kind.channels_last)
         # The values of each place take registers, and so programs, that loads ahead make up for; but for one tile.
         stages = max(tile.stages, min(3, 3 * tile.stages))
-        most, more = tile.most_registers, 0
-        if itemsize < 8 and not drops:
-            if kind.add_first and kind.channels_last:
-                most = 255 if ragged_rows(kind.channels, itemsize) else 184
-            elif kind.add_first and stages:
-                most = 168
-            elif kind.channels_last:  # with 16 registers less a fourth program fits; more: or some bytes spill
-                most, more = 128, 24
-            elif stages:
-                most = 128
+        most = 128 if stages or kind.channels_last else None
         of_moments = (kind.channels, length, kind.vec, kind.channels_last, *block[:2], stages)
-        self.moments = launcher(channel_moments_kernel, *of_moments, most=most, more_from_sm_100=more)
+        self.moments = launcher(channel_moments_kernel, *of_moments, most=most)
         block_partials, self.block_groups = combine_tile(kind.channels, kind.groups, kind.is_spread)
         # A launcher for each: what it stores, and what not, is part of what it compiled.
         self.combine, self.combine_in_parts = (
             Launcher(
                 combine_moments_kernel, 4, *of_plane, tile.block_plane, block_partials, self.block_groups,
-                most_registers=MERGE_REGISTERS,
             )
             for _ in range(2)
         )  # fmt: skip

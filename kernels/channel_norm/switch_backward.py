@@ -14,7 +14,7 @@ from ..problem import Gradients, Kinds, Mixture, SwitchNorm, Tensor, Wanted, com
 from ..views import Samples, columns
 from .backward import allocate_gradients, plan_operands
 from .backward_pieces import BackwardKind, BackwardPieces
-from .config import MERGE_REGISTERS, MERGED, plane_kind
+from .config import MERGED, plane_kind
 from .switch_forward import merging_programs
 from .switch_kernels import combine_switch_gradients_kernel, mixing_gradients_kernel
 
@@ -92,7 +92,7 @@ def _pieces(kind: BackwardKind) -> BackwardPieces:
 @functools.cache
 def _merge(kind: BackwardKind, training: bool) -> Launcher:
     constants = (kind.channels, kind.plane[0], kind.vec, kind.channels_last, not training, *MERGED)
-    return Launcher(combine_switch_gradients_kernel, 4, *constants, most_registers=MERGE_REGISTERS)
+    return Launcher(combine_switch_gradients_kernel, 4, *constants)
 
 
 @functools.cache

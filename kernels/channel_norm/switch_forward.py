@@ -14,7 +14,7 @@ from ..launcher import Launcher
 from ..problem import Forward, GroupNorm, Kinds, Mixture, SwitchNorm, Tensor, compute_dtype
 from ..views import Samples, columns, plan_reading
 from .batch_forward import store_moved
-from .config import MERGE_REGISTERS, MERGED, plane_kind, widest_access
+from .config import MERGED, plane_kind, widest_access
 from .forward import allocate as allocate_of_planes
 from .forward_pieces import ForwardKind, ForwardPieces
 from .switch_kernels import combine_switch_moments_kernel
@@ -89,4 +89,4 @@ def _pieces(kind: ForwardKind) -> ForwardPieces:
 def _merge(kind: ForwardKind, training: bool) -> Launcher:
     of_plane = (kind.channels, kind.plane[0], kind.vec, kind.channels_last)
     constants = (*of_plane, _pieces(kind).tile.block_plane, not training, *MERGED)
-    return Launcher(combine_switch_moments_kernel, 4, *constants, most_registers=MERGE_REGISTERS)
+    return Launcher(combine_switch_moments_kernel, 4, *constants)

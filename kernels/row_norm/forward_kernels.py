@@ -111,7 +111,10 @@ def chunk_moments(
         origin = tl.zeros([1, BLOCK_SPAN], COMPUTE)
         shift = tl.zeros([1, BLOCK_SPAN], COMPUTE)
         square = tl.zeros([1, BLOCK_SPAN], COMPUTE)
-        for step in tl.range(tiles_of_chunk(chunk, SPAN, BLOCK_SPAN, STEPS), num_stages=STAGES):
+        tiles = tiles_of_chunk(chunk, SPAN, BLOCK_SPAN, STEPS)
+        if COMPUTE == tl.float64:  # 1 as a run-time number, or, where all chunks have STEPS, the unrolled loop spills
+            tiles *= tl.num_programs(1)
+        for step in tl.range(tiles, num_stages=STAGES):
             x, in_span = load_part_of_input(
                 X_ptr, Residual_ptr, Total_ptr, Seed_ptr, row, x_base, residual_base, first + step * BLOCK_SPAN,
                 threshold, factor, SPAN, BLOCK_SPAN, COMPUTE,
@@ -136,12 +139,14 @@ def apply_chunk(
 ):  # fmt: skip
     """Normalizes and finishes one chunk, given the row's mean (or None) and rstd, its last tile first. A total is not
     stored again."""
-    tiles = tiles_of_chunk(chunk, SPAN, BLOCK_SPAN, STEPS)
-    for step in tl.range(tiles):
-        first = (scalar(chunk, tl.int64) * STEPS + tiles - 1 - step) * BLOCK_SPAN
-        col = first + tl.arange(0, BLOCK_SPAN)[None, :]
+    # The largest tile has 16 elements a thread, and of 64 registers too few for those of a residual and of parameters.
+    PART: tl.constexpr = BLOCK_SPAN // 2 if BLOCK_SPAN == 16384 and Residual_ptr is not None else BLOCK_SPAN
+    parts = tiles_of_chunk(chunk, SPAN, PART, STEPS * BLOCK_SPAN // PART)
+    for part in tl.range(parts):
+        first = scalar(chunk, tl.int64) * STEPS * BLOCK_SPAN + (parts - 1 - part) * PART
+        col = first + tl.arange(0, PART)[None, :]
         in_span = col < SPAN
-        drops = row_factor(Seed_ptr, row, first, threshold, factor, SPAN, BLOCK_SPAN, COMPUTE)
+        drops = row_factor(Seed_ptr, row, first, threshold, factor, SPAN, PART, COMPUTE)
         x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, in_span, drops, COMPUTE)
         residual = load_added_residual(Residual_ptr, Total_ptr, residual_base, col, in_span, COMPUTE)
         weight = load_columns(Weight_ptr, col, in_span, COMPUTE)

@@ -17,6 +17,7 @@ from benchmarks.audit.inert import compiling_for
 from benchmarks.audit.sweep_calls import FEW, ChannelCall, Kind, RowCall
 from benchmarks.audit.sweep_record import SweepRecord
 from benchmarks.audit.targets import TARGETS
+from fused_ops.kernels import launcher
 from fused_ops.kernels.launcher import Launcher
 from fused_ops.kernels.row_norm.forward_kernels import row_norm_forward_kernel
 from tests.schedules import forget_schedules
@@ -42,16 +43,20 @@ def unwritten_memory_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def few_registers() -> Iterator[None]:
-    """Gives the threads of every kernel that is scheduled inside so few that it spills."""
+    """Gives the threads of every kernel that is scheduled inside so few that it spills, and never more."""
     original = Launcher.__init__
 
-    def with_few(launcher: Launcher, *arguments: Any, most_registers: int | None = None, **others: Any) -> None:
-        original(launcher, *arguments, most_registers=24, **others)
+    def with_few(self: Launcher, *arguments: Any, most_registers: int | None = None, **others: Any) -> None:
+        original(self, *arguments, most_registers=24, **others)
 
     forget_schedules()
-    with mock.patch.object(Launcher, "__init__", with_few):
+    with mock.patch.object(Launcher, "__init__", with_few), mock.patch.object(launcher, "more_registers", _no_more):
         yield
     forget_schedules()
+
+
+def _no_more(num_warps: int, registers: int) -> None:
+    """In place of `more_registers`."""
 
 
 # Which is no norm, and is compiled by test_residual_add_launches.
