@@ -112,7 +112,9 @@ def chunk_moments(
         shift = tl.zeros([1, BLOCK_SPAN], COMPUTE)
         square = tl.zeros([1, BLOCK_SPAN], COMPUTE)
         tiles = tiles_of_chunk(chunk, SPAN, BLOCK_SPAN, STEPS)
-        if COMPUTE == tl.float64:  # 1 as a run-time number, or, where all chunks have STEPS, the unrolled loop spills
+        if (
+            origin.dtype == tl.float64
+        ):  # 1 as a run-time number, or, where all chunks have STEPS, the unrolled loop spills
             tiles *= tl.num_programs(1)
         for step in tl.range(tiles, num_stages=STAGES):
             x, in_span = load_part_of_input(
