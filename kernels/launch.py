@@ -79,8 +79,7 @@ class RowConfig:
     block_span: int
     num_warps: int
     stages: int = 1  # of the software pipeline over tiles, where a program takes several
-    # A thread. Left alone, ptxas takes so many that fewer programs fit, or spills some bytes in order to fit one more.
-    most_registers: int | None = None
+    most_registers: int | None = None  # a thread; left alone, ptxas takes so many that fewer programs fit
 
 
 @dataclass(frozen=True)

@@ -100,13 +100,11 @@ def _group_tile(of: GroupPlanes, itemsize: int, elements_per_thread: int, longes
 
 
 @functools.cache
-def group_forward_tile(
-    of: GroupPlanes, itemsize: int, waiting: int, added: bool = False, drops: bool = False
-) -> GroupTile | None:
+def group_forward_tile(of: GroupPlanes, itemsize: int, waiting: int, drops: bool = False) -> GroupTile | None:
     """Tile of the forward that reads a group once, or None where it has to be cut into pieces. waiting: the tensors of
-    x's size that are in registers at once, x and a residual. added: the residual is a part of what is normalized.
-    drops: elements draw whether they are kept. Elements with addresses of their own, and those that draw beside masks
-    of their own, take so many registers that a thread has half as many."""
+    x's size that are in registers at once, x and a residual. drops: elements draw whether they are kept. Elements with
+    addresses of their own, and those that draw beside masks of their own, take so many registers that a thread has half
+    as many."""
     longest = {2: 16384, 4: 16384 if waiting == 1 else 8192, 8: 2048}[itemsize]
     elements_per_thread = {2: 32, 4: 16, 8: 4}[itemsize]
     if of.plane * itemsize % (16 if drops else 4):
@@ -165,8 +163,8 @@ def batch_forward_tile(
     rows: int, spread: int, itemsize: int, waiting: int, added: bool, smooth: bool, drops: bool
 ) -> ChannelTile | None:
     """Tile of the forward that reads a channel once, `spread` columns of `rows`, or None where it has to be cut into
-    pieces. waiting, added and drops as in `group_forward_tile`; smooth: the activation has a slope of more than two
-    values."""
+    pieces. waiting and drops as in `group_forward_tile`. added: the residual is a part of what is normalized; smooth:
+    the activation has a slope of more than two values."""
     longest = {2: 16384, 4: 16384 if waiting == 1 else 8192, 8: 2048}[itemsize]
     elements_per_thread = {2: 32, 4: 16, 8: 4}[itemsize]
     if drops or rows == 1:  # of more, some bytes spill

@@ -138,7 +138,7 @@ def _schedule(*fields: Any) -> Schedule:
     if config is None:
         return _LongRows(kind)
     constants = (*kind.constants, config.block_rows, config.block_span)
-    launch = Launcher(row_norm_forward_kernel, config.num_warps, *constants, most_registers=config.most_registers)
+    launch = Launcher(row_norm_forward_kernel, config.num_warps, *constants)
 
     def whole_rows(rows: int, given: Tensors, out: Forward, strides: Strides, floats: Floats) -> None:
         y, total, mean, rstd, bits = out

@@ -112,10 +112,8 @@ def chunk_moments(
         shift = tl.zeros([1, BLOCK_SPAN], COMPUTE)
         square = tl.zeros([1, BLOCK_SPAN], COMPUTE)
         tiles = tiles_of_chunk(chunk, SPAN, BLOCK_SPAN, STEPS)
-        if (
-            origin.dtype == tl.float64
-        ):  # 1 as a run-time number, or, where all chunks have STEPS, the unrolled loop spills
-            tiles *= tl.num_programs(1)
+        if origin.dtype == tl.float64:  # where all chunks have STEPS, the loop would be unrolled and spill
+            tiles *= tl.num_programs(1)  # 1, but known at run time only
         for step in tl.range(tiles, num_stages=STAGES):
             x, in_span = load_part_of_input(
                 X_ptr, Residual_ptr, Total_ptr, Seed_ptr, row, x_base, residual_base, first + step * BLOCK_SPAN,
