@@ -1,8 +1,9 @@
 """Every entry of the launch tables x type x activation x residual x target, compiled, to see that none spills.
 
 An entry is what tells one compiled kernel from another apart from its span or planes: warps, registers, tile, stages,
-access width, norm. Which entry a call gets is seen by making it and launching nothing. Each is compiled once, with the
-most operands that get it: of rows at the longest span, aligned or ragged, of planes at the first of those listed.
+access width, norm, types. Which entry a call gets is seen by making it and launching nothing. Each is compiled once,
+with the most operands that get it: of rows at the longest span, aligned or ragged, of planes at the first of those
+listed.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
 import triton
 from triton.runtime.jit import JITFunction
 
 from fused_ops.kernels import launcher
-from fused_ops.kernels.launcher import Launcher
+from fused_ops.kernels.launcher import Launcher, Tensors
 
 from . import binary, inert, targets
 from .binary import resources
@@ -31,14 +33,20 @@ from .targets import TARGETS
 
 
 class Entry(NamedTuple):
-    """kernel: its name; source: a hash of it and of the activation in it; registers: the most that a thread gets at
-    first; tile: what else is constant."""
+    """kernel: its name; source: a hash of it and of the activation in it; types: of its tensors, None without one;
+    registers: the most that a thread gets at first; tile: what else is constant."""
 
     kernel: str
     source: str
+    types: tuple[torch.dtype | None, ...]
     warps: int
     registers: int | None
     tile: tuple[int, ...]
+
+    @property
+    def of_any_type(self) -> Entry:
+        """The entry of the tables, whatever tensors there are."""
+        return self._replace(types=())
 
 
 # Constants of a kernel in which calls of one entry differ.
@@ -63,11 +71,12 @@ class Spill:
 
 @dataclass(frozen=True)
 class Group:
-    """Calls of one kind on one target: with others they share no entry. contents: a hash of them, of their entries, and
+    """Calls of one kind on one target, and which of their entries no earlier group has. contents: a hash of both, and
     of what compiles and judges them."""
 
     target: str
     calls: tuple[Call, ...]
+    entries: frozenset[Entry]
     contents: str
 
     @property
@@ -76,39 +85,45 @@ class Group:
 
     def compile(self) -> list[Spill]:
         """What spills."""
-        return spills(self.calls, self.target)
+        return spills(self.calls, self.target, self.entries)
 
 
 def groups(target_name: str, some_kinds: Iterable[Kind] | None = None, every: int = 1) -> list[Group]:
     """Every n-th of the calls that together get every entry on a target, for each type, activation and residual."""
-    found: list[tuple[Call, list[Entry]]] = []
+    found: list[tuple[Call, set[Entry]]] = []
+    compiled: set[Entry] = set()
     with compiling_for(TARGETS[target_name]):
         for kind in kinds() if some_kinds is None else some_kinds:
-            seen: set[Entry] = set()
+            seen: set[Entry] = set()  # of this kind, of whatever types its parameters are
             for call in candidates(kind):
-                entries = entries_of(call)
-                if not entries <= seen:
-                    seen |= entries
-                    found.append((call, sorted(entries, key=repr)))
+                new = {entry for entry in entries_of(call) if entry.of_any_type not in seen}
+                seen |= {entry.of_any_type for entry in new}
+                if entries := new - compiled:
+                    compiled |= entries
+                    found.append((call, entries))
     made = []
     judges = [inspect.getsource(module) for module in (launcher, inert, binary, targets)]
     for _, of_kind in itertools.groupby(found[::every], key=lambda pair: pair[0].kind):
         pairs = list(of_kind)
-        text = "\n".join((*judges, *(f"{call}: {entries}" for call, entries in pairs)))
+        text = "\n".join((*judges, *(f"{call}: {sorted(entries, key=repr)}" for call, entries in pairs)))
         calls = tuple(call for call, _ in pairs)
-        made.append(Group(target_name, calls, hashlib.sha256(text.encode()).hexdigest()))
+        of_group = frozenset(entry for _, entries in pairs for entry in entries)
+        made.append(Group(target_name, calls, of_group, hashlib.sha256(text.encode()).hexdigest()))
     return made
 
 
 def entries_of(call: Call) -> set[Entry]:
     """The entries that a call gets; it is made, and launches nothing."""
     entries: set[Entry] = set()
-    with mock.patch.object(Launcher, "__call__", lambda launcher, *_: entries.add(_entry(launcher))):
+    with mock.patch.object(Launcher, "__call__", lambda *arguments: entries.add(_entry(*arguments))):
         call.run()
     return entries
 
 
-def _entry(launcher: Launcher) -> Entry:
+def _entry(
+    launcher: Launcher, _programs: int, _device: torch.device, given: Tensors, allocated: Tensors, *_: float
+) -> Entry:
+    types = tuple(None if tensor is None else tensor.dtype for tensor in given + allocated)
     names = launcher.kernel.arg_names[-len(launcher.constants) :]
     tile = tuple(
         constant
@@ -117,30 +132,31 @@ def _entry(launcher: Launcher) -> Entry:
     )
     functions = [function for function in launcher.constants if isinstance(function, JITFunction)]
     source = " ".join(function.cache_key for function in (launcher.kernel, *functions))
-    return Entry(launcher.kernel.__name__, source, launcher.num_warps, launcher.most_registers, tile)
+    return Entry(launcher.kernel.__name__, source, types, launcher.num_warps, launcher.most_registers, tile)
 
 
-def _once(launch: Callable[..., None]) -> Callable[..., None]:
-    """`launch`, of each entry only the first time."""
+def _once(launch: Callable[..., None], entries: frozenset[Entry] | None) -> Callable[..., None]:
+    """`launch`, of each of the entries only the first time, and of no other."""
     seen: set[Entry] = set()
 
-    def launch_once(launcher: Launcher, *arguments: Any) -> None:
-        if (entry := _entry(launcher)) not in seen:
+    def launch_once(*arguments: Any) -> None:
+        entry = _entry(*arguments)
+        if entry not in seen and (entries is None or entry in entries):
             seen.add(entry)
-            launch(launcher, *arguments)
+            launch(*arguments)
 
     return launch_once
 
 
-def spills(some_calls: Sequence[Call], target_name: str) -> list[Spill]:
-    """Those of calls of one kind on one target. What is compiled is not kept: all entries are some gigabytes."""
+def spills(some_calls: Sequence[Call], target_name: str, entries: frozenset[Entry] | None = None) -> list[Spill]:
+    """Those of calls on one target: of these entries, or all. What is compiled is not kept: it is some gigabytes."""
     target = TARGETS[target_name]
     found = []
     with ExitStack() as stack:
         stack.enter_context(triton.knobs.cache.scope())
         triton.knobs.cache.dir = stack.enter_context(tempfile.TemporaryDirectory())
         launches = stack.enter_context(compiling_for(target))
-        stack.enter_context(mock.patch.object(Launcher, "__call__", _once(Launcher.__call__)))
+        stack.enter_context(mock.patch.object(Launcher, "__call__", _once(Launcher.__call__, entries)))
         for call in some_calls:
             launches.clear()
             call.run()

@@ -76,6 +76,22 @@ def test_it_reaches_every_kernel() -> None:
     assert len(set(map(str, some_calls))) == len(some_calls)
 
 
+def test_kernels_without_an_activation_are_compiled_for_the_first_alone() -> None:
+    kinds = [KIND, Kind(torch.bfloat16, "silu", "after")]
+    first, second = sweep.groups("sm_90", kinds)
+    (alone,) = sweep.groups("sm_90", kinds[1:])
+    assert not first.entries & second.entries
+    known = {entry.kernel for entry in alone.entries - second.entries}
+    assert {"row_moments_kernel", "combine_moments_kernel", "column_sum_kernel"} <= known
+    assert "row_norm_forward_kernel" not in known
+    some_calls = second.calls[:20]
+    with mock.patch.object(Launcher, "_first_launch") as compile_one:
+        sweep.spills(some_calls, "sm_90", second.entries)
+    with compiling_for(TARGETS["sm_90"]):
+        entries = {entry for call in some_calls for entry in sweep.entries_of(call)}
+    assert compile_one.call_count == len(entries & second.entries) > 0
+
+
 @pytest.mark.parametrize(
     "call",
     [RowCall(KIND, "same type", 1024, True, FEW), ChannelCall(KIND, "same type", (8, 32, (28, 28)), False)],
