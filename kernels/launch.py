@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -91,6 +91,7 @@ class ChunkConfig:
     chunks: int
     num_warps: int
     most_registers: int  # as in RowConfig
+    parts: int = 1  # of a tile, in which it is normalized one after the other
 
 
 def cdiv(a: int, b: int) -> int:
@@ -106,10 +107,9 @@ def more_registers(num_warps: int, registers: int) -> int | None:
     """The bound of a thread in a program that spills with so many registers: what it can have if as many programs as
     possible fit with 16 more. None where there are no more."""
     granted = 8 * cdiv(registers, 8)
-    programs = 65536 // (num_warps * THREADS_PER_WARP * (granted + 16))
-    if granted >= 248 or programs == 0:
-        return None
-    return registers_a_thread(num_warps * programs)
+    programs = max(1, 65536 // (num_warps * THREADS_PER_WARP * (granted + 16)))
+    more = registers_a_thread(num_warps * programs)
+    return more if more > registers else None
 
 
 def _padded_span(span: int) -> int:
@@ -273,12 +273,15 @@ def _chunks(span: int, itemsize: int, num_warps: int, most_registers: int = 128,
     return ChunkConfig(block_span, steps, cdiv(span, block_span * steps), num_warps, most_registers)
 
 
-def chunk_config(span: int, itemsize: int, loaded_itemsize: int) -> ChunkConfig:
+def chunk_config(span: int, itemsize: int, loaded_itemsize: int, waiting: int = 1) -> ChunkConfig:
     """Chunks of a row that is too long for the forward to hold: the same whether one program walks them or several
-    share them. loaded_itemsize: bytes of an element of x and of a residual to be added.
+    share them. loaded_itemsize: bytes of an element of x and of a residual to be added; waiting as in
+    `row_forward_config`.
 
-    A row of up to 64 KB is one chunk of 8 KB tiles, which one program walks beside others; above, chunks of 32 KB. Of
-    float64 and of ragged rows 16 KB always: they spill with the 64 registers that 32 warps leave a thread.
+    A row of up to 64 KB is one chunk of 8 KB tiles, which one program walks beside others; above, tiles of 32 KB. Of
+    float64 and of ragged rows 16 KB always: they spill with the 64 registers that 32 warps leave a thread, as do 16
+    elements beside a residual that is added afterwards, or is float32. Half as many where sums of each place are kept
+    beside a residual.
     """
     narrow = itemsize == 8 or ragged_rows(span, itemsize)
     if not narrow and span * loaded_itemsize <= 65536:
@@ -286,8 +289,9 @@ def chunk_config(span: int, itemsize: int, loaded_itemsize: int) -> ChunkConfig:
     num_warps = 16 if narrow else 32
     config = _chunks(span, itemsize, num_warps)
     if itemsize == 2 and config.steps > 1 and loaded_itemsize > itemsize:
-        # Sums of each place of a tile, beside a residual, take more registers than there are.
         return _chunks(span, itemsize, num_warps // 2, most_registers=255)
+    if num_warps == 32 and itemsize == 2 and (waiting == 2 or loaded_itemsize > 2 * itemsize):
+        return replace(config, parts=2)
     return config
 
 

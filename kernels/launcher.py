@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ class Launcher:
     A call through Triton costs 7 us, one of what it compiled 1 us: so that is kept, by driver, device and the tensors'
     16-byte alignment (on AMD their size, too). No run-time number is one that Triton specializes on.
 
-    most_registers: of a thread. ptxas, left alone or with too few, keeps some values in memory, often so that one more
-    program fits: it is asked again, with a bound for fewer programs, until it keeps none there.
+    most_registers: of a thread, at first. ptxas, left alone or with too few, keeps some values in memory, often so that
+    one more program fits: it is asked again, with a bound for fewer programs, until it keeps none there.
     """
 
     def __init__(
@@ -113,16 +114,23 @@ class Launcher:
             return self.kernel[(programs,)](*arguments, **options)
         target = _drivers.active.get_current_target()
         options["num_warps"] = max(1, self.num_warps * THREADS_PER_WARP // target.warp_size)
-        bounded = target.backend == "cuda"  # AMD's compiler knows no such bound, and does not spill
-        most_registers = self.most_registers if bounded else None
+        if target.backend == "cuda":  # others know no such bound
+            self._bound_registers(programs, arguments, options)
+        return self.kernel[(programs,)](*arguments, **options)
+
+    def _bound_registers(self, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Puts the bound with which the fewest values are kept in memory into the options, by compiling with each."""
+        bound, fewest = self.most_registers, math.inf
         while True:
-            if most_registers is not None:
-                options["maxnreg"] = most_registers
-            compiled = self.kernel.warmup(*arguments, grid=(programs,), **options)
-            launch = compiled[(programs, 1, 1)]  # on loading it Triton learns what it takes
-            spills = bounded and compiled.n_spills > 0
-            most_registers = more_registers(self.num_warps, compiled.n_regs) if spills else None
-            if most_registers is None:
-                break
-        launch(*arguments)
-        return compiled
+            tried = options if bound is None else {**options, "maxnreg": bound}
+            compiled = self.kernel.warmup(*arguments, grid=(programs,), **tried)
+            compiled = compiled.result() if hasattr(compiled, "result") else compiled  # of Triton's asynchronous mode
+            if compiled is None:  # a hook of Triton's wants none
+                return
+            compiled[(programs, 1, 1)]  # loads it, by which Triton learns what it takes
+            if compiled.n_spills < fewest:
+                best, fewest = tried, compiled.n_spills
+            bound = more_registers(self.num_warps, max(compiled.n_regs, bound or 0)) if fewest else None
+            if bound is None:
+                options.update(best)
+                return

@@ -58,15 +58,15 @@ class Schedule:
         self._monkeypatch.setattr(module, name, function)
         forget_schedules()
 
-    def forward(self, kind: str, block_span: int = 256, steps: int = 1) -> None:
-        """Whole rows as configured, or chunks of steps * block_span elements, walked or shared.
+    def forward(self, kind: str, block_span: int = 256, steps: int = 1, parts: int = 1) -> None:
+        """Whole rows as configured, or chunks of steps * block_span elements, walked or shared, finished in parts.
 
         Rows are walked only where they can be read at full width: in these tests a span is a multiple of 8.
         """
         if kind == "whole":
             return
         self.replace(forward_module, "row_forward_config", lambda *sizes: None)
-        self.replace(forward_module, "chunk_config", chunks_of(block_span, steps))
+        self.replace(forward_module, "chunk_config", chunks_of(block_span, steps, parts))
         self.replace(forward_module, "walks_rows", lambda *sizes: kind == "walk")
 
     def backward(self, block_span: int = 256, steps: int = 1, stripes: int | None = None, columns: int = 256) -> None:
@@ -87,10 +87,9 @@ class Schedule:
         self.replace(backward_module, "backward_walk_config", lambda *sizes: tile)
 
 
-def chunks_of(block_span: int, steps: int) -> Callable[..., launch.ChunkConfig]:
-    def config(span: int, *itemsizes: int) -> launch.ChunkConfig:
-        return launch.ChunkConfig(
-            block_span, steps, launch.cdiv(span, block_span * steps), num_warps=4, most_registers=128
-        )
+def chunks_of(block_span: int, steps: int, parts: int = 1) -> Callable[..., launch.ChunkConfig]:
+    def config(span: int, *sizes: int) -> launch.ChunkConfig:
+        chunks = launch.cdiv(span, block_span * steps)
+        return launch.ChunkConfig(block_span, steps, chunks, num_warps=4, most_registers=128, parts=parts)
 
     return config

@@ -98,6 +98,42 @@ def test_shared_rows_of_other_types(
         check(with_fields(case, residual=case.residual.float(), dtotal=case.dtotal.float()))
 
 
+@pytest.mark.parametrize("division", [(700, 256, 1), (385, 64, 3), (130, 64, 2)], ids=short)
+@pytest.mark.parametrize("forward", ["walk", "share"])
+@calls([("layer_norm", True, "relu"), ("add_rms_norm", True, "silu")])
+def test_parts_of_tiles_change_no_bit(
+    schedule: Schedule,
+    function: str,
+    residual: bool,
+    activation: str | None,
+    forward: str,
+    division: tuple[int, int, int],
+) -> None:
+    span, block_span, steps = division
+    case = make_case(function, 3, span, residual=residual, activation=activation)
+    schedule.forward(forward, block_span, steps)
+    whole = everything_forward(case)
+    schedule.forward(forward, block_span, steps, parts=2)
+    assert_same_forward(everything_forward(case), whole, slice(None))
+
+
+@calls([("layer_norm", True, "relu"), ("add_layer_norm", True, None)])
+def test_long_rows_in_parts_by_the_tables_themselves(
+    schedule: Schedule, function: str, residual: bool, activation: str | None
+) -> None:
+    case = make_case(function, 2, 33_032, dtype=torch.float16, residual=residual, activation=activation)
+    if case.adds_first:
+        case = with_fields(case, residual=case.residual.float(), dtotal=case.dtotal.float())
+    span, itemsize = 33_032, 2
+    assert (
+        launch.chunk_config(span, itemsize, 6 if case.adds_first else 2, waiting=1 if case.adds_first else 2).parts == 2
+    )
+    check(case)
+    shared = everything_forward(case)
+    schedule.replace(forward_module, "walks_rows", lambda *sizes: True)
+    assert_same_forward(everything_forward(case), shared, slice(None))
+
+
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("forward", ["whole", "walk", "share"])
 @pytest.mark.parametrize("function", FUNCTIONS)

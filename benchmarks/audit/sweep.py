@@ -23,9 +23,10 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from fused_ops.kernels import launcher
+from fused_ops.kernels.launch import more_registers
 from fused_ops.kernels.launcher import Launcher, Tensors
 
-from . import binary, inert, targets
+from . import binary, cubin, inert, targets
 from .binary import resources
 from .inert import compiling_for
 from .sweep_calls import Call, Kind, candidates, kinds
@@ -102,7 +103,7 @@ def groups(target_name: str, some_kinds: Iterable[Kind] | None = None, every: in
                     compiled |= entries
                     found.append((call, entries))
     made = []
-    judges = [inspect.getsource(module) for module in (launcher, inert, binary, targets)]
+    judges = [inspect.getsource(part) for part in (launcher, more_registers, inert, binary, cubin, targets)]
     for _, of_kind in itertools.groupby(found[::every], key=lambda pair: pair[0].kind):
         pairs = list(of_kind)
         text = "\n".join((*judges, *(f"{call}: {sorted(entries, key=repr)}" for call, entries in pairs)))

@@ -109,6 +109,8 @@ def group_forward_tile(of: GroupPlanes, itemsize: int, waiting: int, drops: bool
     elements_per_thread = {2: 32, 4: 16, 8: 4}[itemsize]
     if of.plane * itemsize % (16 if drops else 4):
         longest, elements_per_thread = longest // 2, elements_per_thread // 2
+    elif drops and itemsize == 4:  # 32 warps leave them too few
+        longest //= 2
     return _group_tile(of, itemsize, elements_per_thread, longest)
 
 

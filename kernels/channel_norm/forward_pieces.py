@@ -103,6 +103,7 @@ class ForwardPieces:
         of_plane = (kind.channels, kind.groups, length, kind.vec, kind.channels_last)
         # The values of each place take registers, and so programs, that loads ahead make up for; but for one tile.
         stages = max(tile.stages, min(3, 3 * tile.stages))
+        # With 16 registers less than alone a fourth program fits.
         most = 128 if stages or kind.channels_last else None
         of_moments = (kind.channels, length, kind.vec, kind.channels_last, *block[:2], stages)
         self.moments = launcher(channel_moments_kernel, *of_moments, most=most)

@@ -158,8 +158,9 @@ class _LongRows:
         if kind.add_first:
             assert kind.residual is not None
             self.loaded_itemsize += kind.residual.itemsize
-        self.config = config = chunk_config(kind.span, kind.x.itemsize, self.loaded_itemsize)
-        chunk = (config.block_span, config.steps, config.chunks, (config.chunks - 1).bit_length())
+        waiting = 2 if kind.residual is not None and not kind.add_first else 1
+        self.config = config = chunk_config(kind.span, kind.x.itemsize, self.loaded_itemsize, waiting)
+        chunk = (config.block_span, config.steps, config.chunks, (config.chunks - 1).bit_length(), config.parts)
 
         def launcher(kernel: Any, *constants: Any) -> Launcher:
             return Launcher(kernel, config.num_warps, *constants, most_registers=config.most_registers)

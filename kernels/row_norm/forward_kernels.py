@@ -135,13 +135,12 @@ def apply_chunk(
     X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Seed_ptr, Y_ptr, Total_ptr, Bits_ptr, row, x_base, residual_base,
     chunk, mean, rstd, threshold, factor, alpha, beta,
     SPAN: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr, BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    PARTS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Normalizes and finishes one chunk, given the row's mean (or None) and rstd, its last tile first. A total is not
-    stored again."""
-    # The largest tile has 16 elements a thread, and of 64 registers too few for those of a residual and of parameters.
-    PART: tl.constexpr = BLOCK_SPAN // 2 if BLOCK_SPAN == 16384 and Residual_ptr is not None else BLOCK_SPAN
-    parts = tiles_of_chunk(chunk, SPAN, PART, STEPS * BLOCK_SPAN // PART)
+    """Normalizes and finishes one chunk, given the row's mean (or None) and rstd, PARTS of each tile, the last one
+    first. A total is not stored again."""
+    PART: tl.constexpr = BLOCK_SPAN // PARTS
+    parts = tiles_of_chunk(chunk, SPAN, PART, STEPS * PARTS)
     for part in tl.range(parts):
         first = scalar(chunk, tl.int64) * STEPS * BLOCK_SPAN + (parts - 1 - part) * PART
         col = first + tl.arange(0, PART)[None, :]
@@ -167,7 +166,7 @@ def row_walk_forward_kernel(
     eps: tl.float64, alpha: tl.float64, beta: tl.float64,
     SPAN: tl.constexpr, VEC: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, LOG2_CHUNKS: tl.constexpr,
-    STAGES: tl.constexpr,
+    PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row a program, too long for its registers: the chunks' moments, then the chunks again, last one first, so
     that the second walk begins with what is still in the cache."""
@@ -193,7 +192,7 @@ def row_walk_forward_kernel(
         apply_chunk(
             X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, Seed_ptr, Y_ptr, Total_ptr, Bits_ptr, row, x_base, residual_base,
             CHUNKS - 1 - chunk, mean, rstd, threshold, factor, alpha, beta,
-            SPAN, ACTIVATION, PASSES, BLOCK_SPAN, STEPS, COMPUTE,
+            SPAN, ACTIVATION, PASSES, BLOCK_SPAN, STEPS, PARTS, COMPUTE,
         )  # fmt: skip
 
 
@@ -221,6 +220,7 @@ def row_apply_kernel(
     x_stride: tl.int64, residual_stride: tl.int64, eps: tl.float64, alpha: tl.float64, beta: tl.float64,
     SPAN: tl.constexpr, VEC: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_SPAN: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, LOG2_CHUNKS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one row a program: merges the row's moments on reading them, then finishes the chunk. The last
     chunks go first: they are what `row_moments_kernel` left in the cache."""
@@ -235,5 +235,5 @@ def row_apply_kernel(
     apply_chunk(
         X_ptr, Residual_ptr, Weight_ptr, Bias_ptr, None, Y_ptr, None, Bits_ptr, row, row * x_stride * VEC,
         row * residual_stride * VEC, program % CHUNKS, mean, rstd, 0, 1.0, alpha, beta,
-        SPAN, ACTIVATION, PASSES, BLOCK_SPAN, STEPS, COMPUTE,
+        SPAN, ACTIVATION, PASSES, BLOCK_SPAN, STEPS, PARTS, COMPUTE,
     )  # fmt: skip

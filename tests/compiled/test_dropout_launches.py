@@ -74,6 +74,7 @@ CALLS: dict[str, tuple[str, tuple[int, ...], dict[str, Any], list[str]]] = {
     "long rows": ("add_layer_norm", (64, 65536), {}, [*SHARED, *SHARED_BACK]),
     "groups of 8x8": ("add_group_norm", (64, 320, 8, 8), {}, GROUPS),
     "groups of 7x7": ("add_group_norm", (64, 256, 7, 7), {}, GROUPS),
+    "groups of 64x64, float32": ("add_group_norm", (16, 64, 64, 64), {"dtype": F32}, PIECES),
     "groups of 64x64": ("add_group_norm", (8, 320, 64, 64), {}, PIECES),
     "groups, channels_last": ("add_group_norm", (16, 320, 32, 32), {"channels_last": True}, PIECES),
     "groups, channels_last, on a float32 stream": (

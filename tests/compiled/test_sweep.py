@@ -117,6 +117,10 @@ def test_what_was_swept_is_known_until_its_kernels_change(tmp_path: Path, monkey
     with few_registers():
         (changed,) = sweep.groups("sm_90", [KIND], every=50)
     assert SweepRecord(path).spills(changed) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "more_registers", lambda num_warps, registers: 255)
+        (changed,) = sweep.groups("sm_90", [KIND], every=50)
+    assert SweepRecord(path).spills(changed) is None
     monkeypatch.setattr(row_norm_forward_kernel, "hash", "of another kernel")
     (changed,) = sweep.groups("sm_90", [KIND], every=50)
     assert SweepRecord(path).spills(changed) is None
