@@ -193,13 +193,10 @@ def row_forward_config(
     elements_per_thread = 16 if small or (ragged and span <= 1024) else 64 // itemsize
     if ragged or itemsize == 4:
         two_rows = span <= 4096 and not wide_residual and (wide_parameters or waiting == 1 or itemsize == 4)
-        tile = _row_tile(span, elements_per_thread, least_rows=2 if two_rows else 1)
-    else:
-        # Of 16 bits one row, or as many as fill a warp: up to 1024 elements no warp waits for another's sum. Each row
-        # reads weight and bias again, from the L1 cache, which on an H200 costs less than sums across warps
-        # (h200-variants.txt).
-        tile = _row_tile(span, elements_per_thread, least_threads=THREADS_PER_WARP)
-    return tile
+        return _row_tile(span, elements_per_thread, least_rows=2 if two_rows else 1)
+    # Of 16 bits one row, or as many as fill a warp: up to 1024 elements no warp waits for another's sum. Each row reads
+    # weight and bias again, from the L1 cache, which on an H200 costs less than sums across warps (h200-variants.txt).
+    return _row_tile(span, elements_per_thread, least_threads=THREADS_PER_WARP)
 
 
 def row_backward_config(
