@@ -124,10 +124,8 @@ def test_long_rows_in_parts_by_the_tables_themselves(
     case = make_case(function, 2, 33_032, dtype=torch.float16, residual=residual, activation=activation)
     if case.adds_first:
         case = with_fields(case, residual=case.residual.float(), dtotal=case.dtotal.float())
-    span, itemsize = 33_032, 2
-    assert (
-        launch.chunk_config(span, itemsize, 6 if case.adds_first else 2, waiting=1 if case.adds_first else 2).parts == 2
-    )
+    loaded_itemsize, waiting = (2 + 4, 1) if case.adds_first else (2, 2)
+    assert launch.chunk_config(33_032, 2, loaded_itemsize, waiting).parts == 2
     check(case)
     shared = everything_forward(case)
     schedule.replace(forward_module, "walks_rows", lambda *sizes: True)

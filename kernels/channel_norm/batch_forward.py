@@ -61,10 +61,10 @@ def plan_forward(
     floats = numbers_of(norm, x)
     tile = None
     if norm.training and view.channels_last:
-        waiting, spread = 2 if residual is not None and not norm.add_first else 1, view.channels // kind.groups
+        spread = view.channels // kind.groups
         smooth = ACTIVATIONS[norm.activation].slope is not None
         added, drops = norm.add_first, norm.seed is not None
-        tile = batch_forward_tile(view.plane, spread, x.element_size(), waiting, added, smooth, drops)
+        tile = batch_forward_tile(view.plane, spread, x.element_size(), kind.waiting, added, smooth, drops)
     norm = norm._replace(seed=None)  # that of each call is its own
     training = norm.training
 

@@ -102,9 +102,8 @@ def _schedule(*fields: Any) -> Schedule:
     kind = ForwardKind(*fields)
     tile = None
     if not kind.channels_last:
-        waiting = 2 if kind.residual is not None and not kind.add_first else 1
         drops = kind.seed is not None
-        tile = group_forward_tile(kind.group_planes, kind.x.itemsize, waiting, drops)
+        tile = group_forward_tile(kind.group_planes, kind.x.itemsize, kind.waiting, drops)
     if tile is None:
         return ForwardPieces(kind)
     block_groups = tile.block_groups

@@ -66,6 +66,11 @@ class ForwardKind(NamedTuple):
         return group_planes(self.channels, self.groups, self.plane)
 
     @property
+    def waiting(self) -> int:
+        """As in `group_forward_tile`: x or the total, and a residual that is added afterwards."""
+        return 1 + (self.residual is not None and not self.add_first)
+
+    @property
     def is_spread(self) -> bool:
         """Whether several columns of a matrix are one channel's."""
         return self.pooled and self.channels != self.groups

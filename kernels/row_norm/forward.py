@@ -122,6 +122,11 @@ class _Kind(NamedTuple):
         return self.span, self.vec, self.subtract_mean, functions.value, passes
 
     @property
+    def waiting(self) -> int:
+        """Tensors of x's size that wait for the statistics: x or the total, and a residual that is added afterwards."""
+        return 1 + (self.residual is not None and not self.add_first)
+
+    @property
     def parameter_itemsizes(self) -> list[int]:
         return [dtype.itemsize for dtype in (self.weight, self.bias) if dtype is not None]
 
@@ -132,7 +137,7 @@ def _schedule(*fields: Any) -> Schedule:
     parameters = kind.parameter_itemsizes
     wide_residual = kind.residual is not None and kind.residual.itemsize > kind.x.itemsize
     config = row_forward_config(
-        kind.span, kind.x.itemsize, 1 + (kind.residual is not None and not kind.add_first), len(parameters),
+        kind.span, kind.x.itemsize, kind.waiting, len(parameters),
         max(parameters, default=0), kind.add_first, wide_residual,
     )  # fmt: skip
     if config is None:
@@ -158,8 +163,7 @@ class _LongRows:
         if kind.add_first:
             assert kind.residual is not None
             self.loaded_itemsize += kind.residual.itemsize
-        waiting = 2 if kind.residual is not None and not kind.add_first else 1
-        self.config = config = chunk_config(kind.span, kind.x.itemsize, self.loaded_itemsize, waiting)
+        self.config = config = chunk_config(kind.span, kind.x.itemsize, self.loaded_itemsize, kind.waiting)
         chunk = (config.block_span, config.steps, config.chunks, (config.chunks - 1).bit_length(), config.parts)
 
         def launcher(kernel: Any, *constants: Any) -> Launcher:

@@ -46,17 +46,14 @@ def few_registers() -> Iterator[None]:
     """Gives the threads of every kernel that is scheduled inside so few that it spills, and never more."""
     original = Launcher.__init__
 
-    def with_few(self: Launcher, *arguments: Any, most_registers: int | None = None, **others: Any) -> None:
-        original(self, *arguments, most_registers=24, **others)
+    def with_few(self: Launcher, *arguments: Any, most_registers: int | None = None) -> None:
+        original(self, *arguments, most_registers=24)
 
+    no_more = mock.patch.object(launcher, "more_registers", lambda *_: None)
     forget_schedules()
-    with mock.patch.object(Launcher, "__init__", with_few), mock.patch.object(launcher, "more_registers", _no_more):
+    with mock.patch.object(Launcher, "__init__", with_few), no_more:
         yield
     forget_schedules()
-
-
-def _no_more(num_warps: int, registers: int) -> None:
-    """In place of `more_registers`."""
 
 
 # Which is no norm, and is compiled by test_residual_add_launches.
