@@ -1,16 +1,18 @@
 """`fallback` for batch norm: each channel by the statistics of the whole batch, and running statistics that follow.
 
 torch's own batch_norm runs forward, and backward once. In training its third derivatives are wrong (seen in torch
-2.13), and with a bias and no weight its second fail: a backward that is itself differentiated is elementary.
+2.13), and with a bias and no weight its second fail: a backward that is itself differentiated is elementary. Where
+torch's own node can be left to find the gradients it is: in C++, in two thirds of the time of a small Function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import increment_version
 
 from .channel_fallback import (
     _by_channel,
@@ -30,6 +32,7 @@ from .fallback import (
     apply_of,
     but_channels,
     goes_on_from,
+    intercepted,
     left_a_transform,
     of_type,
     transformed,
@@ -56,8 +59,7 @@ def plan_batch_norm(
     """
     if not training:
         assert running_mean is not None and running_var is not None
-        by_given = plan_stored_norm(x, running_mean, running_var, weight, bias, eps)
-        return lambda x, mean, var, weight, bias, momentum: by_given(x, mean, var, weight, bias)
+        return plan_stored_norm(x, running_mean, running_var, weight, bias, eps)
     if x.numel() == 0:  # where torch fails without channels, and running statistics stay as they are
         return lambda x, mean, var, weight, bias, momentum: stored_norm(
             x, x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]), weight, bias, eps
@@ -67,7 +69,8 @@ def plan_batch_norm(
     plain = {type(x), type(weight), type(bias)} <= PLAIN
     alone = plain and not left_a_transform(x, weight, bias, running_mean, running_var)
     if learns and alone:
-        normalize, copies = _apply, False
+        by_torch = _torch_finds_gradients(x, weight, bias) and _one_type(dtype, x, running_mean, running_var)
+        normalize, copies = (_by_torchs_node if by_torch else _apply), False
     elif alone and not _looked_into() and weight is not None and _one_type(dtype, x, weight, bias):
         normalize, copies = _as_they_are, False
     elif transformed():
@@ -75,28 +78,25 @@ def plan_batch_norm(
     else:
         # torch keeps for backward what it moves, which is then to stay as it is
         normalize, copies = _elsewhere, learns
-    untold = not copies and (transformed() or not _looked_into())  # torch's batch norm counts no version
     running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
+    # torch's batch norm counts no version; what was made in inference mode has none.
+    untold = running and not copies and (transformed() or not _looked_into())
+    untold = untold and True not in [tensor.is_inference() for tensor in running]
     in_place = not running or (not copies and _one_type(dtype, *running))
 
     def move_in_place(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, momentum: float) -> Tensor:
         y = normalize(x, mean, var, weight, bias, momentum, eps, dtype)
-        if untold and mean is not None:
-            _count_version(mean, var)
+        if untold:
+            increment_version((mean, var))
         return y
 
     def move_copies(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, momentum: float) -> Tensor:
-        moving = [tensor.to(dtype, copy=True) for tensor in (mean, var)]
-        y = normalize(x, *moving, weight, bias, momentum, eps, dtype)
-        move([mean, var], moving)
+        moving_mean, moving_var = (tensor.to(dtype, copy=True) for tensor in (mean, var))
+        y = normalize(x, moving_mean, moving_var, weight, bias, momentum, eps, dtype)
+        move([mean, var], [moving_mean, moving_var])
         return y
 
     return move_in_place if in_place else move_copies
-
-
-def _count_version(*moved: Tensor) -> None:
-    """Of what was moved by torch's batch norm, which does not; what was made in inference mode has none."""
-    torch.autograd.graph.increment_version([tensor for tensor in moved if not tensor.is_inference()])
 
 
 def _transformed(
@@ -281,6 +281,49 @@ class _BatchNorm(torch.autograd.Function):
 
 
 _apply = apply_of(_BatchNorm)
+
+
+def _torch_finds_gradients(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the node that torch's batch_norm leaves finds the first derivatives of tensors like these, keeping no
+    more for them than they need.
+
+    Its CPU kernel takes two layouts for one by the strides of lone positions, and goes by no strides of a weight.
+    """
+    if not x.is_cpu or 1 in x.shape[2:] or weight is None or not _one_type(x.dtype, weight, bias) or intercepted():
+        return False
+    return weight.is_contiguous() and (x.requires_grad or weight.requires_grad)
+
+
+def _by_torchs_node(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    if _hooks_of_saved(True) is not None:  # who packs what a node saves may be asked for it once
+        return _apply(x, mean, var, weight, bias, momentum, eps, dtype)
+    # The node keeps running statistics that it does not need: others, whose version stays, in the same memory.
+    mean, var = None if mean is None else mean.data, None if var is None else var.data
+    y = torchs_batch_norm(x, mean, var, weight, bias, True, momentum, eps)
+    y.grad_fn.register_hook(_where_differentiated_again)  # type: ignore[union-attr]
+    return _laid_out_as(x, y)
+
+
+_hooks_of_saved = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def _where_differentiated_again(found: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> Any:
+    """A hook of torch's node: gradients in elementary operations for those it found, where these go on."""
+    dy = given[0]
+    if dy is None or not goes_on_from(dy):
+        return None
+    node: Any = torch._C._current_autograd_node()  # a hook that refers to its node would keep it for ever
+    needs_x, needs_weight, needs_bias = [gradient is not None for gradient in found]
+    return gradients(dy, node._saved_input, node._saved_weight, node._saved_eps, needs_x, needs_weight, needs_bias)
 
 
 def differentiable_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -55,10 +55,28 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | Non
             return y
     rows = x.contiguous()  # as torch's CUDA kernel does
     if groups == x.shape[1] and x.dtype not in HALF:
-        # Any constant may be taken from a plane. Without its mean torch's group_norm is as exact as its instance_norm;
-        # with a large one it is not. Half precision would round the difference, and is exact enough.
-        rows = rows - rows.detach().mean(tuple(range(2, x.dim())), keepdim=True)
+        rows = _without_means(rows)
     return _laid_out_as(x, F.group_norm(rows, groups, weight, bias, eps))
+
+
+def plan_group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> Callable[..., Tensor]:
+    """`group_norm` of tensors like these, as a function of them: what it asks of contiguous ones is asked once."""
+    plain = not _looked_into() and {*map(type, (x, weight, bias))} <= PLAIN and not intercepted()
+    direct = plain and x.is_contiguous() and x.numel() > 0 and _one_type(x.dtype, weight, bias)
+    if not direct or (weight is None and bias is not None):
+        return lambda x, weight, bias: group_norm(x, groups, weight, bias, eps)
+    cudnn = torch.backends.cudnn.enabled
+    if groups == x.shape[1] and x.dtype not in HALF:
+        return lambda x, weight, bias: torch.group_norm(_without_means(x), groups, weight, bias, eps, cudnn)
+    return lambda x, weight, bias: torch.group_norm(x, groups, weight, bias, eps, cudnn)
+
+
+def _without_means(x: Tensor) -> Tensor:
+    """Any constant may be taken from a plane. Without its mean torch's group_norm is as exact as its instance_norm;
+    with a large one it is not. Half precision would round the difference, and is exact enough."""
+    return x - x.detach().mean(tuple(range(2, x.dim())), keepdim=True)
 
 
 # torch's pass over channels_last on a CPU adds a channel's positions one to another, in x's type or float32, and takes
@@ -229,24 +247,34 @@ def stored_norm(
 def plan_stored_norm(
     x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Callable[..., Tensor]:
-    """`stored_norm` of tensors like these, as a function of them."""
+    """`stored_norm` of tensors like these, as a function of them, and of a momentum that moves nothing."""
     dtype = torch.promote_types(_common_dtype(x, running_mean, running_var, weight, bias), torch.float32)
     operands = (x, weight, bias)
     left = left_a_transform(x, running_mean, running_var, weight, bias)
     in_function = not left and _takes_function(*operands) and {*map(type, operands)} <= PLAIN
     may_be_torchs = not left and _torch_takes(x, running_mean, running_var, weight, bias)
     learn = running_mean.requires_grad or running_var.requires_grad
+    normalize = _apply if in_function else _by_given
+    lie = running_mean.dtype, running_mean.shape, running_mean.stride(), running_var.stride()
 
-    def run(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if may_be_torchs and x.is_contiguous() and not (in_function or intercepted()):
+
+        def directly(x: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, *_: Any) -> Tensor:
+            if _mean_is_small(mean, var, eps, lie):
+                return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
+            return _by_given(x, mean, var, weight, bias, eps, False)
+
+        return directly
+
+    def by_torch_if_exact(x: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, *_: Any) -> Tensor:
+        return normalize(x, mean, var, weight, bias, eps, _mean_is_small(mean, var, eps, lie))
+
+    def run(x: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, *_: Any) -> Tensor:
         if learn:
             mean, var = mean.detach(), var.detach()
-        torchs = may_be_torchs and _mean_is_small(mean, var, eps)
-        mean, var = of_type(mean, dtype), of_type(var, dtype)
-        if in_function:
-            return _apply(x, mean, var, weight, bias, eps, torchs)
-        return _by_given(x, mean, var, weight, bias, eps, torchs)
+        return normalize(x, of_type(mean, dtype), of_type(var, dtype), weight, bias, eps, False)
 
-    return run
+    return by_torch_if_exact if may_be_torchs else run
 
 
 def _by_given(
@@ -300,21 +328,22 @@ MOST_KNOWN = 1024
 
 def _torch_takes(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether torch's own pass by statistics may stand for the three of `by_statistics`, where no mean is large beside
-    its deviation: on a CPU that nobody traces or transforms, in one type."""
+    its deviation: on a CPU that nobody traces or transforms, in one type, of statistics that are given alone."""
     given = (mean, var, weight, bias)
-    return x.dtype not in HALF and _one_type(x.dtype, *given) and x.numel() > 0 and _values_are_here(x, *given)
+    if not _values_are_here(x, *given) or x.dtype in HALF or not _one_type(x.dtype, *given) or x.numel() == 0:
+        return False
+    # Those that learn torch's pass would give gradients; those made in inference mode have no version.
+    return not (mean.requires_grad or var.requires_grad or mean.is_inference() or var.is_inference())
 
 
-def _mean_is_small(mean: Tensor, var: Tensor, eps: float) -> bool:
-    """Looked at once in each version of the two: it takes as long as a small norm.
+def _mean_is_small(mean: Tensor, var: Tensor, eps: float, lie: tuple[Any, ...]) -> bool:
+    """Looked at once in each version of the two: it takes as long as a small norm. lie: how they do, and their type.
 
     Where they are moved and no version tells (through .data or NumPy, by torch's own batch norm), torch's pass may be
     taken for a mean that has become large; it is then as exact as torch.
     """
-    if mean.is_inference() or var.is_inference():  # which have no version
-        return False
     storages = mean.untyped_storage(), var.untyped_storage()
-    place = mean.dtype, *_place(mean, storages[0]), *_place(var, storages[1])
+    place = storages[0]._cdata, mean.storage_offset(), storages[1]._cdata, var.storage_offset(), *lie
     key = mean._version, var._version, eps
     known = _known_means.get(place)
     if known is not None and known.key == key:
@@ -324,10 +353,6 @@ def _mean_is_small(mean: Tensor, var: Tensor, eps: float) -> bool:
         _forget_means()
     _known_means[place] = _KnownMean(tuple(map(StorageWeakRef, storages)), key, small)
     return small
-
-
-def _place(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[Any, ...]:
-    return storage._cdata, tensor.storage_offset(), tensor.numel(), tensor.stride(0)
 
 
 def _forget_means() -> None:

@@ -25,18 +25,19 @@ _decisions = Decisions(most=4096)  # when shapes vary without end, all is forgot
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _tracing_state = torch._C._get_tracing_state
 _transforms = torch._C._functorch.peek_interpreter_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack  # a tracer, torch.export's among them, is one
+_function_modes = torch._C._len_torch_function_stack
 
 
 def watched() -> bool:
     """Whether somebody compiles, traces, transforms or intercepts the operations."""
     return (
-        torch.compiler.is_compiling()  # first: a compiler must not look at the others
+        torch.compiler.is_dynamo_compiling()  # first: a compiler must not look at the others
         or _tracing_state() is not None
         or _transforms() is not None
         or forward_ad._current_level >= 0
         or _dispatch_modes() > 0
-        or intercepted()
+        or (_function_modes() > 0 and intercepted())
     )
 
 
@@ -97,8 +98,15 @@ def _rows(tensor: Tensor | None, inner: int) -> Key | None:
 
 def _traits(tensor: Tensor) -> Key:
     """What matters besides how it lies: one that torch negates as it reads, and one that has left a transform and still
-    wears its wrapper, is not what lies in memory."""
-    return tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_neg(), _wrapped(tensor)
+    wears its wrapper, is not what lies in memory; one made in inference mode has no version."""
+    return (
+        tensor.dtype,
+        tensor.device,
+        tensor.requires_grad,
+        tensor.is_neg(),
+        tensor.is_inference(),
+        _wrapped(tensor),
+    )
 
 
 def layout(tensor: Tensor) -> Any:

@@ -184,6 +184,8 @@ def mixture(function: str, x: Tensor, mean_weight: Tensor, var_weight: Tensor) -
 def number(function: str, argument: str, value: Any) -> float:
     """value as a float; TypeError where it is no number, text that reads as one included, and ArgumentError where it
     cannot become a float, as a tensor of several numbers."""
+    if type(value) is float:
+        return value
     try:
         return float(None if isinstance(value, str | bytes) else value)  # type: ignore[arg-type]
     except TypeError:

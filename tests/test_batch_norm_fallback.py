@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as TF
+from torch.utils.checkpoint import checkpoint
 
 from fused_ops import functional as F
 from fused_ops import reference
@@ -305,3 +306,59 @@ def test_x_is_kept_only_for_who_needs_it():
         with recorded() as kept:
             _y = call("batch_norm", training)(normal(2, 6, 8, 8), None, None, bias)
         assert sum(tensor.nbytes for tensor in kept) < 2 * 6 * 8 * 8
+
+
+# --- whose node it is ----------------------------------------------------------------------------------------------
+
+
+@in_torch
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU the node is always ours")
+@pytest.mark.parametrize(
+    ("shape", "changed", "is_torchs"),
+    [
+        ((3, 4, 2, 5), {}, True),
+        ((1, 4, 3), {}, True),
+        ((3, 4), {"bias": None}, True),
+        ((3, 4, 1, 5), {}, False),
+        ((3, 4, 5), {"weight": normal(4, 2)[:, 0].requires_grad_()}, False),
+        ((3, 4, 5), {"weight": None}, False),
+        ((3, 4, 5), {"x": normal(3, 4, 5), "weight": normal(4)}, False),
+    ],
+    ids=str,
+)
+def test_torchs_node_is_left_where_its_gradients_are_right(shape, changed, is_torchs):
+    found = dict(zip(("x", "_", "weight", "bias"), tensors(*shape), strict=True)) | changed
+    given = (found["x"].to(torch.float32), *statistics(4, torch.float32))
+    parameters = [None if each is None else each.to(torch.float32) for each in (found["weight"], found["bias"])]
+    y = F.batch_norm(*given, *parameters, training=True)
+    assert (y.grad_fn.name() == "NativeBatchNormBackward0") == is_torchs
+    with torch.autograd.graph.save_on_cpu():
+        y = F.batch_norm(*given, *parameters, training=True)
+    assert y.grad_fn.name() != "NativeBatchNormBackward0"
+
+
+@in_torch
+def test_x_is_freed_by_backward_while_y_lives():
+    leaf, _, weight, bias = tensors(3, 4, 5)
+    x = leaf * 2
+    alive = torch._C._WeakTensorRef(x)
+    y = F.batch_norm(x, None, None, weight, bias, training=True)
+    del x
+    assert not alive.expired()
+    torch.autograd.grad(y, leaf, torch.ones_like(y))
+    assert alive.expired()
+
+
+@in_torch
+def test_what_is_checkpointed_is_differentiated_twice():
+    leaves = [leaf for leaf in tensors(3, 4, 5) if leaf is not None]
+    x, _, weight, bias = leaves
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, weight, bias, training=True)
+
+    second = []
+    for run in (norm, lambda *given: checkpoint(norm, *given, use_reentrant=False)):
+        (dx,) = torch.autograd.grad(run(x, weight, bias).pow(3).sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(dx.square().sum(), (x, weight)))
+    torch.testing.assert_close(*second)

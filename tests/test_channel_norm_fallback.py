@@ -346,7 +346,7 @@ def test_running_statistics_change_only_when_the_call_succeeds(function, monkeyp
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(TF, "group_norm", fails)
+        patched.setattr(torch, "group_norm", fails)
         with pytest.raises(RuntimeError, match="out of memory"):
             call(function, **keywords)(x, residual, weight, bias)
     assert not mean.any() and (var == 1).all()

@@ -103,7 +103,9 @@ def _plan(
             norm = GroupNorm(groups, channels_last, eps, add_first, *_fused(activation, dropout_p))
         return _plan_kernels(plan, x, residual, weight, bias, norm)
 
-    def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return channel_fallback.group_norm(x, groups, weight, bias, eps)
+    def plan_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> known.Call:
+        return channel_fallback.plan_group_norm(x, weight, bias, groups, eps)
 
+    # The total may be of another type than x.
+    normalize = fallback.at_first(plan_norm) if add_first else plan_norm(x, weight, bias)
     return _plan_composed(normalize, add_first, activation, dropout_p)

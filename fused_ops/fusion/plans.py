@@ -78,13 +78,14 @@ class Plan:
 
     def match(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | None:
         """The arguments of `run` for a call of the module, or None where it has to be run as it was."""
-        if len(args) > len(self.positional) or children_of(module) != self.children:
+        if len(args) > len(self.positional) or not _has_children(module, self.children):
             return None
         for name, value in self.attributes.items():
             if getattr(module, name, ...) != value:
                 return None
-        if not all(child.holds(module) for child in self.inlined):
-            return None
+        for child in self.inlined:
+            if not child.holds(module):
+                return None
         for path in self.norms:
             norm = submodule(module, path)
             if not isinstance(norm, NormSite) or has_hooks(norm):
@@ -115,6 +116,19 @@ def children_of(module: nn.Module) -> tuple[Any, ...]:
     same again."""
     children = module._modules.items()
     return tuple([(name, children_of(c) if isinstance(c, _CONTAINERS) else c is None) for name, c in children])
+
+
+def _has_children(module: nn.Module, children: tuple[Any, ...]) -> bool:
+    """Whether these are `children_of` it, without making others in each call; what is called may be a container now."""
+    modules = module._modules
+    if len(modules) != len(children):
+        return False
+    for (name, child), (seen, inner) in zip(modules.items(), children, strict=True):
+        if name != seen or (child is None) is not (inner is True):
+            return False
+        if inner.__class__ is tuple and not (isinstance(child, _CONTAINERS) and _has_children(child, inner)):
+            return False
+    return True
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
