@@ -2,7 +2,7 @@
 
 torch's own batch_norm runs forward, and backward once. In training its third derivatives are wrong (seen in torch
 2.13), and with a bias and no weight its second fail: a backward that is itself differentiated is elementary. Where
-torch's own node can be left to find the gradients it is: in C++, in two thirds of the time of a small Function.
+torch's own node can be left to find the gradients it is: it is in C++, and of a small call a Function is half the time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.autograd.graph import increment_version
 from .channel_fallback import (
     _by_channel,
     _through_norm,
+    _values_are_here,
     _x_hat,
     plan_stored_norm,
     stored_norm,
@@ -65,12 +66,13 @@ def plan_batch_norm(
             x, x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]), weight, bias, eps
         )
     dtype = _computed_in(x, running_mean, running_var, weight, bias)
+    running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
     learns = _takes_function(x, weight, bias)
     plain = {type(x), type(weight), type(bias)} <= PLAIN
     alone = plain and not left_a_transform(x, weight, bias, running_mean, running_var)
     if learns and alone:
-        by_torch = _torch_finds_gradients(x, weight, bias) and _one_type(dtype, x, running_mean, running_var)
-        normalize, copies = (_by_torchs_node if by_torch else _apply), False
+        by_torch = _torch_finds_gradients(x, running, weight, bias)
+        normalize, copies = (_plan_by_torchs_node(x) if by_torch else _apply), False
     elif alone and not _looked_into() and weight is not None and _one_type(dtype, x, weight, bias):
         normalize, copies = _as_they_are, False
     elif transformed():
@@ -78,7 +80,6 @@ def plan_batch_norm(
     else:
         # torch keeps for backward what it moves, which is then to stay as it is
         normalize, copies = _elsewhere, learns
-    running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
     # torch's batch norm counts no version; what was made in inference mode has none.
     untold = running and not copies and (transformed() or not _looked_into())
     untold = untold and True not in [tensor.is_inference() for tensor in running]
@@ -283,47 +284,62 @@ class _BatchNorm(torch.autograd.Function):
 _apply = apply_of(_BatchNorm)
 
 
-def _torch_finds_gradients(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether the node that torch's batch_norm leaves finds the first derivatives of tensors like these, keeping no
-    more for them than they need.
+def _torch_finds_gradients(x: Tensor, running: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the node that torch's batch_norm leaves finds the first derivatives of tensors like these.
 
-    Its CPU kernel takes two layouts for one by the strides of lone positions, and goes by no strides of a weight.
+    Its CPU kernel takes two layouts for one by the strides of lone positions, and goes by no strides of a weight. It
+    keeps x for whoever learns, and running statistics, though none for inference's.
     """
-    if not x.is_cpu or 1 in x.shape[2:] or weight is None or not _one_type(x.dtype, weight, bias) or intercepted():
+    if not _values_are_here(x, weight, bias) or intercepted() or weight is None or not weight.is_contiguous():
         return False
-    return weight.is_contiguous() and (x.requires_grad or weight.requires_grad)
+    if not _one_type(x.dtype, *running, weight, bias) or x.dtype in HALF or 1 in x.shape[2:] or _dense(x) is not x:
+        return False
+    return (x.requires_grad or weight.requires_grad) and True not in [tensor.is_inference() for tensor in running]
 
 
-def _by_torchs_node(
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    if _hooks_of_saved(True) is not None:  # who packs what a node saves may be asked for it once
-        return _apply(x, mean, var, weight, bias, momentum, eps, dtype)
-    # The node keeps running statistics that it does not need: others, whose version stays, in the same memory.
-    mean, var = None if mean is None else mean.data, None if var is None else var.data
-    y = torchs_batch_norm(x, mean, var, weight, bias, True, momentum, eps)
-    y.grad_fn.register_hook(_where_differentiated_again)  # type: ignore[union-attr]
-    return _laid_out_as(x, y)
+def _plan_by_torchs_node(x: Tensor) -> Callable[..., Tensor]:
+    """torch's batch norm of tensors like x, whose node asks for dy in x's layout: others take it several times as
+    long."""
+    stride = x.stride()
+
+    def lay_out(given: Sequence[Tensor | None]) -> Any:
+        """A hook that torch's node calls with dy and with nothing for the statistics."""
+        dy, *others = given
+        if dy is None:
+            return None
+        if goes_on_from(dy):
+            _replace_gradients(_running_node())
+            return None
+        return None if dy.stride() == stride else (_laid_out_as(_running_node()._saved_input, dy), *others)
+
+    def run(
+        x: Tensor, mean: Any, var: Any, weight: Tensor, bias: Any, momentum: float, eps: float, dtype: torch.dtype
+    ) -> Tensor:
+        if _hooks_of_saved(True) is not None:  # who packs what a node saves may be asked for it once
+            return _apply(x, mean, var, weight, bias, momentum, eps, dtype)
+        # The node keeps running statistics, which it does not need: others in the same memory, whose version stays.
+        mean, var = None if mean is None else mean.data, None if var is None else var.data
+        y = torch.batch_norm(x, weight, bias, mean, var, True, momentum, eps, False)
+        if y.grad_fn is not None:  # there is none in inference mode
+            y.grad_fn.register_prehook(lay_out)
+        return y
+
+    return run
 
 
 _hooks_of_saved = torch._C._autograd._top_saved_tensors_default_hooks
+_running_node: Callable[[], Any] = torch._C._current_autograd_node  # a hook that held its node would keep it for ever
 
 
-def _where_differentiated_again(found: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> Any:
-    """A hook of torch's node: gradients in elementary operations for those it found, where these go on."""
-    dy = given[0]
-    if dy is None or not goes_on_from(dy):
-        return None
-    node: Any = torch._C._current_autograd_node()  # a hook that refers to its node would keep it for ever
-    needs_x, needs_weight, needs_bias = [gradient is not None for gradient in found]
-    return gradients(dy, node._saved_input, node._saved_weight, node._saved_eps, needs_x, needs_weight, needs_bias)
+def _replace_gradients(node: Any) -> None:
+    """Has a node that is about to run give gradients in elementary operations, this once."""
+
+    def replace(found: Sequence[Tensor | None], given: Sequence[Any]) -> tuple[Tensor | None, ...]:
+        hook.remove()
+        saved, needs = _running_node(), [gradient is not None for gradient in found]
+        return gradients(given[0], saved._saved_input, saved._saved_weight, saved._saved_eps, *needs)
+
+    hook = node.register_hook(replace)
 
 
 def differentiable_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

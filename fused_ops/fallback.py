@@ -21,8 +21,6 @@ from .validation import FLOATING, HALF
 Tensor = torch.Tensor
 Shape = tuple[int, ...]
 
-_function_modes = torch._C._len_torch_function_stack
-
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -48,8 +46,6 @@ def recorded() -> bool:
 def intercepted() -> bool:
     """Whether a mode of somebody's own intercepts torch's functions; the one of a default device changes none of ours,
     as each of them names its device."""
-    if _function_modes() == 0:
-        return False
     return True in [type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()]
 
 

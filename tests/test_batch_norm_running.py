@@ -35,7 +35,7 @@ def test_running_statistics_change_only_when_the_call_succeeds(function, point, 
         raise RuntimeError("out of memory")
 
     patched = {
-        "norm": (fused_ops.batch_fallback, "torchs_batch_norm", fails),
+        "norm": (torch, "batch_norm", fails),
         "finish": (fused_ops.fallback, "plan_finish", fails),
     }
     monkeypatch.setattr(*patched[point])
@@ -225,13 +225,25 @@ def test_no_more_is_known_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch
 
 
 @in_torch
-def test_what_was_made_in_inference_mode_moves_outside_of_it():
+@pytest.mark.parametrize("learns", [False, True])
+def test_what_was_made_in_inference_mode_moves_outside_of_it(learns):
     with torch.inference_mode():
         made = torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)
-    running, x = (torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)), normal(6, 4, 5)
-    expected = F.batch_norm(x, *running, training=True)  # first: what it was planned with has a version
-    torch.testing.assert_close(F.batch_norm(x, *made, training=True), expected)
+    running, x = (torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)), normal(6, 4, 5).requires_grad_(learns)
+    weight = normal(4, seed=1)
+    expected = F.batch_norm(x, *running, weight, training=True)  # first: what it was planned with has a version
+    torch.testing.assert_close(F.batch_norm(x, *made, weight, training=True), expected)
     torch.testing.assert_close(made, running)
+
+
+@in_torch
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU a Function of ours refuses it, as torch's functions do")
+def test_in_inference_mode_with_gradients_there_is_no_node():
+    x, weight = normal(6, 4, 5).requires_grad_(), normal(4, seed=1).requires_grad_()
+    expected = F.batch_norm(x, None, None, weight, training=True)
+    with torch.inference_mode(), torch.enable_grad():
+        y = F.batch_norm(x, None, None, weight, training=True)
+    torch.testing.assert_close(y, expected.detach())
 
 
 class Subclass(torch.Tensor):

@@ -173,6 +173,34 @@ def test_a_part_that_changed_since_runs_as_it_is() -> None:
     torch.testing.assert_close(model(x), expected(x))
 
 
+class GoesThroughItsTail(nn.Module):
+    """A forward that goes by whether a child is a container, or is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lead, self.norm, self.relu = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+        self.tail: Any = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.lead(x)))
+        if isinstance(self.tail, nn.Sequential):
+            for layer in self.tail:
+                x = layer(x) + 1
+            return x
+        return x if self.tail is None else self.tail(x)
+
+
+def test_a_child_that_became_a_container_or_none_is_seen() -> None:
+    torch.manual_seed(0)
+    model, x = GoesThroughItsTail().to(DEVICE).eval(), normal(2, 4, 5, 5)
+    original = copy.deepcopy(model)
+    fuse(model)
+    for tail in (nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()).to(DEVICE), None, nn.Sequential().to(DEVICE)):
+        model.tail = original.tail = tail
+        torch.testing.assert_close(model(x), original(x))
+    assert any(entry.pattern == "norm+relu" for entry in fusion_report(model))
+
+
 class GoesByTheClass(ConvNorm):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x[0] if isinstance(x, tuple) else x)
