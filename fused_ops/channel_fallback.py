@@ -19,6 +19,7 @@ from .fallback import (
     _one_type,
     _takes_function,
     apply_of,
+    at_first,
     but_channels,
     goes_on_from,
     intercepted,
@@ -30,47 +31,51 @@ from .validation import HALF
 Tensor = torch.Tensor
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """torch's group_norm in x's type and layout, whatever the parameters' types are; y is a new tensor.
+def plan_group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> Callable[..., Tensor]:
+    """torch's group_norm of tensors like these, as a function of them, in x's type and layout whatever the parameters'
+    types are; y is a new tensor.
 
     With as many groups as channels it is instance norm. torch's own instance_norm is left alone: its third derivatives
     are wrong, as is its dx where a batch of one meets a channels_last dy, and it is slower.
     """
     if x.numel() == 0:  # where torch's backward leaves dweight and dbias unwritten
         channels = x.shape[1]
-        return stored_norm(x, x.new_zeros(channels), x.new_ones(channels), weight, bias, eps)
-    if weight is None and bias is not None:
-        weight = torch.ones_like(bias)  # without one torch's backward fails
-    parameters = [parameter for parameter in (weight, bias) if parameter is not None]
-    takes_float32 = x.dtype in HALF and x.device.type == "cpu"  # of parameters, the one mixture that torch takes
-    if not (takes_float32 and all(parameter.dtype == torch.float32 for parameter in parameters)):
-        dtype = _common_dtype(x, *parameters)
-        if any(tensor.dtype != dtype for tensor in (x, *parameters)):
-            weight, bias = (None if parameter is None else parameter.to(dtype) for parameter in (weight, bias))
-            return group_norm(x.to(dtype), groups, weight, bias, eps).to(x.dtype)
-    # Not of single channels: torch's instance_norm is another pass, and sums their gradients more exactly.
-    if groups != x.shape[1] and _values_are_here(x, weight, bias) and _has_few_positions_channels_last(x):
-        y = _group_norm_by_squares(x, groups, weight, bias, eps)
-        if y is not None:
-            return y
-    rows = x.contiguous()  # as torch's CUDA kernel does
-    if groups == x.shape[1] and x.dtype not in HALF:
-        rows = _without_means(rows)
-    return _laid_out_as(x, F.group_norm(rows, groups, weight, bias, eps))
-
-
-def plan_group_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
-) -> Callable[..., Tensor]:
-    """`group_norm` of tensors like these, as a function of them: what it asks of contiguous ones is asked once."""
+        return lambda x, weight, bias: stored_norm(x, x.new_zeros(channels), x.new_ones(channels), weight, bias, eps)
+    if weight is None and bias is not None:  # without a weight torch's backward fails
+        by_ones = plan_group_norm(x, torch.ones_like(bias), bias, groups, eps)
+        return lambda x, weight, bias: by_ones(x, torch.ones_like(bias), bias)
+    if not _takes_parameters(x, weight, bias):
+        dtype = _common_dtype(x, weight, bias)
+        of_one_type = at_first(lambda x, weight, bias: plan_group_norm(x, weight, bias, groups, eps))
+        return lambda x, weight, bias: of_one_type(
+            x.to(dtype), *[None if parameter is None else parameter.to(dtype) for parameter in (weight, bias)]
+        ).to(x.dtype)
     plain = not _looked_into() and {*map(type, (x, weight, bias))} <= PLAIN and not intercepted()
-    direct = plain and x.is_contiguous() and x.numel() > 0 and _one_type(x.dtype, weight, bias)
-    if not direct or (weight is None and bias is not None):
-        return lambda x, weight, bias: group_norm(x, groups, weight, bias, eps)
-    cudnn = torch.backends.cudnn.enabled
-    if groups == x.shape[1] and x.dtype not in HALF:
-        return lambda x, weight, bias: torch.group_norm(_without_means(x), groups, weight, bias, eps, cudnn)
-    return lambda x, weight, bias: torch.group_norm(x, groups, weight, bias, eps, cudnn)
+    norm = torch.group_norm if plain else F.group_norm  # who intercepts functions wants F's
+    of_channels = groups == x.shape[1]
+    centres = of_channels and x.dtype not in HALF
+    if plain and x.is_contiguous():
+        return lambda x, weight, bias: norm(_without_means(x) if centres else x, groups, weight, bias, eps)
+
+    def by_rows(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        rows = x.contiguous()  # as torch's CUDA kernel does
+        return _laid_out_as(x, norm(_without_means(rows) if centres else rows, groups, weight, bias, eps))
+
+    def by_squares_if_exact(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        y = _group_norm_by_squares(x, groups, weight, bias, eps)
+        return by_rows(x, weight, bias) if y is None else y
+
+    # Not of single channels: torch's instance_norm is another pass, and sums their gradients more exactly.
+    may_be_squares = not of_channels and _values_are_here(x, weight, bias) and _has_few_positions_channels_last(x)
+    return by_squares_if_exact if may_be_squares else by_rows
+
+
+def _takes_parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether torch's group_norm takes them beside x: of x's type, or float32 ones beside half x on a CPU."""
+    beside_half = x.dtype in HALF and x.device.type == "cpu" and _one_type(torch.float32, weight, bias)
+    return beside_half or _one_type(x.dtype, weight, bias)
 
 
 def _without_means(x: Tensor) -> Tensor:
