@@ -270,3 +270,6 @@ ACTIVATIONS: dict[str | None, Activation] = {
     "hardsigmoid": Activation(hardsigmoid_value, hardsigmoid_slope),
     "softplus": Activation(softplus_value, softplus_slope),
 }
+
+# Their values take so many registers that threads with most of them have half as many elements.
+DEMANDING = frozenset(("tanh", "softplus"))

@@ -109,7 +109,7 @@ class BackwardPieces:
         length = kind.plane[0]
         self.tile = tile = backward_piece_tile(
             kind.channels, longest_of(kind.plane), kind.dy.itemsize, kind.channels_last, kind.mixed,
-            kind.seed is not None, kind.is_spread,
+            kind.seed is not None, kind.is_spread, kind.kinds > 0,
         )  # fmt: skip
         self.blocks = cdiv(kind.channels, tile.block_channels)
         # Where dresidual is wanted it is dz, which the sums leave there: read again, it is all that dx needs of dy.

@@ -162,17 +162,18 @@ def _channel_tile(rows: int, spread: int, itemsize: int, elements_per_thread: in
 
 @functools.cache
 def batch_forward_tile(
-    rows: int, spread: int, itemsize: int, waiting: int, added: bool, smooth: bool, drops: bool
+    rows: int, spread: int, itemsize: int, waiting: int, added: bool, smooth: bool, demanding: bool, drops: bool
 ) -> ChannelTile | None:
     """Tile of the forward that reads a channel once, `spread` columns of `rows`, or None where it has to be cut into
     pieces. waiting and drops as in `group_forward_tile`. added: the residual is a part of what is normalized; smooth:
-    the activation has a slope of more than two values."""
+    the activation has a slope of more than two values; demanding: it is one of `DEMANDING`."""
     longest = {2: 16384, 4: 16384 if waiting == 1 else 8192, 8: 2048}[itemsize]
     elements_per_thread = {2: 32, 4: 16, 8: 4}[itemsize]
     if drops or rows == 1:  # of more, some bytes spill
         longest, elements_per_thread = longest // 2, elements_per_thread // 2
-    if itemsize == 2 and rows.bit_count() > 1 and (added or 1 < spread < 32 or (waiting == 2 and smooth)):
-        longest = min(longest, 8192)  # checks of bounds take registers, too
+    checked = rows.bit_count() > 1  # bounds, which takes registers, too
+    if itemsize == 2 and (demanding or (checked and (added or 1 < spread < 32 or (waiting == 2 and smooth)))):
+        longest = min(longest, 8192)
     return _channel_tile(rows, spread, itemsize, elements_per_thread, longest)
 
 
@@ -259,14 +260,15 @@ def backward_piece_tile(
     mixed: bool = False,
     drops: bool = False,
     spread: bool = False,
+    mixes: bool = False,
 ) -> PieceTile:
     """Tile of the backward's passes over pieces: 8 KB of a tensor, 4 KB where registers are short, 32 bytes a thread.
 
-    mixed: beside 16-bit tensors float32 ones are read, which take more of them. drops and spread as in
-    `forward_piece_tile`.
+    mixed: beside 16-bit tensors float32 ones are read, which take more of them, and with `mixes` and addresses of their
+    own so many that a thread has half as many elements. drops, spread and mixes as in `forward_piece_tile`.
     """
     tile_bytes = _SPREAD_TILE_BYTES if spread else 4096 if channels_last or mixed else 8192
-    thread_bytes = 32
+    thread_bytes = 16 if mixed and mixes and plane * itemsize % 4 else 32
     if drops:
         tile_bytes, thread_bytes = tile_bytes // 2, 16
     return _piece_tile(channels, plane, itemsize, channels_last, tile_bytes, thread_bytes)
