@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.audit import sweep
 from benchmarks.audit.binary import describe
+from benchmarks.audit.sweep_calls import BatchCall, Kind, SwitchCall
 from benchmarks.audit.targets import TARGETS
 from fused_ops import functional as F
 from tests.compiled.test_channel_norm_launches import PIECES, compilations
@@ -61,6 +63,19 @@ def test_channels_that_fit_take_one_launch_each_way(function, shape, channels_la
     forward_and_backward(function, shape, channels_last, training, activation="relu")
     assert [launch.kernel for launch in sm_90] == expected
     assert not any(describe(launch, TARGETS["sm_90"]).spilled_bytes for launch in sm_90)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        BatchCall(Kind(torch.bfloat16, "tanh", "after"), "float32", (32, 64, 7, 7), False, True),
+        BatchCall(Kind(torch.bfloat16, "softplus", "none"), "float32", (31, 64, 7, 7), False, True),
+        SwitchCall(Kind(torch.bfloat16, "gelu", "before", True), "float32", (4, 64, 7, 7), False, True),
+    ],
+    ids=str,
+)
+def test_what_takes_most_registers_spills_nothing(call):
+    assert sweep.spills([call], "sm_90") == []
 
 
 @pytest.mark.parametrize("function", ["batch_norm", "switch_norm"])
