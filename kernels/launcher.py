@@ -34,7 +34,8 @@ class Launcher:
     16-byte alignment (on AMD their size, too). No run-time number is one that Triton specializes on.
 
     most_registers: of a thread, at first. ptxas, left alone or with too few, keeps some values in memory, often so that
-    one more program fits: it is asked again, with a bound for fewer programs, until it keeps none there.
+    one more program fits: it is asked again, with a bound for fewer programs, at last for half of num_warps, until it
+    keeps none there.
     """
 
     def __init__(
@@ -119,10 +120,12 @@ class Launcher:
         return self.kernel[(programs,)](*arguments, **options)
 
     def _bound_registers(self, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Puts the bound with which the fewest values are kept in memory into the options, by compiling with each."""
-        bound, fewest = self.most_registers, math.inf
-        while True:
-            tried = options if bound is None else {**options, "maxnreg": bound}
+        """Puts what keeps the fewest values in memory into the options: a bound, and if none is enough half the warps,
+        whose threads have twice the registers. Found by compiling with each."""
+        num_warps = options["num_warps"]
+        bound, fewest, best = self.most_registers, math.inf, options
+        while fewest:
+            tried = {**options, "num_warps": num_warps, **({} if bound is None else {"maxnreg": bound})}
             compiled = self.kernel.warmup(*arguments, grid=(programs,), **tried)
             compiled = compiled.result() if hasattr(compiled, "result") else compiled  # of Triton's asynchronous mode
             if compiled is None:  # a hook of Triton's wants none
@@ -130,7 +133,9 @@ class Launcher:
             compiled[(programs, 1, 1)]  # loads it, by which Triton learns what it takes
             if compiled.n_spills < fewest:
                 best, fewest = tried, compiled.n_spills
-            bound = more_registers(self.num_warps, max(compiled.n_regs, bound or 0)) if fewest else None
+            bound = more_registers(num_warps, max(compiled.n_regs, bound or 0))
             if bound is None:
-                options.update(best)
-                return
+                if num_warps < max(2, options["num_warps"]):
+                    break
+                num_warps //= 2
+        options.update(best)

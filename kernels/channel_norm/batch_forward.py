@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..activations import ACTIVATIONS, DEMANDING
+from ..activations import ACTIVATIONS
 from ..dropout import drop_numbers
 from ..launch import cdiv
 from ..launcher import Launcher, Tensors
@@ -62,9 +62,9 @@ def plan_forward(
     tile = None
     if norm.training and view.channels_last:
         spread = view.channels // kind.groups
-        smooth, demanding = ACTIVATIONS[norm.activation].slope is not None, norm.activation in DEMANDING
-        crowding = (kind.waiting, norm.add_first, smooth, demanding, norm.seed is not None)
-        tile = batch_forward_tile(view.plane, spread, x.element_size(), *crowding)
+        smooth = ACTIVATIONS[norm.activation].slope is not None
+        added, drops = norm.add_first, norm.seed is not None
+        tile = batch_forward_tile(view.plane, spread, x.element_size(), kind.waiting, added, smooth, drops)
     norm = norm._replace(seed=None)  # that of each call is its own
     training = norm.training
 

@@ -162,18 +162,17 @@ def _channel_tile(rows: int, spread: int, itemsize: int, elements_per_thread: in
 
 @functools.cache
 def batch_forward_tile(
-    rows: int, spread: int, itemsize: int, waiting: int, added: bool, smooth: bool, demanding: bool, drops: bool
+    rows: int, spread: int, itemsize: int, waiting: int, added: bool, smooth: bool, drops: bool
 ) -> ChannelTile | None:
     """Tile of the forward that reads a channel once, `spread` columns of `rows`, or None where it has to be cut into
     pieces. waiting and drops as in `group_forward_tile`. added: the residual is a part of what is normalized; smooth:
-    the activation has a slope of more than two values; demanding: it is one of `DEMANDING`."""
+    the activation has a slope of more than two values."""
     longest = {2: 16384, 4: 16384 if waiting == 1 else 8192, 8: 2048}[itemsize]
     elements_per_thread = {2: 32, 4: 16, 8: 4}[itemsize]
     if drops or rows == 1:  # of more, some bytes spill
         longest, elements_per_thread = longest // 2, elements_per_thread // 2
-    checked = rows.bit_count() > 1  # bounds, which takes registers, too
-    if itemsize == 2 and (demanding or (checked and (added or 1 < spread < 32 or (waiting == 2 and smooth)))):
-        longest = min(longest, 8192)
+    if itemsize == 2 and rows.bit_count() > 1 and (added or 1 < spread < 32 or (waiting == 2 and smooth)):
+        longest = min(longest, 8192)  # checks of bounds take registers, too
     return _channel_tile(rows, spread, itemsize, elements_per_thread, longest)
 
 

@@ -70,6 +70,7 @@ def test_channels_that_fit_take_one_launch_each_way(function, shape, channels_la
     [
         BatchCall(Kind(torch.bfloat16, "tanh", "after"), "float32", (32, 64, 7, 7), False, True),
         BatchCall(Kind(torch.bfloat16, "softplus", "none"), "float32", (31, 64, 7, 7), False, True),
+        BatchCall(Kind(torch.float32, "gelu_tanh", "none"), "float32", (31, 64, 7, 7), False, True),
         SwitchCall(Kind(torch.bfloat16, "gelu", "before", True), "float32", (4, 64, 7, 7), False, True),
     ],
     ids=str,

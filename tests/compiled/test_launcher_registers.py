@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -16,6 +17,19 @@ from fused_ops.kernels.launch import more_registers
 from fused_ops.kernels.launcher import Launcher
 
 CPU = torch.device("cpu")
+
+
+def bound_once(launcher: Launcher, programs: int, arguments: Any, options: dict[str, Any]) -> None:
+    """In place of `Launcher._bound_registers`: the first bound, whatever spills."""
+    options["maxnreg"] = launcher.most_registers
+
+
+def bounds_of(num_warps: int, registers: int = 32) -> list[int]:
+    """All that are tried after so many registers."""
+    found = []
+    while (more := more_registers(num_warps, registers)) is not None:
+        found.append(registers := more)
+    return found
 
 
 @triton.jit
@@ -50,7 +64,7 @@ def test_what_spills_gets_more_registers_and_is_launched_once(target: str, monke
     (registers, spilled), again = launched(target, 32, 8192, times=2)
     assert spilled == 0 and registers > 32
     assert again == (registers, spilled)
-    monkeypatch.setattr("fused_ops.kernels.launcher.more_registers", lambda *_: None)
+    monkeypatch.setattr(Launcher, "_bound_registers", bound_once)
     ((registers, spilled),) = launched(target, 32, 8192)
     assert spilled > 0 and registers <= 32
 
@@ -63,6 +77,39 @@ def test_what_no_register_helps_is_launched_with_the_fewest() -> None:
 def test_what_no_thread_has_registers_for_is_launched_as_it_is() -> None:
     ((registers, spilled),) = launched("sm_90", None, 65536)
     assert spilled > 0 and registers >= 248
+
+
+class SpillingKernel:
+    """Compiles to what spills as much as is told of (warps, bound), or eight bytes; takes all registers it may."""
+
+    def __init__(self, spills: dict[tuple[int, int | None], int]) -> None:
+        self.spills = spills
+        self.tried: list[tuple[int, int | None]] = []
+
+    def warmup(self, *arguments: Any, grid: Any, num_warps: int, maxnreg: int | None = None) -> Any:
+        self.tried.append((num_warps, maxnreg))
+        compiled = MagicMock(n_regs=maxnreg or 32, n_spills=self.spills.get(self.tried[-1], 8))
+        compiled.result.return_value = compiled
+        return compiled
+
+
+@pytest.mark.parametrize(
+    ("num_warps", "spills", "tried", "best"),
+    [
+        (16, {(16, None): 0}, [(16, None)], (16, None)),
+        (16, {(16, 128): 0}, [(16, None), (16, 64), (16, 128)], (16, 128)),
+        (32, {(16, None): 0}, [(32, None), (32, 64), (16, None)], (16, None)),
+        (32, {(32, 64): 4, (16, 128): 6}, [(32, None), (32, 64), (16, None), (16, 64), (16, 128)], (32, 64)),
+        (1, {}, [(1, None), *((1, bound) for bound in bounds_of(1))], (1, None)),
+    ],
+)
+def test_half_the_warps_are_tried_at_last(num_warps, spills, tried, best):
+    kernel = SpillingKernel(spills)
+    launch = Launcher(kernel, num_warps)
+    options: dict[str, Any] = {"num_warps": num_warps}
+    launch._bound_registers(1, (), options)
+    assert kernel.tried == tried
+    assert (options["num_warps"], options.get("maxnreg")) == best
 
 
 def test_the_bound_grows_until_a_program_is_alone_or_a_thread_has_all() -> None:

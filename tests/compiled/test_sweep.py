@@ -17,9 +17,9 @@ from benchmarks.audit.inert import compiling_for
 from benchmarks.audit.sweep_calls import FEW, ChannelCall, Kind, RowCall
 from benchmarks.audit.sweep_record import SweepRecord
 from benchmarks.audit.targets import TARGETS
-from fused_ops.kernels import launcher
 from fused_ops.kernels.launcher import Launcher
 from fused_ops.kernels.row_norm.forward_kernels import row_norm_forward_kernel
+from tests.compiled.test_launcher_registers import bound_once
 from tests.schedules import forget_schedules
 
 KIND = Kind(torch.bfloat16, "gelu", "after")
@@ -49,7 +49,7 @@ def few_registers() -> Iterator[None]:
     def with_few(self: Launcher, *arguments: Any, most_registers: int | None = None) -> None:
         original(self, *arguments, most_registers=24)
 
-    no_more = mock.patch.object(launcher, "more_registers", lambda *_: None)
+    no_more = mock.patch.object(Launcher, "_bound_registers", bound_once)
     forget_schedules()
     with mock.patch.object(Launcher, "__init__", with_few), no_more:
         yield
