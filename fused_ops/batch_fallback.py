@@ -198,10 +198,12 @@ def _beside(bias: Tensor | None) -> Tensor | None:
 
 def _dense(x: Tensor) -> Tensor:
     """x in one of the layouts that torch's backward takes on a GPU, where its forward makes them by itself."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    if x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]):
+    if x.dim() in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()]):
         return x
     return x.contiguous()
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -300,7 +302,7 @@ def _torch_finds_gradients(x: Tensor, running: Sequence[Tensor], weight: Tensor 
 def _plan_by_torchs_node(x: Tensor) -> Callable[..., Tensor]:
     """torch's batch norm of tensors like x, whose node asks for dy in x's layout: others take it several times as
     long."""
-    stride = x.stride()
+    stride, layout = x.stride(), torch.contiguous_format if x.is_contiguous() else _CHANNELS_LAST[x.dim()]
 
     def lay_out(given: Sequence[Tensor | None]) -> Any:
         """A hook that torch's node calls with dy and with nothing for the statistics."""
@@ -308,9 +310,8 @@ def _plan_by_torchs_node(x: Tensor) -> Callable[..., Tensor]:
         if dy is None:
             return None
         if goes_on_from(dy):
-            _replace_gradients(_running_node())
-            return None
-        return None if dy.stride() == stride else (_laid_out_as(_running_node()._saved_input, dy), *others)
+            _replace_gradients()
+        return None if dy.stride() == stride else (dy.contiguous(memory_format=layout), *others)
 
     def run(
         x: Tensor, mean: Any, var: Any, weight: Tensor, bias: Any, momentum: float, eps: float, dtype: torch.dtype
@@ -328,18 +329,29 @@ def _plan_by_torchs_node(x: Tensor) -> Callable[..., Tensor]:
 
 
 _hooks_of_saved = torch._C._autograd._top_saved_tensors_default_hooks
-_running_node: Callable[[], Any] = torch._C._current_autograd_node  # a hook that held its node would keep it for ever
 
 
-def _replace_gradients(node: Any) -> None:
-    """Has a node that is about to run give gradients in elementary operations, this once."""
+def _replace_gradients() -> None:
+    """Has the node that is about to run give gradients in elementary operations, this once, to whoever else has hooks.
+    A compiler of backward runs none: there they are torch's own."""
 
-    def replace(found: Sequence[Tensor | None], given: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    def replace(found: Sequence[Tensor | None], given: Sequence[Any]) -> tuple[Tensor | None, ...] | None:
         hook.remove()
-        saved, needs = _running_node(), [gradient is not None for gradient in found]
-        return gradients(given[0], saved._saved_input, saved._saved_weight, saved._saved_eps, *needs)
+        if not goes_on_from(given[0]):  # left over by a backward that failed
+            return None
+        needs_x, needs_weight, needs_bias = [gradient is not None for gradient in found]
+        node = _running_node()
+        x, weight, eps = node._saved_input, node._saved_weight, node._saved_eps
+        return gradients(given[0], x, weight, eps, needs_x, needs_weight, needs_bias)
 
-    hook = node.register_hook(replace)
+    if _running_node() is not None:
+        hook = _running_node().register_hook(replace)
+        hooks = hook.hooks_dict_ref()
+        for other in [key for key in hooks if key != hook.id]:
+            hooks[other] = hooks.pop(other)  # behind it: torch goes by the order of insertion alone
+
+
+_running_node: Callable[[], Any] = torch._C._current_autograd_node  # a hook that held its node would keep it for ever
 
 
 def differentiable_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -34,8 +34,8 @@ class Launcher:
     16-byte alignment (on AMD their size, too). No run-time number is one that Triton specializes on.
 
     most_registers: of a thread, at first. ptxas, left alone or with too few, keeps some values in memory, often so that
-    one more program fits: it is asked again, with a bound for fewer programs, at last for half of num_warps, until it
-    keeps none there.
+    one more program fits: it is asked again, with a bound for fewer programs, until it keeps none there. may_halve: at
+    last for half of num_warps, by which what a program sums is summed in another order.
     """
 
     def __init__(
@@ -44,10 +44,12 @@ class Launcher:
         num_warps: int,
         *constants: Any,
         most_registers: int | None = None,
+        may_halve: bool = False,
     ) -> None:
         self.kernel = kernel
         self.num_warps = num_warps
         self.most_registers = most_registers
+        self.may_halve = may_halve
         self.constants = constants
         self._compiled: dict[tuple[Any, ...], Any] = {}
         self._types: tuple[torch.dtype | None, ...] | None = None
@@ -120,9 +122,10 @@ class Launcher:
         return self.kernel[(programs,)](*arguments, **options)
 
     def _bound_registers(self, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Puts what keeps the fewest values in memory into the options: a bound, and if none is enough half the warps,
-        whose threads have twice the registers. Found by compiling with each."""
+        """Puts what keeps the fewest values in memory into the options: a bound, and if none is enough perhaps half the
+        warps, whose threads have twice the registers. Found by compiling with each."""
         num_warps = options["num_warps"]
+        fewest_warps = num_warps // 2 if self.may_halve and num_warps > 1 else num_warps
         bound, fewest, best = self.most_registers, math.inf, options
         while fewest:
             tried = {**options, "num_warps": num_warps, **({} if bound is None else {"maxnreg": bound})}
@@ -135,7 +138,7 @@ class Launcher:
                 best, fewest = tried, compiled.n_spills
             bound = more_registers(num_warps, max(compiled.n_regs, bound or 0))
             if bound is None:
-                if num_warps < max(2, options["num_warps"]):
+                if num_warps == fewest_warps:
                     break
-                num_warps //= 2
+                num_warps = fewest_warps
         options.update(best)

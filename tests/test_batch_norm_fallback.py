@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as TF
+from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 
 from fused_ops import functional as F
@@ -362,3 +364,31 @@ def test_what_is_checkpointed_is_differentiated_twice():
         (dx,) = torch.autograd.grad(run(x, weight, bias).pow(3).sum(), x, create_graph=True)
         second.append(torch.autograd.grad(dx.square().sum(), (x, weight)))
     torch.testing.assert_close(*second)
+
+
+@in_torch
+def test_a_hook_on_the_node_has_the_last_word():
+    x, _, weight, bias = tensors(3, 4, 5)
+    y = F.batch_norm(x, None, None, weight, bias, training=True)
+    seen: list[Tensor] = []
+    y.grad_fn.register_hook(lambda found, _: seen.append(found[0]) or tuple(2 * each for each in found))
+    for create_graph in (False, True, False):
+        dx, *_ = torch.autograd.grad(y.pow(3).sum(), (x, weight, bias), retain_graph=True, create_graph=create_graph)
+        torch.testing.assert_close(dx, 2 * seen[-1])
+    torch.testing.assert_close(seen, [seen[0]] * 3)
+
+
+@in_torch
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_compiled_backward_finds_the_same(layout, create_graph):
+    found = []
+    for compiled in (False, True):
+        leaf, _, weight, bias = tensors(3, 4, 5, 5)
+        x = LAYOUTS[layout](leaf)
+        y = F.batch_norm(x, None, None, weight, bias, training=True)
+        with compiled_autograd._enable(torch.compile(backend="eager")) if compiled else contextlib.nullcontext():
+            y.contiguous().pow(3).sum().backward(create_graph=create_graph)
+        found.append((leaf.grad, weight.grad, bias.grad))
+    torch.testing.assert_close(*found)

@@ -183,4 +183,4 @@ def pieces_of(kind: ForwardKind) -> ForwardPieces:
 @functools.cache
 def _whole_channels(kind: ForwardKind, tile: ChannelTile) -> Launcher:
     constants = (kind.channels, kind.groups, *kind.functions, *tile.block)
-    return Launcher(batch_norm_forward_kernel, tile.num_warps, *constants)
+    return Launcher(batch_norm_forward_kernel, tile.num_warps, *constants, may_halve=True)

@@ -105,11 +105,14 @@ class SpillingKernel:
 )
 def test_half_the_warps_are_tried_at_last(num_warps, spills, tried, best):
     kernel = SpillingKernel(spills)
-    launch = Launcher(kernel, num_warps)
+    launch = Launcher(kernel, num_warps, may_halve=True)
     options: dict[str, Any] = {"num_warps": num_warps}
     launch._bound_registers(1, (), options)
     assert kernel.tried == tried
     assert (options["num_warps"], options.get("maxnreg")) == best
+    kernel.tried.clear()
+    Launcher(kernel, num_warps)._bound_registers(1, (), {"num_warps": num_warps})
+    assert kernel.tried == [each for each in tried if each[0] == num_warps]
 
 
 def test_the_bound_grows_until_a_program_is_alone_or_a_thread_has_all() -> None:

@@ -46,8 +46,8 @@ def few_registers() -> Iterator[None]:
     """Gives the threads of every kernel that is scheduled inside so few that it spills, and never more."""
     original = Launcher.__init__
 
-    def with_few(self: Launcher, *arguments: Any, most_registers: int | None = None) -> None:
-        original(self, *arguments, most_registers=24)
+    def with_few(self: Launcher, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **{**options, "most_registers": 24})
 
     no_more = mock.patch.object(Launcher, "_bound_registers", bound_once)
     forget_schedules()
