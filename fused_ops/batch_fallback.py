@@ -196,14 +196,17 @@ def _beside(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else torch.ones_like(bias)
 
 
+def _dense_layout(x: Tensor) -> torch.memory_format:
+    """The one of the layouts that torch's backward takes on a GPU in which x is, or is to be copied."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]):
+        return formats[x.dim()]
+    return torch.contiguous_format
+
+
 def _dense(x: Tensor) -> Tensor:
-    """x in one of the layouts that torch's backward takes on a GPU, where its forward makes them by itself."""
-    if x.dim() in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()]):
-        return x
-    return x.contiguous()
-
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+    """x in one of these layouts; its forward makes them by itself."""
+    return x.contiguous(memory_format=_dense_layout(x))
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -302,7 +305,7 @@ def _torch_finds_gradients(x: Tensor, running: Sequence[Tensor], weight: Tensor 
 def _plan_by_torchs_node(x: Tensor) -> Callable[..., Tensor]:
     """torch's batch norm of tensors like x, whose node asks for dy in x's layout: others take it several times as
     long."""
-    stride, layout = x.stride(), torch.contiguous_format if x.is_contiguous() else _CHANNELS_LAST[x.dim()]
+    stride, layout = x.stride(), _dense_layout(x)
 
     def lay_out(given: Sequence[Tensor | None]) -> Any:
         """A hook that torch's node calls with dy and with nothing for the statistics."""

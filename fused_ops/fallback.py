@@ -72,7 +72,10 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 def goes_on_from(dy: Tensor) -> bool:
     """Whether a gradient is to be differentiated again, or is a batch of them: backward is then elementary."""
-    return torch.is_grad_enabled() or transformed() or torch._C._functorch.is_legacy_batchedtensor(dy)
+    if torch.is_grad_enabled() or transformed():
+        return True
+    # A compiler of backward has no batch, and warns of what it cannot look into.
+    return not torch.compiler.is_dynamo_compiling() and torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 class _Hardsigmoid(torch.autograd.Function):

@@ -379,7 +379,8 @@ def test_a_hook_on_the_node_has_the_last_word():
 
 
 @in_torch
-@pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # its compiler asks for it
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_compiled_backward_finds_the_same(layout, create_graph):
