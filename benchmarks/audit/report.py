@@ -84,7 +84,7 @@ def summary(audit: Audit) -> str:
         devices = " and ".join(dict.fromkeys(row.device for row in audit.rows))
         parts += [text(columns(audit.rows), audit.rows), "", LEGEND.format(device=devices)]
     if audit.swept:
-        parts.append(f"Launch tables: {audit.swept} calls compiled, {len(audit.spills)} kernels spill.")
+        parts.append(f"Launch tables: {audit.swept} entries compiled, {len(audit.spills)} kernels spill.")
     for title, found in (("Above an allowance", audit.findings), ("Spills in the launch tables", audit.spills)):
         if found:
             parts += [f"{title}: {len(found)}", *(f"  {each}" for each in found)]

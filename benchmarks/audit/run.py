@@ -34,7 +34,7 @@ from .targets import DEVICE_OF, DEVICES, TARGETS, Device
 
 DTYPES = ("bfloat16", "float32")
 CORES = os.cpu_count() or 2
-GROUPS_A_POOL = 24  # of the sweep
+GROUPS_A_POOL = 64  # of the sweep
 
 Pair = tuple[str, str]  # type, target
 Key = tuple[str, str, str]  # workload, type, target
@@ -144,20 +144,20 @@ def _work(names: Sequence[str], compiled_pairs: Sequence[Pair], counted_pairs: S
 
 
 def _sweep(targets: Sequence[str], every: int, record: SweepRecord) -> tuple[list[sweep.Spill], int]:
-    """What spills in the launch tables, and how many calls were compiled, now or as the record has it."""
+    """What spills in the launch tables, and how many entries were compiled, now or as the record has it."""
     with workers(interpret=False, count=1) as pool:
         groups = [group for name in targets for group in pool.submit(sweep.groups, name, every=every).result()]
     left = [group for group in groups if record.spills(group) is None]
-    calls, calls_left = (sum(len(group.calls) for group in some) for some in (groups, left))
-    with tqdm(total=calls, initial=calls - calls_left, unit="call") as bar:
+    entries, entries_left = (sum(len(group.entries) for group in some) for some in (groups, left))
+    with tqdm(total=entries, initial=entries - entries_left, unit="entry") as bar:
         for first in range(0, len(left), GROUPS_A_POOL):  # a worker keeps what it compiled: gigabytes of all
             with workers(interpret=False, count=CORES) as pool:
                 compiling = {pool.submit(group.compile): group for group in left[first : first + GROUPS_A_POOL]}
                 for future in as_completed(compiling):
                     group = compiling[future]
                     record.add(group, future.result())
-                    bar.update(len(group.calls))
-    return list(dict.fromkeys(spill for group in groups for spill in record.spills(group) or ())), calls
+                    bar.update(len(group.entries))
+    return list(dict.fromkeys(spill for group in groups for spill in record.spills(group) or ())), entries
 
 
 def _submit(pool: Executor, job: Callable[..., Any], names: Sequence[str], pairs: Sequence[Pair]) -> dict[Key, Future]:

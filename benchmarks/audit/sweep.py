@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -72,17 +72,22 @@ class Spill:
 
 @dataclass(frozen=True)
 class Group:
-    """Calls of one kind on one target, and which of their entries no earlier group has. contents: a hash of both, and
-    of what compiles and judges them."""
+    """Calls of one type and activation on one target, and which of their entries of one kernel no earlier group has.
+    contents: a hash of both, and of what compiles and judges them."""
 
     target: str
+    kernel: str
     calls: tuple[Call, ...]
     entries: frozenset[Entry]
     contents: str
 
-    @property
-    def kind(self) -> Kind:
-        return self.calls[0].kind
+    @classmethod
+    def of(cls, target: str, kernel: str, new: Mapping[Call, set[Entry]]) -> Group:
+        """Of calls with the entries of a kernel that are new with each."""
+        judges = [inspect.getsource(part) for part in (launcher, more_registers, inert, binary, cubin, targets)]
+        text = "\n".join((*judges, *(f"{call}: {sorted(entries, key=repr)}" for call, entries in new.items())))
+        contents = hashlib.sha256(text.encode()).hexdigest()
+        return cls(target, kernel, tuple(new), frozenset().union(*new.values()), contents)
 
     def compile(self) -> list[Spill]:
         """What spills."""
@@ -102,15 +107,11 @@ def groups(target_name: str, some_kinds: Iterable[Kind] | None = None, every: in
                 if entries := new - compiled:
                     compiled |= entries
                     found.append((call, entries))
-    made = []
-    judges = [inspect.getsource(part) for part in (launcher, more_registers, inert, binary, cubin, targets)]
-    for _, of_kind in itertools.groupby(found[::every], key=lambda pair: pair[0].kind):
-        pairs = list(of_kind)
-        text = "\n".join((*judges, *(f"{call}: {sorted(entries, key=repr)}" for call, entries in pairs)))
-        calls = tuple(call for call, _ in pairs)
-        of_group = frozenset(entry for _, entries in pairs for entry in entries)
-        made.append(Group(target_name, calls, of_group, hashlib.sha256(text.encode()).hexdigest()))
-    return made
+    grouped: defaultdict[tuple[Any, ...], defaultdict[Call, set[Entry]]] = defaultdict(lambda: defaultdict(set))
+    for call, entries in found[::every]:
+        for entry in sorted(entries, key=repr):
+            grouped[call.kind.dtype, call.kind.activation, entry.kernel][call].add(entry)
+    return [Group.of(target_name, kernel, new) for (_, _, kernel), new in grouped.items()]
 
 
 def entries_of(call: Call) -> set[Entry]:

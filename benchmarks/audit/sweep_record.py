@@ -14,7 +14,7 @@ from .sweep import Group, Spill
 
 
 class SweepRecord:
-    """Lines of JSON, one a group of calls: what spilled, by which version of Triton, and a hash of what decides it. A
+    """Lines of JSON, one a group of entries: what spilled, by which version of Triton, and a hash of what decides it. A
     line that was cut off is no line. Without a path nothing is known, and nothing kept."""
 
     def __init__(self, path: Path | None) -> None:
@@ -38,9 +38,10 @@ class SweepRecord:
             return
         entry = {
             "target": group.target,
-            "kind": str(group.kind),
             "triton": triton.__version__,
-            "calls": len(group.calls),
+            "kernel": group.kernel,
+            "first_call": str(group.calls[0]),
+            "entries": len(group.entries),
             "contents": group.contents,
             "spills": [dataclasses.asdict(spill) for spill in spills],
         }

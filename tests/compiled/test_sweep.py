@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from benchmarks.audit.sweep_calls import FEW, ChannelCall, Kind, RowCall
 from benchmarks.audit.sweep_record import SweepRecord
 from benchmarks.audit.targets import TARGETS
 from fused_ops.kernels.launcher import Launcher
+from fused_ops.kernels.row_norm.backward_kernels import row_norm_backward_kernel
 from fused_ops.kernels.row_norm.forward_kernels import row_norm_forward_kernel
 from tests.compiled.test_launcher_registers import bound_once
 from tests.schedules import forget_schedules
@@ -64,29 +66,33 @@ def test_it_reaches_every_kernel() -> None:
     modules = [importlib.import_module(f"fused_ops.kernels.{name}") for name in MODULES]
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     reached: set[str] = set()
-    (group,) = sweep.groups("sm_90", [KIND])
-    some_calls = group.calls
+    groups = sweep.groups("sm_90", [KIND])
     with compiling_for(TARGETS["sm_90"]):
-        for call in some_calls:
-            reached |= {entry.kernel for entry in sweep.entries_of(call)}
+        for group in groups:
+            assert {entry.kernel for entry in group.entries} == {group.kernel}
+            made = {entry for call in group.calls for entry in sweep.entries_of(call)}
+            assert group.entries <= made
+            reached.add(group.kernel)
+            assert len(set(map(str, group.calls))) == len(group.calls)
     assert reached == kernels - {ONE_PROGRAM_OF_ONE_WARP, OF_THE_RESIDUAL_ADD}
-    assert len(set(map(str, some_calls))) == len(some_calls)
+    assert len(groups) == len(reached)
 
 
 def test_kernels_without_an_activation_are_compiled_for_the_first_alone() -> None:
     kinds = [KIND, Kind(torch.bfloat16, "silu", "after")]
-    first, second = sweep.groups("sm_90", kinds)
-    (alone,) = sweep.groups("sm_90", kinds[1:])
-    assert not first.entries & second.entries
-    known = {entry.kernel for entry in alone.entries - second.entries}
-    assert {"row_moments_kernel", "combine_moments_kernel", "column_sum_kernel"} <= known
-    assert "row_norm_forward_kernel" not in known
-    some_calls = second.calls[:20]
+    both, alone = sweep.groups("sm_90", kinds), sweep.groups("sm_90", kinds[1:])
+    of_both, of_one = (Counter(group.kernel for group in groups) for groups in (both, alone))
+    assert sum(len(group.entries) for group in both) == len(frozenset().union(*(group.entries for group in both)))
+    for kernel in ("row_moments_kernel", "combine_moments_kernel", "column_sum_kernel"):
+        assert of_both[kernel] == of_one[kernel] == 1
+    assert of_both["row_norm_forward_kernel"] == 2
+
+
+def test_of_a_group_only_its_entries_are_compiled() -> None:
+    group = next(group for group in sweep.groups("sm_90", [KIND]) if group.kernel == "row_gradient_sums_kernel")
     with mock.patch.object(Launcher, "_first_launch") as compile_one:
-        sweep.spills(some_calls, "sm_90", second.entries)
-    with compiling_for(TARGETS["sm_90"]):
-        entries = {entry for call in some_calls for entry in sweep.entries_of(call)}
-    assert compile_one.call_count == len(entries & second.entries) > 0
+        group.compile()
+    assert compile_one.call_count == len(group.entries) > 0
 
 
 @pytest.mark.parametrize(
@@ -104,20 +110,26 @@ def test_it_names_what_spills(call: RowCall | ChannelCall) -> None:
 
 def test_what_was_swept_is_known_until_its_kernels_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "swept.jsonl"
-    (group,) = sweep.groups("sm_90", [KIND], every=50)
+    group = of_the_rows_forward()
     assert SweepRecord(path).spills(group) is None
     found = [sweep.Spill("a call", "sm_90", "a_kernel", 255, 8)]
     path.write_text('{"target": "sm_90", "tri')  # cut off
     SweepRecord(path).add(group, found)
-    (same,) = sweep.groups("sm_90", [KIND], every=50)
-    assert SweepRecord(path).spills(same) == found
+    assert SweepRecord(path).spills(of_the_rows_forward()) == found
     with few_registers():
-        (changed,) = sweep.groups("sm_90", [KIND], every=50)
-    assert SweepRecord(path).spills(changed) is None
+        assert SweepRecord(path).spills(of_the_rows_forward()) is None
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "more_registers", lambda num_warps, registers: 255)
-        (changed,) = sweep.groups("sm_90", [KIND], every=50)
-    assert SweepRecord(path).spills(changed) is None
+        assert SweepRecord(path).spills(of_the_rows_forward()) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(row_norm_backward_kernel, "hash", "of another kernel")
+        assert SweepRecord(path).spills(of_the_rows_forward()) == found
     monkeypatch.setattr(row_norm_forward_kernel, "hash", "of another kernel")
-    (changed,) = sweep.groups("sm_90", [KIND], every=50)
-    assert SweepRecord(path).spills(changed) is None
+    assert SweepRecord(path).spills(of_the_rows_forward()) is None
+
+
+def of_the_rows_forward() -> sweep.Group:
+    """Some entries of one kernel."""
+    groups = sweep.groups("sm_90", [KIND], every=50)
+    (group,) = (group for group in groups if group.kernel == "row_norm_forward_kernel")
+    return group
