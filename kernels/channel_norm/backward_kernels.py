@@ -148,10 +148,11 @@ def channel_gradient_sums_kernel(
         # dx will be that of dz as it is rounded there, and so are its means.
         if not FROZEN and DResidual_ptr is not None:
             dz = dz.to(DResidual_ptr.dtype.element_ty).to(COMPUTE)
+        # A compiler may not leave out what adds to 0.0.
         if DZSums_ptr is not None:
-            sums_dz += dz
+            sums_dz = dz if STAGES == 0 else sums_dz + dz
         if DZXHatSums_ptr is not None:
-            sums_dz_x_hat += dz * x_hat
+            sums_dz_x_hat = dz * x_hat if STAGES == 0 else sums_dz_x_hat + dz * x_hat
         drops = plane_factor(
             Seed_ptr, sample, channel[:, None], position, plane, positions, threshold, factor, CHANNELS, COMPUTE
         )

@@ -17,6 +17,7 @@ from .config import (
     GroupPlanes,
     PlaneKind,
     backward_piece_tile,
+    backward_pieces,
     backward_steps,
     combine_tile,
     group_planes,
@@ -126,7 +127,8 @@ class BackwardPieces:
             return Launcher(kernel, tile.num_warps, *constants, most_registers=most_registers)
 
         self.sums = launcher(channel_gradient_sums_kernel, kind.frozen, *kind.slope)
-        block_partials, self.block_groups = combine_tile(kind.channels, kind.groups, kind.is_spread)
+        pieces = None if kind.pooled else backward_pieces(kind.plane, kind.dy.itemsize, tile)
+        block_partials, self.block_groups = combine_tile(kind.channels, kind.groups, kind.is_spread, pieces)
         self.combine = Launcher(
             combine_gradients_kernel, 4, *of_plane, kind.pooled, block_partials, self.block_groups, *COMBINED_COLUMNS,
         )  # fmt: skip

@@ -16,6 +16,7 @@ from ..views import PooledPlanes, vector_length
 # Planes below this many elements compile for their length; longer ones take it at run time, and compile once for each
 # power of two up to a tile. A run-time length costs a mask and an addition a tile, which short planes would notice.
 SHORT_PLANE = 1024
+LONG_PLANE = 2**15
 
 
 PlaneKind = tuple[int | None, int]
@@ -23,12 +24,12 @@ PlaneKind = tuple[int | None, int]
 
 def plane_kind(plane: int) -> PlaneKind:
     """What a compiled kernel knows of a plane: its length, if short; else the power of two above it, up to 32 K."""
-    return (plane, 0) if plane < SHORT_PLANE else (None, min(plane - 1, 2**15 - 1).bit_length())
+    return (plane, 0) if plane < SHORT_PLANE else (None, min(plane - 1, LONG_PLANE - 1).bit_length())
 
 
 def pooled_plane_kind(planes: PooledPlanes) -> PlaneKind:
     """Rows of a matrix are as many as the batch has, for which nothing may compile anew."""
-    return plane_kind(2**15 if planes.channels_last else planes.plane)
+    return plane_kind(LONG_PLANE if planes.channels_last else planes.plane)
 
 
 def longest_of(kind: PlaneKind) -> int:
@@ -283,8 +284,25 @@ def forward_steps(plane: int, itemsize: int, tile: PieceTile) -> int:
 
 def backward_steps(plane: int, itemsize: int, tile: PieceTile, blocks: int, facts: DeviceFacts) -> int:
     """Tiles of a piece, where there are as many blocks of channels in all samples."""
-    least = cdiv(LEAST_BACKWARD_BYTES, tile.block_channels * tile.block_plane * itemsize)
+    least = _least_backward_steps(itemsize, tile)
     return _steps(plane, itemsize, tile, least, cdiv(BACKWARD_PROGRAMS * facts.multiprocessors, blocks))
+
+
+def forward_pieces(kind: PlaneKind, itemsize: int, tile: PieceTile) -> int | None:
+    """About how many pieces a plane of this kind has in the forward; None where it may be of any length."""
+    plane = longest_of(kind)
+    return None if plane == LONG_PLANE else cdiv(plane, tile.block_plane * forward_steps(plane, itemsize, tile))
+
+
+def backward_pieces(kind: PlaneKind, itemsize: int, tile: PieceTile) -> int | None:
+    """The same of the backward, where samples are few."""
+    plane = longest_of(kind)
+    least = _steps(plane, itemsize, tile, _least_backward_steps(itemsize, tile), plane)
+    return None if plane == LONG_PLANE else cdiv(plane, tile.block_plane * least)
+
+
+def _least_backward_steps(itemsize: int, tile: PieceTile) -> int:
+    return cdiv(LEAST_BACKWARD_BYTES, tile.block_channels * tile.block_plane * itemsize)
 
 
 def _steps(plane: int, itemsize: int, tile: PieceTile, least: int, most_pieces: int) -> int:
@@ -310,13 +328,23 @@ MERGED = Merged(pieces=16, planes=64, of_sample=1024, rows=128, channels=8)
 SPREAD_PARTIALS = 2048 * 128
 
 
-def combine_tile(channels: int, groups: int, spread: bool) -> tuple[int, int]:
-    """(partial results, groups) that a program merges at a time. The channels of a large group are neighbours, those of
-    small ones are only beside those of the next. Of channels that are several columns each there are the fewer the more
-    groups there are: so many programs share them."""
+def combine_tile(channels: int, groups: int, spread: bool, pieces: int | None) -> tuple[int, int]:
+    """(partial results, groups) that a program merges at a time. pieces: of each plane, None where there may be any
+    number, as of a plane that samples share or that is long.
+
+    The channels of a large group are neighbours, those of small ones are only beside those of the next. Groups of few
+    partial results are the more at a time. Of channels that are several columns each there are the fewer the more
+    groups there are: so many programs share them.
+    """
     if spread:
         return min(1024, max(128, triton.next_power_of_2(SPREAD_PARTIALS // groups))), 1
-    return (1024, 1) if channels // groups >= 8 else (256, 8)
+    block_groups = 1 if channels // groups >= 8 else 8
+    block = 1024 if block_groups == 1 else 256
+    if pieces is not None:
+        few = max(8, triton.next_power_of_2(pieces * (channels // groups)))
+        while block > few:
+            block, block_groups = block // 2, min(8, 2 * block_groups)
+    return block, block_groups
 
 
 def _block_of_channels(channels: int, itemsize: int) -> int:

@@ -19,6 +19,7 @@ from .config import (
     backward_steps,
     combine_tile,
     forward_piece_tile,
+    forward_pieces,
     forward_steps,
     group_planes,
     longest_of,
@@ -112,7 +113,8 @@ class ForwardPieces:
         most = 128 if stages or kind.channels_last else None
         of_moments = (kind.channels, length, kind.vec, kind.channels_last, *block[:2], stages)
         self.moments = launcher(channel_moments_kernel, *of_moments, most=most)
-        block_partials, self.block_groups = combine_tile(kind.channels, kind.groups, kind.is_spread)
+        pieces = None if kind.pooled else forward_pieces(kind.plane, itemsize, tile)
+        block_partials, self.block_groups = combine_tile(kind.channels, kind.groups, kind.is_spread, pieces)
         # A launcher for each: what it stores, and what not, is part of what it compiled.
         self.combine, self.combine_in_parts = (
             Launcher(
