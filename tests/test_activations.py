@@ -126,7 +126,7 @@ def test_value_and_slope(activation: Activation, dtype: torch.dtype, device: tor
         assert_within(name, z, actual, expected, allowed)
 
 
-# gelu is 0.5 * z * (1 + erf), in torch too, and the sum cancels for negative z.
+# gelu is 0.5 * z * (1 + erf), in torch and the reference too, and the sum cancels for negative z.
 @every_dtype
 @pytest.mark.parametrize("activation", [each for each in EVERY if each.name != "gelu"], ids=str)
 def test_small_values_keep_their_digits(activation: Activation, dtype: torch.dtype, device: torch.device) -> None:
@@ -134,6 +134,14 @@ def test_small_values_keep_their_digits(activation: Activation, dtype: torch.dty
     actual, _ = evaluate(activation, z, dtype, device)
     expected, _ = expected_at(activation, z, dtype)
     assert_digits("value", z, actual, expected, dtype)
+
+
+def test_small_values_of_gelu_keep_most_digits(device: torch.device) -> None:
+    """In float32, where erf leaves none from -5 on."""
+    z = np.linspace(-12.0, -0.01, 1200).astype(np.float32).astype(np.float64)
+    actual, _ = evaluate(Activation("gelu"), z, torch.float32, device)
+    expected = z * 0.5 * np.array([math.erfc(-each * math.sqrt(0.5)) for each in z])
+    np.testing.assert_allclose(actual, expected, rtol=2e-5)
 
 
 MONOTONE = [each for each in EVERY if each.name in ("elu", "selu", "sigmoid", "softplus")]

@@ -1,0 +1,58 @@
+"""How many instructions kernels issue on an sm_90 that is not there: where that is what bounds them, and not memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.audit.binary import CompiledLaunch, describe
+from benchmarks.audit.inert import Launch
+from benchmarks.audit.targets import TARGETS
+from fused_ops import functional as F
+from fused_ops.kernels.activations import ACTIVATIONS
+
+ELEMENTS_A_THREAD = 32  # of a row of 1024 in one warp
+
+
+def described(launches: list[Launch], kernel: str) -> CompiledLaunch:
+    """The only launch of a kernel."""
+    (launch,) = (launch for launch in launches if launch.kernel == kernel)
+    return describe(launch, TARGETS["sm_90"])
+
+
+def backward_of_rows(span: int, dtype: torch.dtype, launches: list[Launch]) -> int:
+    """Instructions of a trip of the loop over tiles, in which a thread has eight elements."""
+    launches.clear()
+    x, weight, bias = (torch.zeros(*rows, span, dtype=dtype, requires_grad=True) for rows in ((4096,), (), ()))
+    F.layer_norm(x, (span,), weight, bias).backward(torch.zeros_like(x))
+    return described(launches, "row_norm_backward_kernel").code.loop_instructions
+
+
+@pytest.mark.parametrize("span", [64, 128, 256, 512])
+def test_rows_that_a_warp_holds_are_summed_in_it(span, sm_90):
+    """Spread over four warps, several rows at a time, they took up to 2.4 times as many."""
+    assert backward_of_rows(span, torch.bfloat16, sm_90) <= 1.1 * backward_of_rows(1024, torch.bfloat16, sm_90)
+
+
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name is not None])
+def test_an_activation_takes_few_instructions_an_element(name, sm_90):
+    """exp and a division as Triton has them take 5 and 8, erf 28."""
+    F.layer_norm(torch.empty(64, 1024, dtype=torch.bfloat16), (1024,))
+    F.layer_norm(torch.empty(64, 1024, dtype=torch.bfloat16), (1024,), activation=name)
+    without, with_it = (describe(launch, TARGETS["sm_90"]).code.instructions for launch in sm_90)
+    most = {"elu": 16, "selu": 16, "gelu": 20, "gelu_tanh": 16, "tanh": 28, "mish": 18, "softplus": 26}
+    assert (with_it - without) / ELEMENTS_A_THREAD <= most.get(name, 12)
+
+
+@pytest.mark.parametrize("channels", [256, 320, 1280])
+def test_merging_few_partial_results_takes_next_to_nothing(channels, sm_90):
+    """A program for each group, with room for a thousand, took a quarter as many as the pass over x."""
+    x = torch.zeros(16, channels, 56, 56, dtype=torch.bfloat16, requires_grad=True)
+    F.group_norm(x, 32, activation="relu").backward(torch.zeros_like(x))
+
+    def issued(kernel: str) -> int:
+        launch = described(sm_90, kernel)
+        return launch.programs * launch.warps * launch.code.instructions
+
+    assert issued("combine_moments_kernel") < 0.05 * issued("channel_apply_kernel")
+    assert issued("combine_gradients_kernel") < 0.05 * issued("channel_gradient_apply_kernel")
