@@ -324,6 +324,12 @@ class Merged(NamedTuple):
 MERGED = Merged(pieces=16, planes=64, of_sample=1024, rows=128, channels=8)
 
 
+def merge_tile(pieces: int | None) -> Merged:
+    """How the partial results of planes with about so many pieces are merged, None: any number."""
+    block = MERGED.pieces if pieces is None else min(MERGED.pieces, triton.next_power_of_2(pieces))
+    return MERGED._replace(pieces=block, planes=MERGED.planes * (MERGED.pieces // block))
+
+
 # Partial results of all channels that are several columns each: of 2048 programs with 128 columns.
 SPREAD_PARTIALS = 2048 * 128
 

@@ -14,7 +14,7 @@ from ..launcher import Launcher
 from ..problem import Forward, GroupNorm, Kinds, Mixture, SwitchNorm, Tensor, compute_dtype
 from ..views import Samples, columns, plan_reading
 from .batch_forward import store_moved
-from .config import MERGED, plane_kind, widest_access
+from .config import Merged, forward_pieces, merge_tile, plane_kind, widest_access
 from .forward import allocate as allocate_of_planes
 from .forward_pieces import ForwardKind, ForwardPieces
 from .switch_kernels import combine_switch_moments_kernel
@@ -62,7 +62,8 @@ def switch_norm_forward(
     moments, *lengths = pieces.reduce(samples, plane, given, out.total, units, floats)
     means = torch.empty(samples * channels + samples + channels, dtype=compute_dtype(x.dtype), device=x.device)
     kinds = Kinds(means, torch.empty_like(means))
-    merge(merging_programs(samples, channels), x.device, running, (*moments, *kinds), samples, *lengths, momentum)
+    programs = merging_programs(samples, channels, _tile(kind))
+    merge(programs, x.device, running, (*moments, *kinds), samples, *lengths, momentum)
     if training:
         store_moved((running_mean, running_var), running)
     pieces.finish(samples, plane, given, out, units, floats, (*kinds, *weights))
@@ -75,9 +76,9 @@ def allocate(x: Tensor, residual: Tensor | None, norm: SwitchNorm, save_statisti
     return allocate_of_planes(x, residual, of_planes, save_statistics, save_bits)
 
 
-def merging_programs(samples: int, channels: int) -> int:
+def merging_programs(samples: int, channels: int, tile: Merged) -> int:
     """Programs that merge partial results: one a sample, and of blocks of planes and of channels."""
-    return cdiv(samples * channels, MERGED.planes) + samples + cdiv(channels, MERGED.channels)
+    return cdiv(samples * channels, tile.planes) + samples + cdiv(channels, tile.channels)
 
 
 @functools.cache
@@ -86,7 +87,12 @@ def _pieces(kind: ForwardKind) -> ForwardPieces:
 
 
 @functools.cache
+def _tile(kind: ForwardKind) -> Merged:
+    return merge_tile(forward_pieces(kind.plane, kind.x.itemsize, _pieces(kind).tile))
+
+
+@functools.cache
 def _merge(kind: ForwardKind, training: bool) -> Launcher:
     of_plane = (kind.channels, kind.plane[0], kind.vec, kind.channels_last)
-    constants = (*of_plane, _pieces(kind).tile.block_plane, not training, *MERGED)
+    constants = (*of_plane, _pieces(kind).tile.block_plane, not training, *_tile(kind))
     return Launcher(combine_switch_moments_kernel, 4, *constants)

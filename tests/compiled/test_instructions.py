@@ -20,6 +20,12 @@ def described(launches: list[Launch], kernel: str) -> CompiledLaunch:
     return describe(launch, TARGETS["sm_90"])
 
 
+def issued(launches: list[Launch], kernel: str) -> int:
+    """Instructions of all warps, each loop taken once."""
+    launch = described(launches, kernel)
+    return launch.programs * launch.warps * (launch.code.instructions + launch.code.loop_instructions)
+
+
 def backward_of_rows(span: int, dtype: torch.dtype, launches: list[Launch]) -> int:
     """Instructions of a trip of the loop over tiles, in which a thread has eight elements."""
     launches.clear()
@@ -50,9 +56,14 @@ def test_merging_few_partial_results_takes_next_to_nothing(channels, sm_90):
     x = torch.zeros(16, channels, 56, 56, dtype=torch.bfloat16, requires_grad=True)
     F.group_norm(x, 32, activation="relu").backward(torch.zeros_like(x))
 
-    def issued(kernel: str) -> int:
-        launch = described(sm_90, kernel)
-        return launch.programs * launch.warps * launch.code.instructions
+    assert issued(sm_90, "combine_moments_kernel") < 0.05 * issued(sm_90, "channel_apply_kernel")
+    assert issued(sm_90, "combine_gradients_kernel") < 0.05 * issued(sm_90, "channel_gradient_apply_kernel")
 
-    assert issued("combine_moments_kernel") < 0.05 * issued("channel_apply_kernel")
-    assert issued("combine_gradients_kernel") < 0.05 * issued("channel_gradient_apply_kernel")
+
+def test_merging_the_planes_of_a_switchable_norm_takes_little(sm_90):
+    """Of two pieces a plane, with room for sixteen, it took four times as many instructions as the pass over x."""
+    x = torch.zeros(32, 1024, 14, 14, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
+    weights = [torch.zeros(3, requires_grad=True) for _ in range(2)]
+    F.switch_norm(x, None, None, None, None, *weights, training=True).backward(torch.empty_like(x))
+    assert issued(sm_90, "combine_switch_moments_kernel") < 2 * issued(sm_90, "channel_moments_kernel")
+    assert issued(sm_90, "combine_switch_gradients_kernel") < issued(sm_90, "channel_gradient_sums_kernel")
