@@ -333,5 +333,7 @@ def backward_programs(tiles: int, config: RowConfig, facts: DeviceFacts) -> int:
 
 
 def column_sum_config(span: int) -> RowConfig:
-    """Tile of the sum over partial rows: 128-byte lines, fewer columns where that leaves too few programs."""
-    return RowConfig(block_rows=64, block_span=32 if span >= 2048 else 16, num_warps=4)
+    """Tile of the sum over partial rows: of rows that fill a sector, 32 bytes, or more where that still makes programs
+    enough for a device; 16 KB of loads in flight, for rows are hundreds, and a program waits for each tile of them."""
+    block_span = 8 if span < 4096 else 16 if span < 8192 else 32
+    return RowConfig(4096 // block_span, block_span, num_warps=8)

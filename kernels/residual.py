@@ -293,7 +293,7 @@ class _BackwardLauncher:
             partials = torch.empty((rows, places.channels), dtype=compute_dtype(dy.dtype), device=dy.device)
         self._launcher(division)(
             cdiv(period, division.owned) * stripes, dy.device, given, (*written, partials),
-            elements, period // GROUP, stripes, *numbers,
+            elements, period // GROUP, cdiv(elements, period), stripes, *numbers,
         )  # fmt: skip
         return partials
 

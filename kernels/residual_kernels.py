@@ -171,31 +171,30 @@ def store_scale_gradient(
 
 @triton.jit(
     do_not_specialize=[
-        "elements", "period_groups", "stripes", "inner", "channels", "sample_size", "last_channels", "positions",
-        "element_threshold", "sample_threshold",
+        "elements", "period_groups", "periods", "stripes", "inner", "channels", "sample_size", "last_channels",
+        "positions", "element_threshold", "sample_threshold",
     ]
 )  # fmt: skip
 def residual_add_backward_kernel(
     DY_ptr, X_ptr, Residual_ptr, Bits_ptr, Scale_ptr, Seed_ptr, DX_ptr, DResidual_ptr, PartialDScale_ptr,
-    elements: tl.int64, period_groups: tl.int64, stripes: tl.int64, inner: tl.int64, channels: tl.int64,
-    sample_size: tl.int64, last_channels: tl.int64, positions: tl.int64, element_threshold: tl.int64,
-    sample_threshold: tl.int64, element_factor: tl.float64, sample_factor: tl.float64, alpha: tl.float64,
-    beta: tl.float64,
+    elements: tl.int64, period_groups: tl.int64, periods: tl.int64, stripes: tl.int32, inner: tl.int64,
+    channels: tl.int64, sample_size: tl.int64, last_channels: tl.int64, positions: tl.int64,
+    element_threshold: tl.int64, sample_threshold: tl.int64, element_factor: tl.float64, sample_factor: tl.float64,
+    alpha: tl.float64, beta: tl.float64,
     RAGGED: tl.constexpr, SHARED: tl.constexpr, DROPS_ELEMENTS: tl.constexpr, DROPS_SAMPLES: tl.constexpr,
     LAST: tl.constexpr, SHARE_SAMPLE: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, OWNED: tl.constexpr, SUMMED: tl.constexpr, WHOLE_RUNS: tl.constexpr,
 ):  # fmt: skip
-    """OWNED elements of a period a program, in every stripes-th period: a whole number of runs through all channels, so
-    that each element of the block keeps its channel, and its sum for dscale stays in a register."""
+    """OWNED elements of a period a program, in every stripes-th of so many periods: a whole number of runs through all
+    channels, so that each element of the block keeps its channel, and its sum for dscale stays in a register."""
     COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
-    program = tl.program_id(0).to(tl.int64)
-    first = program // stripes * OWNED
-    stripe = program % stripes
+    first = (tl.program_id(0) // stripes).to(tl.int64) * OWNED  # of int64 a division takes a hundred instructions
+    stripe = (tl.program_id(0) % stripes).to(tl.int64)
     scale = load_scale(Scale_ptr, first, inner, channels, BLOCK, SHARED, COMPUTE)
     sums = tl.zeros([BLOCK // GROUP, GROUP], COMPUTE)
     col = tl.arange(0, GROUP)[None, :]
     period = period_groups * GROUP
-    for index in tl.range(stripe, tl.cdiv(elements, period), stripes, num_stages=STAGES):
+    for index in tl.range(stripe, periods, stripes, num_stages=STAGES):
         start = scalar(index, tl.int64) * period
         base = start + first
         place = tl.arange(0, BLOCK // GROUP) * GROUP

@@ -262,13 +262,18 @@ def backward_piece_tile(
     spread: bool = False,
     mixes: bool = False,
 ) -> PieceTile:
-    """Tile of the backward's passes over pieces: 8 KB of a tensor, 4 KB where registers are short, 32 bytes a thread.
+    """Tile of the backward's passes over pieces: 8 KB of a tensor, 4 KB where registers are short, 32 bytes a thread,
+    64 beside a mixture.
 
     mixed: beside 16-bit tensors float32 ones are read, which take more of them, and with `mixes` and addresses of their
     own so many that a thread has half as many elements. drops, spread and mixes as in `forward_piece_tile`.
     """
     tile_bytes = _SPREAD_TILE_BYTES if spread else 4096 if channels_last or mixed else 8192
-    thread_bytes = 16 if mixed and mixes and plane * itemsize % 4 else 32
+    thread_bytes = 32
+    if mixes and mixed and plane * itemsize % 4:
+        thread_bytes = 16
+    elif mixes and not (mixed or channels_last or plane * itemsize % 16 or itemsize == 8):
+        thread_bytes = 64  # every thread works out what is mixed
     if drops:
         tile_bytes, thread_bytes = tile_bytes // 2, 16
     return _piece_tile(channels, plane, itemsize, channels_last, tile_bytes, thread_bytes)

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.audit.binary import CompiledLaunch, describe
 from benchmarks.audit.inert import Launch
-from benchmarks.audit.targets import TARGETS
+from benchmarks.audit.targets import DEVICE_OF, TARGETS
 from fused_ops import functional as F
 from fused_ops.kernels.activations import ACTIVATIONS
 
@@ -67,3 +67,20 @@ def test_merging_the_planes_of_a_switchable_norm_takes_little(sm_90):
     F.switch_norm(x, None, None, None, None, *weights, training=True).backward(torch.empty_like(x))
     assert issued(sm_90, "combine_switch_moments_kernel") < 2 * issued(sm_90, "channel_moments_kernel")
     assert issued(sm_90, "combine_switch_gradients_kernel") < issued(sm_90, "channel_gradient_sums_kernel")
+
+
+def test_a_residual_add_without_a_scale_divides_nothing_of_64_bits(sm_90):
+    """Its backward is half as long without."""
+    x, residual = (torch.zeros(64, 1024, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    F.residual_add(x, residual, activation="relu").backward(torch.zeros_like(x))
+    assert described(sm_90, "residual_add_backward_kernel").code.instructions <= 180
+
+
+@pytest.mark.parametrize("span", [768, 1024, 4096, 8192])
+def test_column_sums_have_enough_in_flight(span, sm_90):
+    """Rows of partial sums are hundreds, and a program waits for each tile of them."""
+    x, weight = (torch.zeros(*rows, span, dtype=torch.bfloat16, requires_grad=True) for rows in ((8192,), ()))
+    F.rms_norm(x, (span,), weight).backward(torch.zeros_like(x))
+    launch = described(sm_90, "column_sum_kernel")
+    multiprocessors = DEVICE_OF["sm_90"].facts.multiprocessors
+    assert min(launch.programs, multiprocessors) * launch.bytes_in_flight(multiprocessors) >= 2**19
