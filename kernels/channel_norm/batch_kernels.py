@@ -14,7 +14,7 @@ from ..dropout import plane_factor
 from ..epilogue import activate, pack, pre_activation, store_bytes
 from ..moments import input_gradient, reciprocal_deviation, sum_in_groups, tile_moments
 from ..tiles import load_added_residual, load_gradients, load_input, scalar, store_gradients, store_tile
-from .forward_kernels import move_statistic
+from .forward_kernels import load_running, move_statistic
 from .planes import load_of_channels
 
 
@@ -124,6 +124,8 @@ def batch_norm_forward_kernel(
     # Everything that will be needed is asked for before the reduction waits for x.
     weight = load_of_channels(Weight_ptr, channel, in_columns, COMPUTE, 0)
     bias = load_of_channels(Bias_ptr, channel, in_columns, COMPUTE, 0)
+    running_mean = load_running(RunningMean_ptr, channel, is_first, COMPUTE)
+    running_var = load_running(RunningVar_ptr, channel, is_first, COMPUTE)
     residual = None
     if FULL:
         residual = load_added_residual(Residual_ptr, Total_ptr, base, col, mask, COMPUTE)
@@ -139,8 +141,8 @@ def batch_norm_forward_kernel(
     if Mean_ptr is not None:
         tl.store(Mean_ptr + channel, mean, mask=is_first)
         tl.store(Rstd_ptr + channel, rstd, mask=is_first)
-    move_statistic(RunningMean_ptr, mean, channel, is_first, scalar(momentum, COMPUTE), COMPUTE)
-    move_statistic(RunningVar_ptr, m2 / (count - 1.0), channel, is_first, scalar(momentum, COMPUTE), COMPUTE)
+    move_statistic(RunningMean_ptr, running_mean, mean, channel, is_first, scalar(momentum, COMPUTE))
+    move_statistic(RunningVar_ptr, running_var, m2 / (count - 1.0), channel, is_first, scalar(momentum, COMPUTE))
     if Bits_ptr is not None:
         store_column_bits(Bits_ptr, PASSES(z), row, in_rows, COLUMNS, SPREAD, BLOCK_CHANNELS)
 

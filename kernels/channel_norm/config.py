@@ -145,18 +145,25 @@ class ChannelTile:
         return self.block_channels, self.block_rows, self.block_columns, self.full
 
 
+_FEW = 128 * 8  # elements
+
+
 def _channel_tile(rows: int, spread: int, itemsize: int, elements_per_thread: int, longest: int) -> ChannelTile | None:
-    """As few channels as make runs of whole bytes of bits and of 16 bytes, or, one column each, of a sector's 32."""
+    """As few channels as make runs of whole bytes of bits and of 16 bytes, or, one column each, of a sector's 32; and
+    eight elements for each of 128 threads: calls of so few are soon done if many programs share them, and many threads.
+    """
     block_channels = 8 // math.gcd(8, spread) if spread > 1 else max(8, 32 // itemsize)
     block_rows = triton.next_power_of_2(rows)
     while True:
         block_columns = block_channels * triton.next_power_of_2(spread)
         elements = block_rows * block_columns
-        if 2 * elements > 128 * elements_per_thread:
+        if elements >= _FEW:
             break
         block_channels *= 2
     if elements > longest:
         return None
+    if elements == _FEW:
+        elements_per_thread = min(8, elements_per_thread)
     num_warps = max(1, elements // (elements_per_thread * THREADS_PER_WARP))
     return ChannelTile(block_channels, block_rows, block_columns, rows == block_rows, num_warps)
 

@@ -192,10 +192,16 @@ def means_of_groups(
 
 
 @triton.jit
-def move_statistic(Running_ptr, found, group, in_groups, momentum, COMPUTE: tl.constexpr):
+def load_running(Running_ptr, group, in_groups, COMPUTE: tl.constexpr):
+    """A running statistic, None where there is none: to be asked for before what it moves towards is waited for."""
+    if Running_ptr is not None:
+        return tl.load(Running_ptr + group, mask=in_groups, other=0.0).to(COMPUTE)
+
+
+@triton.jit
+def move_statistic(Running_ptr, running, found, group, in_groups, momentum):
     """A running statistic moves towards the one that was found; None stays None."""
     if Running_ptr is not None:
-        running = tl.load(Running_ptr + group, mask=in_groups, other=0.0).to(COMPUTE)
         moved = (1.0 - momentum) * running + momentum * found
         tl.store(Running_ptr + group, moved.to(Running_ptr.dtype.element_ty), mask=in_groups)
 
@@ -262,6 +268,8 @@ def combine_moments_kernel(
     plane = plane_length(plane_units, PLANE, VEC, CHANNELS_LAST)
     group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[None, :]
     in_groups = group < groups_in_all
+    running_mean = load_running(RunningMean_ptr, group, in_groups, COMPUTE)
+    running_var = load_running(RunningVar_ptr, group, in_groups, COMPUTE)
     origin, shift, m2, count = moments_from_origins(
         Origins_ptr, Means_ptr, M2s_ptr, group, groups_in_all, rows, pieces, steps * BLOCK_PLANE, plane,
         CHANNELS, GROUPS, BLOCK,
@@ -275,8 +283,8 @@ def combine_moments_kernel(
         tl.store(Mean_ptr + group, mean, mask=in_groups)
         tl.store(Rstd_ptr + group, reciprocal_deviation(m2, count, scalar(eps, COMPUTE)), mask=in_groups)
         weight = scalar(momentum, COMPUTE)
-        move_statistic(RunningMean_ptr, mean, group, in_groups, weight, COMPUTE)
-        move_statistic(RunningVar_ptr, m2 / (count - 1.0), group, in_groups, weight, COMPUTE)
+        move_statistic(RunningMean_ptr, running_mean, mean, group, in_groups, weight)
+        move_statistic(RunningVar_ptr, running_var, m2 / (count - 1.0), group, in_groups, weight)
 
 
 @triton.jit(

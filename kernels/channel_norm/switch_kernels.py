@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..tiles import scalar
 from .backward_kernels import store_sums
-from .forward_kernels import moments_of_groups, move_statistic
+from .forward_kernels import load_running, moments_of_groups, move_statistic
 from .mixture import store_weight_gradients
 from .planes import plane_length
 
@@ -38,16 +38,18 @@ def merge_channels(
     COMPUTE: tl.constexpr = Means_ptr.dtype.element_ty
     channel = first + tl.arange(0, BLOCK_CHANNELS)[None, :]
     in_channels = channel < CHANNELS
+    running_mean = load_running(RunningMean_ptr, channel, in_channels, COMPUTE)
+    running_var = load_running(RunningVar_ptr, channel, in_channels, COMPUTE)
     if FROZEN:
-        mean = tl.load(RunningMean_ptr + channel, mask=in_channels, other=0.0).to(COMPUTE)
-        variance = tl.load(RunningVar_ptr + channel, mask=in_channels, other=0.0).to(COMPUTE)
+        mean, variance = running_mean, running_var
     else:
         mean, m2, count = moments_of_groups(
             Origins_ptr, Means_ptr, M2s_ptr, channel, CHANNELS, rows, pieces, length, plane, CHANNELS, CHANNELS, BLOCK
         )
         variance = m2 / count
-        move_statistic(RunningMean_ptr, mean, channel, in_channels, scalar(momentum, COMPUTE), COMPUTE)
-        move_statistic(RunningVar_ptr, m2 / (count - 1.0), channel, in_channels, scalar(momentum, COMPUTE), COMPUTE)
+        weight = scalar(momentum, COMPUTE)
+        move_statistic(RunningMean_ptr, running_mean, mean, channel, in_channels, weight)
+        move_statistic(RunningVar_ptr, running_var, m2 / (count - 1.0), channel, in_channels, weight)
     tl.store(KindMeans_ptr + place + channel, mean, mask=in_channels)
     tl.store(KindVars_ptr + place + channel, variance, mask=in_channels)
 
