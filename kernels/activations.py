@@ -2,7 +2,8 @@
 
 ``value(z, alpha, beta)`` and ``slope(z, alpha, beta)`` work on float32 or float64 tiles; ``alpha`` and ``beta`` are
 run-time scalars of the same type, so that a new parameter never compiles a kernel anew. Every formula is arranged so
-that no intermediate overflows and so that small results keep their relative accuracy.
+that no intermediate overflows and so that small results keep their relative accuracy, down to where exp of the argument
+is the smallest normal number.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _exp(v):
-    """exp(v). In float32 what is below the smallest normal number is 0: to keep it, a GPU takes five instructions where
-    these are two, as exact."""
+    """exp(v). In float32 a GPU makes 0 of what is below the smallest normal number, v < -87.3: to keep it takes five
+    instructions where these are two, as exact."""
     if v.dtype == tl.float64:
         return tl.exp(v)
     else:
@@ -37,7 +38,8 @@ def _exp(v):
 
 @triton.jit
 def _reciprocal(u):
-    """1 / u for u >= 1. In float32 a division takes eight instructions, which look at the range of u."""
+    """1 / u for u >= 1. In float32 a division takes eight instructions, which look at the range of u; this is 0 where
+    u * u overflows."""
     if u.dtype == tl.float64:
         return 1.0 / u
     else:
@@ -170,8 +172,8 @@ def _normal_cdf(z):
     if z.dtype == tl.float64:
         return 0.5 * (1.0 + tl.math.erf(z * _SQRT_HALF)), bell
     else:
-        # What is outside of |z| over the bell is a polynomial in 1 / (1 + |z| / sqrt(8)), fitted so that it is off by
-        # under 6e-8 of 1 / 2, and 4e-6 of itself: half of what erf takes, and no difference from 1 where z < 0.
+        # What is outside of |z| over the bell is a polynomial in 1 / (1 + |z| / sqrt(8)), whose fit is off by 6e-8 and
+        # by 4e-6 of what is outside, at most: half the instructions of erf, and no difference from 1 where z < 0.
         t = _reciprocal(tl.abs(z) * (0.5 * _SQRT_HALF) + 1.0)
         p = t * 0.04484871382035144 - 0.1802712425416265
         p = p * t + 0.19612335046585402

@@ -333,7 +333,7 @@ def backward_programs(tiles: int, config: RowConfig, facts: DeviceFacts) -> int:
 
 
 def column_sum_config(span: int) -> RowConfig:
-    """Tile of the sum over partial rows: of rows that fill a sector, 32 bytes, or more where that still makes programs
-    enough for a device; 16 KB of loads in flight, for rows are hundreds, and a program waits for each tile of them."""
+    """Tile of the sum over partial rows: of columns that fill a sector, 32 bytes of float32, or more where that still
+    makes programs enough for a device; 16 KB a program, for rows are hundreds, and it waits for each tile of them."""
     block_span = 8 if span < 4096 else 16 if span < 8192 else 32
     return RowConfig(4096 // block_span, block_span, num_warps=8)

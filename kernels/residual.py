@@ -300,7 +300,7 @@ class _BackwardLauncher:
 
 # A multiprocessor, of those that go down the rows: 16 warps, with three tiles each of dy and x under way.
 _PROGRAMS = 4
-# Rows of partial sums for each multiprocessor that one launch sums, whose programs go down them by 64.
+# Rows of partial sums for each multiprocessor that one launch sums, whose programs wait for some hundreds at a time.
 _ROWS = 32
 _MOST_PADDING = 1.125
 _MOST_BLOCKS = 8

@@ -185,7 +185,7 @@ def residual_add_backward_kernel(
     LAST: tl.constexpr, SHARE_SAMPLE: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, OWNED: tl.constexpr, SUMMED: tl.constexpr, WHOLE_RUNS: tl.constexpr,
 ):  # fmt: skip
-    """OWNED elements of a period a program, in every stripes-th of so many periods: a whole number of runs through all
+    """OWNED elements of a period a program, in every stripes-th of `periods`: a whole number of runs through all
     channels, so that each element of the block keeps its channel, and its sum for dscale stays in a register."""
     COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
     first = (tl.program_id(0) // stripes).to(tl.int64) * OWNED  # of int64 a division takes a hundred instructions

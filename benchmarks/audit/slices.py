@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import fused_ops
+from fused_ops.kernels.channel_norm.config import LONG_PLANE
 from fused_ops.kernels.launch import H200, DeviceFacts, assume_device
 
 from ..traffic import Direction
@@ -35,8 +36,6 @@ MOST_SIDE_BY_SIDE, MOST_PLANES, FEW_PLANES = 64, 32, 8
 LONGER_THAN_A_TILE = 2**10
 # Channels of a wide access, of any type.
 ALIKE = 8
-# Planes from this length on are launched alike, whatever their length.
-LONG_PLANE = 2**15
 
 
 @dataclass(frozen=True)

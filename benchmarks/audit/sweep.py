@@ -82,9 +82,8 @@ class Group:
     contents: str
 
     @classmethod
-    def of(cls, target: str, kernel: str, new: Mapping[Call, set[Entry]]) -> Group:
-        """Of calls with the entries of a kernel that are new with each."""
-        judges = [inspect.getsource(part) for part in (launcher, more_registers, inert, binary, cubin, targets)]
+    def of(cls, target: str, kernel: str, new: Mapping[Call, set[Entry]], judges: Sequence[str]) -> Group:
+        """Of calls with the entries of a kernel that are new with each; judges: the source of what compiles them."""
         text = "\n".join((*judges, *(f"{call}: {sorted(entries, key=repr)}" for call, entries in new.items())))
         contents = hashlib.sha256(text.encode()).hexdigest()
         return cls(target, kernel, tuple(new), frozenset().union(*new.values()), contents)
@@ -111,7 +110,8 @@ def groups(target_name: str, some_kinds: Iterable[Kind] | None = None, every: in
     for call, entries in found[::every]:
         for entry in sorted(entries, key=repr):
             grouped[call.kind.dtype, call.kind.activation, entry.kernel][call].add(entry)
-    return [Group.of(target_name, kernel, new) for (_, _, kernel), new in grouped.items()]
+    judges = [inspect.getsource(part) for part in (launcher, more_registers, inert, binary, cubin, targets)]
+    return [Group.of(target_name, kernel, new, judges) for (_, _, kernel), new in grouped.items()]
 
 
 def entries_of(call: Call) -> set[Entry]:

@@ -148,7 +148,7 @@ def channel_gradient_sums_kernel(
         # dx will be that of dz as it is rounded there, and so are its means.
         if not FROZEN and DResidual_ptr is not None:
             dz = dz.to(DResidual_ptr.dtype.element_ty).to(COMPUTE)
-        # A compiler may not leave out what adds to 0.0.
+        # Of a single tile nothing is added up: a compiler could not leave out an addition to 0.0.
         if DZSums_ptr is not None:
             sums_dz = dz if STAGES == 0 else sums_dz + dz
         if DZXHatSums_ptr is not None:

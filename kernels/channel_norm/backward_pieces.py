@@ -13,15 +13,15 @@ from ..launch import cdiv, device_facts
 from ..launcher import Launcher, Tensors
 from ..problem import Tensor, Wanted, compute_dtype
 from .backward_kernels import channel_gradient_apply_kernel, channel_gradient_sums_kernel, combine_gradients_kernel
+from .combine import Combiner
 from .config import (
     GroupPlanes,
     PlaneKind,
     backward_piece_tile,
-    backward_pieces,
     backward_steps,
-    combine_tile,
     group_planes,
     longest_of,
+    pieces_of_backward,
     plane_units,
 )
 
@@ -127,11 +127,12 @@ class BackwardPieces:
             return Launcher(kernel, tile.num_warps, *constants, most_registers=most_registers)
 
         self.sums = launcher(channel_gradient_sums_kernel, kind.frozen, *kind.slope)
-        pieces = None if kind.pooled else backward_pieces(kind.plane, kind.dy.itemsize, tile)
-        block_partials, self.block_groups = combine_tile(kind.channels, kind.groups, kind.is_spread, pieces)
-        self.combine = Launcher(
-            combine_gradients_kernel, 4, *of_plane, kind.pooled, block_partials, self.block_groups, *COMBINED_COLUMNS,
-        )  # fmt: skip
+        pieces = pieces_of_backward(kind.plane, kind.dy.itemsize, tile)
+
+        def combine(*block: int) -> Launcher:
+            return Launcher(combine_gradients_kernel, 4, *of_plane, kind.pooled, *block, *COMBINED_COLUMNS)
+
+        self.combine = Combiner(combine, kind.channels, kind.groups, kind.pooled, pieces)
         slope = (None, None) if self.leaves_dz else kind.slope
         # What a mixture needs besides is needed before the tiles are: with 16 registers less a fourth program fits.
         most = 128 if kind.kinds and kind.channels_last else tile.most_registers
@@ -213,13 +214,15 @@ class BackwardPieces:
         """The two means of each group, (dweight, dbias), each where wanted."""
         kind, wanted = self.kind, self.kind.wanted
         groups = group_programs = column_programs = 0
+        group_rows = samples * lengths[1] if kind.pooled else lengths[1]
+        combine, block_groups = self.combine.of(group_rows)
         mean_g = mean_g_x_hat = dweight = dbias = None
         # What was pooled has the parameters' gradients among its groups', else they are sums over the samples.
         wants_parameters = wanted.dweight or wanted.dbias
         wants_means = kind.needs_dx and not kind.frozen
         if wants_means or (kind.pooled and wants_parameters):
             groups = kind.groups if kind.pooled else samples * kind.groups
-            group_programs = cdiv(groups, self.block_groups)
+            group_programs = cdiv(groups, block_groups)
         if wants_parameters and not kind.pooled:
             column_programs = cdiv(kind.channels, COMBINED_COLUMNS[1])
         if wants_means:
@@ -232,9 +235,8 @@ class BackwardPieces:
             dbias = torch.empty(parameters, dtype=kind.dbias, device=device)
         if group_programs + column_programs:
             allocated = (mean_g, mean_g_x_hat, dweight, dbias)
-            rows = samples * lengths[1]
-            self.combine(
+            combine(
                 group_programs + column_programs, device, (weight,), (*reversed(sums), *allocated),
-                groups, group_programs, rows if kind.pooled else lengths[1], rows, *lengths[:2],
+                groups, group_programs, group_rows, samples * lengths[1], *lengths[:2],
             )  # fmt: skip
         return (mean_g, mean_g_x_hat), (dweight, dbias)

@@ -16,7 +16,7 @@ from ..views import PooledPlanes, vector_length
 # Planes below this many elements compile for their length; longer ones take it at run time, and compile once for each
 # power of two up to a tile. A run-time length costs a mask and an addition a tile, which short planes would notice.
 SHORT_PLANE = 1024
-LONG_PLANE = 2**15
+LONG_PLANE = 2**15  # from which on kernels know nothing of the length
 
 
 PlaneKind = tuple[int | None, int]
@@ -269,8 +269,7 @@ def backward_piece_tile(
     spread: bool = False,
     mixes: bool = False,
 ) -> PieceTile:
-    """Tile of the backward's passes over pieces: 8 KB of a tensor, 4 KB where registers are short, 32 bytes a thread,
-    64 beside a mixture.
+    """Tile of the backward's passes over pieces: 8 KB of a tensor, 4 KB where registers are short, 32 bytes a thread.
 
     mixed: beside 16-bit tensors float32 ones are read, which take more of them, and with `mixes` and addresses of their
     own so many that a thread has half as many elements. drops, spread and mixes as in `forward_piece_tile`.
@@ -280,7 +279,7 @@ def backward_piece_tile(
     if mixes and mixed and plane * itemsize % 4:
         thread_bytes = 16
     elif mixes and not (mixed or channels_last or plane * itemsize % 16 or itemsize == 8):
-        thread_bytes = 64  # every thread works out what is mixed
+        thread_bytes = 64  # every thread works out what is mixed, for all of its elements
     if drops:
         tile_bytes, thread_bytes = tile_bytes // 2, 16
     return _piece_tile(channels, plane, itemsize, channels_last, tile_bytes, thread_bytes)
@@ -300,17 +299,17 @@ def backward_steps(plane: int, itemsize: int, tile: PieceTile, blocks: int, fact
     return _steps(plane, itemsize, tile, least, cdiv(BACKWARD_PROGRAMS * facts.multiprocessors, blocks))
 
 
-def forward_pieces(kind: PlaneKind, itemsize: int, tile: PieceTile) -> int | None:
-    """About how many pieces a plane of this kind has in the forward; None where it may be of any length."""
+def pieces_of_forward(kind: PlaneKind, itemsize: int, tile: PieceTile) -> int | None:
+    """About how many pieces a plane of this kind has in the forward; None where they may be many."""
     plane = longest_of(kind)
     return None if plane == LONG_PLANE else cdiv(plane, tile.block_plane * forward_steps(plane, itemsize, tile))
 
 
-def backward_pieces(kind: PlaneKind, itemsize: int, tile: PieceTile) -> int | None:
-    """The same of the backward, where samples are few."""
+def pieces_of_backward(kind: PlaneKind, itemsize: int, tile: PieceTile) -> int | None:
+    """The same of the backward, at most, as of few samples."""
     plane = longest_of(kind)
-    least = _steps(plane, itemsize, tile, _least_backward_steps(itemsize, tile), plane)
-    return None if plane == LONG_PLANE else cdiv(plane, tile.block_plane * least)
+    steps = _steps(plane, itemsize, tile, _least_backward_steps(itemsize, tile), most_pieces=plane)
+    return None if plane == LONG_PLANE else cdiv(plane, tile.block_plane * steps)
 
 
 def _least_backward_steps(itemsize: int, tile: PieceTile) -> int:
@@ -346,23 +345,22 @@ def merge_tile(pieces: int | None) -> Merged:
 SPREAD_PARTIALS = 2048 * 128
 
 
-def combine_tile(channels: int, groups: int, spread: bool, pieces: int | None) -> tuple[int, int]:
-    """(partial results, groups) that a program merges at a time. pieces: of each plane, None where there may be any
-    number, as of a plane that samples share or that is long.
+FEW_PARTIALS = 128  # of a channel that all samples share, up to which they are merged as few
 
-    The channels of a large group are neighbours, those of small ones are only beside those of the next. Groups of few
-    partial results are the more at a time. Of channels that are several columns each there are the fewer the more
-    groups there are: so many programs share them.
+
+def combine_tile(channels: int, groups: int, spread: bool, partials: int | None) -> tuple[int, int]:
+    """(partial results, groups) that a program merges at a time. partials: about how many a group has, None for many.
+
+    Those of a large group are neighbours, of small ones only beside those of the next: eight fill a sector of memory.
+    But many are merged by more programs, few together. Of channels that are several columns each there are the fewer
+    the more groups there are: so many programs share them.
     """
     if spread:
         return min(1024, max(128, triton.next_power_of_2(SPREAD_PARTIALS // groups))), 1
-    block_groups = 1 if channels // groups >= 8 else 8
-    block = 1024 if block_groups == 1 else 256
-    if pieces is not None:
-        few = max(8, triton.next_power_of_2(pieces * (channels // groups)))
-        while block > few:
-            block, block_groups = block // 2, min(8, 2 * block_groups)
-    return block, block_groups
+    if partials is None or partials > 256:
+        return 1024, 1 if channels // groups >= 8 else 2
+    block = max(8, triton.next_power_of_2(partials))
+    return block, min(8, 1024 // block)
 
 
 def _block_of_channels(channels: int, itemsize: int) -> int:

@@ -13,16 +13,16 @@ from ..activations import ACTIVATIONS
 from ..launch import cdiv, device_facts
 from ..launcher import Launcher, Tensors
 from ..problem import Forward, Tensor, compute_dtype
+from .combine import Combiner
 from .config import (
     GroupPlanes,
     PlaneKind,
     backward_steps,
-    combine_tile,
     forward_piece_tile,
-    forward_pieces,
     forward_steps,
     group_planes,
     longest_of,
+    pieces_of_forward,
     plane_units,
 )
 from .forward_kernels import channel_apply_kernel, channel_moments_kernel, combine_moments_kernel
@@ -113,15 +113,15 @@ class ForwardPieces:
         most = 128 if stages or kind.channels_last else None
         of_moments = (kind.channels, length, kind.vec, kind.channels_last, *block[:2], stages)
         self.moments = launcher(channel_moments_kernel, *of_moments, most=most)
-        pieces = None if kind.pooled else forward_pieces(kind.plane, itemsize, tile)
-        block_partials, self.block_groups = combine_tile(kind.channels, kind.groups, kind.is_spread, pieces)
-        # A launcher for each: what it stores, and what not, is part of what it compiled.
+        pieces = pieces_of_forward(kind.plane, itemsize, tile)
+
+        def combine(*block: int) -> Launcher:
+            return Launcher(combine_moments_kernel, 4, *of_plane, tile.block_plane, *block)
+
+        # One for each: what it stores, and what not, is part of what a launcher compiled.
         self.combine, self.combine_in_parts = (
-            Launcher(
-                combine_moments_kernel, 4, *of_plane, tile.block_plane, block_partials, self.block_groups,
-            )
-            for _ in range(2)
-        )  # fmt: skip
+            Combiner(combine, kind.channels, kind.groups, kind.pooled, pieces) for _ in range(2)
+        )
         constants = (kind.pooled, *kind.functions, kind.kinds, *block)
         self.apply_given = launcher(channel_apply_kernel, *of_plane, *constants)
         self.apply_vec = kind.dense_vec if kind.add_first else kind.vec
@@ -180,9 +180,10 @@ class ForwardPieces:
         groups = self.kind.groups if self.kind.pooled else samples * self.kind.groups
         units, pieces, steps = lengths
         rows = samples * pieces if self.kind.pooled else pieces
-        combine = self.combine_in_parts if found[3] is None else self.combine
+        combiner = self.combine_in_parts if found[3] is None else self.combine
+        combine, block_groups = combiner.of(rows)
         combine(
-            cdiv(groups, self.block_groups), moments[0].device, running, (*moments, *found),  # type: ignore[union-attr]
+            cdiv(groups, block_groups), moments[0].device, running, (*moments, *found),  # type: ignore[union-attr]
             groups, rows, units, pieces, steps, eps, momentum,
         )  # fmt: skip
 

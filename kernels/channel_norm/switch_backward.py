@@ -14,7 +14,7 @@ from ..problem import Gradients, Kinds, Mixture, SwitchNorm, Tensor, Wanted, com
 from ..views import Samples, columns
 from .backward import allocate_gradients, plan_operands
 from .backward_pieces import BackwardKind, BackwardPieces
-from .config import Merged, backward_pieces, merge_tile, plane_kind
+from .config import Merged, merge_tile, pieces_of_backward, plane_kind
 from .switch_forward import merging_programs
 from .switch_kernels import combine_switch_gradients_kernel, mixing_gradients_kernel
 
@@ -69,7 +69,7 @@ def switch_norm_backward(
     dbias = torch.empty(channels, dtype=kind.dbias, device=device) if wanted.dbias else None
     products = torch.empty((samples, 6), dtype=wide, device=device) if any(wanted_of_mixture) else None
     _merge(kind, training)(
-        merging_programs(samples, channels, _tile(kind)), device, (given[5], given[8], *map(columns, kinds)),
+        merging_programs(samples, channels, _merge_tile(kind)), device, (given[5], given[8], *map(columns, kinds)),
         (of_dz, of_dz_x_hat, mean_g, mean_g_x_hat, dweight, dbias, products), samples, *lengths[:2],
     )  # fmt: skip
     weights = (columns(mixture.mean_weight), columns(mixture.var_weight))
@@ -90,13 +90,13 @@ def _pieces(kind: BackwardKind) -> BackwardPieces:
 
 
 @functools.cache
-def _tile(kind: BackwardKind) -> Merged:
-    return merge_tile(backward_pieces(kind.plane, kind.dy.itemsize, _pieces(kind).tile))
+def _merge_tile(kind: BackwardKind) -> Merged:
+    return merge_tile(pieces_of_backward(kind.plane, kind.dy.itemsize, _pieces(kind).tile))
 
 
 @functools.cache
 def _merge(kind: BackwardKind, training: bool) -> Launcher:
-    constants = (kind.channels, kind.plane[0], kind.vec, kind.channels_last, not training, *_tile(kind))
+    constants = (kind.channels, kind.plane[0], kind.vec, kind.channels_last, not training, *_merge_tile(kind))
     return Launcher(combine_switch_gradients_kernel, 4, *constants)
 
 

@@ -14,7 +14,7 @@ from ..launcher import Launcher
 from ..problem import Forward, GroupNorm, Kinds, Mixture, SwitchNorm, Tensor, compute_dtype
 from ..views import Samples, columns, plan_reading
 from .batch_forward import store_moved
-from .config import Merged, forward_pieces, merge_tile, plane_kind, widest_access
+from .config import Merged, merge_tile, pieces_of_forward, plane_kind, widest_access
 from .forward import allocate as allocate_of_planes
 from .forward_pieces import ForwardKind, ForwardPieces
 from .switch_kernels import combine_switch_moments_kernel
@@ -62,7 +62,7 @@ def switch_norm_forward(
     moments, *lengths = pieces.reduce(samples, plane, given, out.total, units, floats)
     means = torch.empty(samples * channels + samples + channels, dtype=compute_dtype(x.dtype), device=x.device)
     kinds = Kinds(means, torch.empty_like(means))
-    programs = merging_programs(samples, channels, _tile(kind))
+    programs = merging_programs(samples, channels, _merge_tile(kind))
     merge(programs, x.device, running, (*moments, *kinds), samples, *lengths, momentum)
     if training:
         store_moved((running_mean, running_var), running)
@@ -87,12 +87,12 @@ def _pieces(kind: ForwardKind) -> ForwardPieces:
 
 
 @functools.cache
-def _tile(kind: ForwardKind) -> Merged:
-    return merge_tile(forward_pieces(kind.plane, kind.x.itemsize, _pieces(kind).tile))
+def _merge_tile(kind: ForwardKind) -> Merged:
+    return merge_tile(pieces_of_forward(kind.plane, kind.x.itemsize, _pieces(kind).tile))
 
 
 @functools.cache
 def _merge(kind: ForwardKind, training: bool) -> Launcher:
     of_plane = (kind.channels, kind.plane[0], kind.vec, kind.channels_last)
-    constants = (*of_plane, _pieces(kind).tile.block_plane, not training, *_tile(kind))
+    constants = (*of_plane, _pieces(kind).tile.block_plane, not training, *_merge_tile(kind))
     return Launcher(combine_switch_moments_kernel, 4, *constants)

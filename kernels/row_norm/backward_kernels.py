@@ -68,7 +68,7 @@ def row_norm_backward_kernel(
     COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
     col = tl.arange(0, BLOCK_SPAN)[None, :]
     in_span = col < SPAN
-    # For each row: the compiler lays the tile out as it does what is loaded into registers, a single row in all warps.
+    # Loaded for each row: loaded as one it would be spread over all warps, and the compiler lays the tile out like it.
     cols = tl.broadcast_to(col, [BLOCK_ROWS, BLOCK_SPAN])
     weight = load_columns(Weight_ptr, cols, cols < SPAN, COMPUTE)
     bias = load_columns(Bias_ptr, cols, cols < SPAN, COMPUTE)
