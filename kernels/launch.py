@@ -220,22 +220,23 @@ def row_backward_config(
     if itemsize == 8:
         return _row_tile(span, elements_per_thread=4, stages=3, most_registers=255)
     # 32 KB of dy and x in flight with the programs of `backward_programs`, of half as many elements where registers are
-    # short, or several rows a tile take some to spread the weights over them. With three stages tiles are loaded while
-    # another is worked on; with two, which need half the shared memory, a program waits for each of its tiles.
+    # short. With three stages tiles are loaded while another is worked on; with two, which need half the shared memory,
+    # a program waits for each of its tiles.
     wide = loaded_bytes >= 10 and span <= 4096
     elements_per_thread = 8 if crowded or wide or span <= 1024 else 16
     stages = 3 if _loads_ahead(_padded_span(span), loaded_bytes, shared_bytes) else 2
-    # 16 warps a multiprocessor. Fewer where elements have masks and addresses of their own, since several rows make a
-    # tile, or ragged ones: 12 where registers are short, 8 in a tile of short ragged rows. One stage more of two 16-bit
-    # tensors then keeps as many bytes in flight.
+    # 16 warps a multiprocessor. Fewer where elements have masks and addresses of their own: 12 where registers are
+    # short, 8 in a tile of short rows. Where registers are short, one stage more of two 16-bit tensors keeps more bytes
+    # in flight.
     ragged = ragged_rows(span, itemsize)
     several_rows = _padded_span(span) < 128 * elements_per_thread
     most_registers = 128
     if ragged and span <= 128 * elements_per_thread:
         most_registers = 255
-    elif crowded and (several_rows or ragged):
+    elif crowded and ragged:
         most_registers = 168
-        stages = 4 if loaded_bytes <= 4 else stages
+    if crowded and (several_rows or ragged) and most_registers < 255 and loaded_bytes <= 4:
+        stages = 4
     return _row_tile(span, elements_per_thread, stages=stages, most_registers=most_registers)
 
 

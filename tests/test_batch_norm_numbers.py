@@ -163,6 +163,7 @@ SHAPES = [
     (2, 3, 2, 3, 5),
     (1, 3, 300),
     (2, 2, 16, 16),
+    (150, 2, 16, 16),  # many partial results of a channel
     (300, 9),
 ]
 

@@ -87,3 +87,11 @@ def test_column_sums_have_enough_in_flight(span, sm_90):
     launch = described(sm_90, "column_sum_kernel")
     multiprocessors = DEVICE_OF["sm_90"].facts.multiprocessors
     assert min(launch.programs, multiprocessors) * launch.bytes_in_flight(multiprocessors) >= 2**19
+
+
+def test_many_partial_results_of_few_channels_are_merged_by_many_programs(sm_90):
+    """Eight channels a program took three times as long, by the estimate."""
+    x = torch.empty(64, 64, 56, 56, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
+    F.batch_norm(x, None, None, training=True).backward(torch.empty_like(x))
+    for kernel in ("combine_moments_kernel", "combine_gradients_kernel"):
+        assert described(sm_90, kernel).programs >= 32
