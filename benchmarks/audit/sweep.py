@@ -8,6 +8,7 @@ listed.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import tempfile
@@ -20,6 +21,7 @@ from unittest import mock
 
 import torch
 import triton
+import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from fused_ops.kernels import launcher
@@ -133,13 +135,26 @@ def _entry(
         if isinstance(constant, int) and name not in SIZES
     )
     functions = [function for function in launcher.constants if isinstance(function, JITFunction)]
-    source = " ".join(function.cache_key for function in (launcher.kernel, *functions))
+    source = " ".join(map(source_of, (launcher.kernel, *functions)))
     return Entry(launcher.kernel.__name__, source, types, launcher.num_warps, launcher.most_registers, tile)
 
 
-def _once(launch: Callable[..., None], entries: frozenset[Entry] | None) -> Callable[..., None]:
-    """`launch`, of each of the entries only the first time, and of no other."""
-    seen: set[Entry] = set()
+@functools.cache
+def source_of(function: Any) -> str:
+    """A hash of a device function and of all that it calls. Triton's own depends on which were asked for theirs before,
+    and so on the process."""
+    found = hashlib.sha256(function.src.encode())
+    for name in sorted({*function.fn.__code__.co_names}):
+        used = function.fn.__globals__.get(name)
+        if isinstance(used, JITFunction):
+            found.update(source_of(used).encode())
+        elif isinstance(used, tl.constexpr):
+            found.update(f"{name} = {used.value!r}".encode())
+    return found.hexdigest()
+
+
+def _once(launch: Callable[..., None], entries: frozenset[Entry] | None, seen: set[Entry]) -> Callable[..., None]:
+    """`launch`, of each of the entries only the first time, when it becomes one of those seen, and of no other."""
 
     def launch_once(*arguments: Any) -> None:
         entry = _entry(*arguments)
@@ -151,14 +166,15 @@ def _once(launch: Callable[..., None], entries: frozenset[Entry] | None) -> Call
 
 
 def spills(some_calls: Sequence[Call], target_name: str, entries: frozenset[Entry] | None = None) -> list[Spill]:
-    """Those of calls on one target: of these entries, or all. What is compiled is not kept: it is some gigabytes."""
+    """Those of calls on one target: of these entries, or all. What is compiled is not kept: it is some gigabytes.
+    RuntimeError where an entry is none that the calls get."""
     target = TARGETS[target_name]
-    found = []
+    found, seen = [], set[Entry]()
     with ExitStack() as stack:
         stack.enter_context(triton.knobs.cache.scope())
         triton.knobs.cache.dir = stack.enter_context(tempfile.TemporaryDirectory())
         launches = stack.enter_context(compiling_for(target))
-        stack.enter_context(mock.patch.object(Launcher, "__call__", _once(Launcher.__call__, entries)))
+        stack.enter_context(mock.patch.object(Launcher, "__call__", _once(Launcher.__call__, entries, seen)))
         for call in some_calls:
             launches.clear()
             call.run()
@@ -166,4 +182,9 @@ def spills(some_calls: Sequence[Call], target_name: str, entries: frozenset[Entr
                 registers, spilled = resources(launch, target)
                 if spilled:
                     found.append(Spill(str(call), target_name, launch.kernel, registers, spilled))
+    if entries is not None and (missed := entries - seen):
+        raise RuntimeError(
+            f"{len(missed)} of {len(entries)} entries must be among those of the calls, but are not; the first is "
+            f"{next(iter(missed))}"
+        )
     return found

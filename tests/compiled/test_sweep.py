@@ -18,6 +18,7 @@ from benchmarks.audit.inert import compiling_for
 from benchmarks.audit.sweep_calls import FEW, ChannelCall, Kind, RowCall
 from benchmarks.audit.sweep_record import SweepRecord
 from benchmarks.audit.targets import TARGETS
+from benchmarks.processes import workers
 from fused_ops.kernels.launcher import Launcher
 from fused_ops.kernels.row_norm.backward_kernels import row_norm_backward_kernel
 from fused_ops.kernels.row_norm.forward_kernels import row_norm_forward_kernel
@@ -88,6 +89,22 @@ def test_kernels_without_an_activation_are_compiled_for_the_first_alone() -> Non
     assert of_both["row_norm_forward_kernel"] == 2
 
 
+def test_another_process_knows_the_entries_of_a_group() -> None:
+    """A group is made in one process and compiled in others, where kernels are met in another order."""
+    with workers(interpret=False, count=1) as pool:
+        groups = pool.submit(sweep.groups, "sm_90", [KIND], every=60).result()
+    with workers(interpret=False, count=1) as pool:
+        for group in reversed(groups):
+            assert pool.submit(group.compile).result() == []
+
+
+def test_an_entry_that_no_call_gets_is_no_entry_that_was_compiled() -> None:
+    group = sweep.groups("sm_90", [KIND], every=60)[0]
+    strange = next(iter(group.entries))._replace(source="of another kernel")
+    with pytest.raises(RuntimeError, match="1 of 1 entries must be among those of the calls"):
+        sweep.spills(group.calls, "sm_90", frozenset({strange}))
+
+
 def test_of_a_group_only_its_entries_are_compiled() -> None:
     group = next(group for group in sweep.groups("sm_90", [KIND]) if group.kernel == "row_gradient_sums_kernel")
     with mock.patch.object(Launcher, "_first_launch") as compile_one:
@@ -122,10 +139,13 @@ def test_what_was_swept_is_known_until_its_kernels_change(tmp_path: Path, monkey
         patch.setattr(sweep, "more_registers", lambda num_warps, registers: 255)
         assert SweepRecord(path).spills(of_the_rows_forward()) is None
     with monkeypatch.context() as patch:
-        patch.setattr(row_norm_backward_kernel, "hash", "of another kernel")
+        patch.setattr(row_norm_backward_kernel, "_src", "another kernel")
+        sweep.source_of.cache_clear()
         assert SweepRecord(path).spills(of_the_rows_forward()) == found
-    monkeypatch.setattr(row_norm_forward_kernel, "hash", "of another kernel")
+    monkeypatch.setattr(row_norm_forward_kernel, "_src", "another kernel")
+    sweep.source_of.cache_clear()
     assert SweepRecord(path).spills(of_the_rows_forward()) is None
+    sweep.source_of.cache_clear()
 
 
 def of_the_rows_forward() -> sweep.Group:
