@@ -18,7 +18,7 @@ from ..tiles import load_added_residual, load_input, scalar, store_tile
 
 @triton.jit
 def load_columns(ptr, col, in_span, COMPUTE: tl.constexpr):
-    """One value a column (a weight or a bias) as [1, columns], or None."""
+    """One value a column (a weight or a bias) in the shape of col, or None."""
     if ptr is not None:
         return tl.load(ptr + col, mask=in_span, other=0.0).to(COMPUTE)
 
