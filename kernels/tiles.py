@@ -1,6 +1,7 @@
 """Tiles of activations in and out of registers, and what both families do with one: written once, for any layout.
 
-A tile is [rows, columns]: its elements lie at base[:, None] + col, base [rows] and col [1, columns].
+A tile is [rows, columns]: its elements lie at base[:, None] + col, base [rows] and col [1, columns], or, to be read and
+written by half warps, col `in_runs`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import triton.language as tl
 
 from .epilogue import pre_activation_gradient
 
+HALF_WARP = tl.constexpr(16)
+
 
 @triton.jit
 def scalar(value, dtype: tl.constexpr):
@@ -18,17 +21,67 @@ def scalar(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def in_runs(tile, RUN: tl.constexpr):
+    """[rows, columns] as [columns // RUN, rows, RUN], whose runs half warps take side by side; 0 leaves it as it is.
+
+    Threads otherwise fill a row first. Where that is short each then has elements of many rows, every one with a sum,
+    statistics and an address of its own.
+    """
+    if RUN == 0:
+        return tile
+    else:
+        return tl.permute(tl.reshape(tile, [tile.shape[0], tile.shape[1] // RUN, RUN]), (1, 0, 2))
+
+
+@triton.jit
+def columns_in_runs(col, RUN: tl.constexpr):
+    """`in_runs` of neighbouring columns [1, columns], of which a thread takes a sixteenth of a run at a time."""
+    if RUN == 0:
+        return col
+    else:
+        ACCESS: tl.constexpr = RUN // HALF_WARP
+        runs = tl.permute(tl.reshape(col, [1, col.shape[1] // RUN, RUN]), (1, 0, 2))
+        # The compiler does not see through a change of shape, nor a hint of what a function returns.
+        return tl.multiple_of(tl.max_contiguous(runs, [1, 1, ACCESS]), [1, 1, ACCESS])
+
+
+@triton.jit
+def _mask_like(col, mask):
+    """The mask [rows, columns] of a tile in the shape of its elements' addresses."""
+    if len(col.shape) == 3:
+        RUN: tl.constexpr = col.shape[2]
+        runs = tl.permute(tl.reshape(mask, [mask.shape[0], mask.shape[1] // RUN, RUN]), (1, 0, 2))
+        return tl.max_constancy(runs, [1, 1, RUN // HALF_WARP])
+    else:
+        return mask
+
+
+@triton.jit
+def _addresses(ptr, base, col):
+    if len(col.shape) == 3:
+        return ptr + (base[None, :, None] + col)
+    else:
+        return ptr + base[:, None] + col
+
+
+@triton.jit
 def load_tile(ptr, base, col, mask, COMPUTE: tl.constexpr):
     """A tile of activations, 0 outside the mask; None stays None. Cast before anything else looks at it."""
     if ptr is not None:
-        return tl.load(ptr + base[:, None] + col, mask=mask, other=0.0).to(COMPUTE)
+        tile = tl.load(_addresses(ptr, base, col), mask=_mask_like(col, mask), other=0.0)
+        if len(col.shape) == 3:
+            tile = tl.reshape(tl.permute(tile, (1, 0, 2)), mask.shape)
+        return tile.to(COMPUTE)
 
 
 @triton.jit
 def store_tile(ptr, tile, base, col, mask):
     """Stores a tile in the type that is stored; nothing where there is nowhere to."""
     if ptr is not None:
-        tl.store(ptr + base[:, None] + col, tile.to(ptr.dtype.element_ty), mask=mask)
+        tile = tile.to(ptr.dtype.element_ty)
+        if len(col.shape) == 3:
+            tile = in_runs(tile, col.shape[2])
+        tl.store(_addresses(ptr, base, col), tile, mask=_mask_like(col, mask))
 
 
 @triton.jit

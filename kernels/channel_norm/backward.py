@@ -133,7 +133,7 @@ def _schedule(*fields: Any) -> Schedule:
         return BackwardPieces(kind)
     block_groups = tile.block_groups
     constants = (kind.channels, kind.groups, kind.plane[0], kind.vec, kind.add_first, kind.needs_dx, *kind.slope)
-    block = (block_groups, tile.block_planes, tile.block_plane)
+    block = tile.block(kind.plane, kind.vec)
     launch = Launcher(
         channel_norm_backward_kernel, tile.num_warps, *constants, *block, most_registers=tile.most_registers
     )

@@ -14,7 +14,7 @@ from ..column_sum import sum_columns
 from ..dropout import plane_factor
 from ..epilogue import load_bits
 from ..moments import input_gradient, sum_in_groups
-from ..tiles import load_gradients, scalar, store_gradients
+from ..tiles import columns_in_runs, load_gradients, scalar, store_gradients
 from .forward_kernels import partials_of_groups
 from .mixture import mixed_gradient_means, store_weight_gradients
 from .planes import (
@@ -49,7 +49,7 @@ def channel_norm_backward_kernel(
     threshold: tl.int64, positions: tl.int64, factor: tl.float64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, ADD_FIRST: tl.constexpr,
     NEEDS_DX: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr, BLOCK_PLANES: tl.constexpr, BLOCK_PLANE: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, BLOCK_PLANES: tl.constexpr, BLOCK_PLANE: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_GROUPS whole groups a program, as in the forward; partial sums [samples, CHANNELS]."""
     COMPUTE: tl.constexpr = tl.float64 if DY_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -61,8 +61,8 @@ def channel_norm_backward_kernel(
     sample = group // GROUPS
     channel = group % GROUPS * GROUP_CHANNELS + index % BLOCK_PLANES
     plane_index = sample * CHANNELS + channel
-    col = tl.arange(0, BLOCK_PLANE)[None, :]
-    mask = in_planes[:, None] & (col < plane)
+    position = tl.arange(0, BLOCK_PLANE)[None, :]
+    mask = in_planes[:, None] & (position < plane)
 
     base = (sample * CHANNELS + channel) * plane
     dy_base, dtotal_base = sample * dy_stride * VEC + channel * plane, sample * dtotal_stride * VEC + channel * plane
@@ -72,6 +72,7 @@ def channel_norm_backward_kernel(
     weight = load_of_channels(Weight_ptr, channel, in_planes, COMPUTE)
     bias = load_of_channels(Bias_ptr, channel, in_planes, COMPUTE)
     passes = load_bits(Bits_ptr, plane_index, 0, in_planes, (plane + 7) // 8, BLOCK_PLANE)
+    col = columns_in_runs(position, RUN)
     x_hat, dz = load_gradients(
         DY_ptr, X_ptr, Residual_ptr, passes, mean, rstd, weight, bias, dy_base, x_base, residual_base, col, mask,
         alpha, beta, SLOPE, PASSES, COMPUTE,
@@ -93,7 +94,7 @@ def channel_norm_backward_kernel(
             mean_g_x_hat = (sum_in_groups(sum_dz_x_hat, BLOCK_PLANES) * inv_count)[:, None]
             dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
     drops = plane_factor(
-        Seed_ptr, sample[:, None], channel[:, None], col, plane, positions, threshold, factor, CHANNELS, COMPUTE
+        Seed_ptr, sample[:, None], channel[:, None], position, plane, positions, threshold, factor, CHANNELS, COMPUTE
     )
     store_gradients(DX_ptr, DResidual_ptr, DTotal_ptr, dx, dz, base, dtotal_base, col, mask, drops, ADD_FIRST, COMPUTE)
 
@@ -112,7 +113,7 @@ def channel_gradient_sums_kernel(
     threshold: tl.int64, positions: tl.int64, factor: tl.float64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     POOLED: tl.constexpr, ADD_FIRST: tl.constexpr, FROZEN: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One piece of a block of planes a program: its sums of dz and of dz * x_hat, each [samples, pieces, CHANNELS].
     Where dresidual is wanted, it is dz, and stored here for `channel_gradient_apply_kernel` to read. FROZEN, mean and
@@ -133,7 +134,7 @@ def channel_gradient_sums_kernel(
         first = (piece * steps + step) * BLOCK_PLANE
         position = first + tl.arange(0, BLOCK_PLANE)[None, :]
         mask = in_channels[:, None] & (position < plane)
-        base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)
+        base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST, RUN)
         passes = load_plane_bits(
             Bits_ptr, sample, first_channel, first, plane, CHANNELS, CHANNELS_LAST, BLOCK_CHANNELS, BLOCK_PLANE
         )
@@ -240,7 +241,7 @@ def channel_gradient_apply_kernel(
     threshold: tl.int64, positions: tl.int64, factor: tl.float64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     POOLED: tl.constexpr, ADD_FIRST: tl.constexpr, KINDS: tl.constexpr, SLOPE: tl.constexpr, PASSES: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One piece of a block of planes a program: dx, from the means over its groups. The last pieces go first. Of a
     mixture of KINDS of statistics (see `mixture`), the first program stores the gradients of its weights, too."""
@@ -268,7 +269,7 @@ def channel_gradient_apply_kernel(
         first = (piece * steps + step) * BLOCK_PLANE
         position = first + tl.arange(0, BLOCK_PLANE)[None, :]
         mask = in_channels[:, None] & (position < plane)
-        base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)
+        base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST, RUN)
         passes = load_plane_bits(
             Bits_ptr, sample, first_channel, first, plane, CHANNELS, CHANNELS_LAST, BLOCK_CHANNELS, BLOCK_PLANE
         )

@@ -120,7 +120,7 @@ class BackwardPieces:
         of_plane = (kind.channels, kind.groups, length, kind.vec, kind.channels_last)
 
         # Two tensors and more, and what is kept of them, take registers, and so programs, that loads ahead make up for.
-        block = (tile.block_channels, tile.block_plane, min(3, 3 * tile.stages))
+        block = (*tile.block(kind.plane, kind.vec, kind.channels_last), min(3, 3 * tile.stages))
 
         def launcher(kernel: Any, *constants: Any, most_registers: int | None = tile.most_registers) -> Launcher:
             constants = (*of_plane, kind.pooled, kind.add_first, *constants, *block)

@@ -1,11 +1,33 @@
-"""The launchers that merge the partial results of pieces, by how many a group has of them."""
+"""The launchers that merge the partial results of pieces, and their tiles, by how many a group has of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import triton
+
 from ..launcher import Launcher
-from .config import FEW_PARTIALS, combine_tile
+
+# Partial results of all channels that are several columns each: of 2048 programs with 128 columns.
+SPREAD_PARTIALS = 2048 * 128
+
+
+FEW_PARTIALS = 128  # of a channel that all samples share, up to which they are merged as few
+
+
+def combine_tile(channels: int, groups: int, spread: bool, partials: int | None) -> tuple[int, int]:
+    """(partial results, groups) that a program merges at a time. partials: about how many a group has, None for many.
+
+    Those of a large group are neighbours, of small ones only beside those of the next: eight fill a sector of memory.
+    But many are merged by more programs, few together. Of channels that are several columns each there are the fewer
+    the more groups there are: so many programs share them.
+    """
+    if spread:
+        return min(1024, max(128, triton.next_power_of_2(SPREAD_PARTIALS // groups))), 1
+    if partials is None or partials > 256:
+        return 1024, 1 if channels // groups >= 8 else 2
+    block = max(8, triton.next_power_of_2(partials))
+    return block, min(8, 1024 // block)
 
 
 class Combiner:

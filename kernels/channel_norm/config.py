@@ -11,7 +11,10 @@ from typing import NamedTuple
 import triton
 
 from ..launch import THREADS_PER_WARP, DeviceFacts, cdiv, ragged_rows
+from ..tiles import HALF_WARP as _HALF_WARP
 from ..views import PooledPlanes, vector_length
+
+HALF_WARP: int = _HALF_WARP.value
 
 # Planes below this many elements compile for their length; longer ones take it at run time, and compile once for each
 # power of two up to a tile. A run-time length costs a mask and an addition a tile, which short planes would notice.
@@ -38,6 +41,22 @@ def longest_of(kind: PlaneKind) -> int:
     return 2**bits if length is None else length
 
 
+def plane_access(kind: PlaneKind, vec: int) -> int:
+    """Elements of the widest access to planes of a kind that lie one after the other, where vec is that to samples."""
+    length, _ = kind
+    return vec if length is None else math.gcd(length, vec)
+
+
+def half_warp_run(rows: int, columns: int, num_warps: int, access: int) -> int:
+    """Elements of a row of a tile that half a warp reads side by side (`tiles.in_runs`), where otherwise each thread
+    would have elements of eight rows and more, and rows are of sixteen runs at most, since each has its own mask; else
+    0."""
+    threads = num_warps * THREADS_PER_WARP
+    rows_of_thread = rows * min(threads, columns // access) // threads
+    run = HALF_WARP * access
+    return run if rows_of_thread >= 8 and run < columns <= 16 * run else 0
+
+
 def plane_units(plane: int, vec: int, channels_last: bool) -> int:
     """A plane's length as kernels take it (`planes.plane_length`)."""
     return plane if channels_last else plane // vec
@@ -53,6 +72,12 @@ class GroupTile:
     num_warps: int
     most_registers: int | None = None
 
+    def block(self, kind: PlaneKind, vec: int) -> tuple[int, int, int, int]:
+        """As kernels take it, of planes of this kind, where the widest access to samples is of vec elements."""
+        rows = self.block_groups * self.block_planes
+        run = half_warp_run(rows, self.block_plane, self.num_warps, plane_access(kind, vec))
+        return self.block_groups, self.block_planes, self.block_plane, run
+
 
 @dataclass(frozen=True)
 class PieceTile:
@@ -63,6 +88,13 @@ class PieceTile:
     num_warps: int
     most_registers: int | None
     stages: int  # of the software pipeline over the tiles; 0 where a plane is one
+
+    def block(self, kind: PlaneKind, vec: int, channels_last: bool) -> tuple[int, int, int]:
+        """As kernels take it, of planes of this kind, where the widest access to samples is of vec elements."""
+        run = 0
+        if not channels_last:
+            run = half_warp_run(self.block_channels, self.block_plane, self.num_warps, plane_access(kind, vec))
+        return self.block_channels, self.block_plane, run
 
 
 def _padded(length: int) -> int:
@@ -228,6 +260,14 @@ def _piece_tile(
     return PieceTile(block_channels, block_plane, num_warps, 144 if channels_last else None, stages)
 
 
+def _in_runs(plane: int, itemsize: int, tile_bytes: int, thread_bytes: int) -> bool:
+    """Whether half warps take runs of planes of such tiles, so that a thread has few of them."""
+    block_plane = min(_padded(plane), tile_bytes // itemsize)
+    num_warps = tile_bytes // thread_bytes // THREADS_PER_WARP
+    access = math.gcd(plane, 16 // itemsize)
+    return half_warp_run(tile_bytes // itemsize // block_plane, block_plane, num_warps, access) > 0
+
+
 # Of the channels that are columns of a matrix, several of each channel (see `views.pooled_planes`): of smaller programs
 # more overlap, a sixth faster on an H200.
 _SPREAD_TILE_BYTES = 2048
@@ -246,12 +286,16 @@ def forward_piece_tile(
     """Tile of the forward's passes over pieces, as fast as were found on an H200: of planes up to 8 KB one tile, 64
     bytes a thread; of longer ones many small programs. drops: each element draws whether it is kept, which takes so
     many registers that a thread has 16 bytes. spread: channels are several columns each. mixes: statistics are mixed
-    here for each plane. Where elements have addresses of their own, of channels side by side or beside a mixture, a
-    thread has half as many."""
+    here for each plane. Where elements have addresses of their own, of channels side by side or beside a mixture but
+    for short planes, a thread has half as many."""
     one_tile = not channels_last and plane * itemsize <= 8192
     tile_bytes = _SPREAD_TILE_BYTES if spread else 8192 if one_tile else 4096 if channels_last else 2048
     thread_bytes = 64 if (one_tile or channels_last) and not spread and itemsize < 8 else 32
-    if ragged_rows(channels, itemsize) if channels_last else mixes and plane * itemsize % 4:
+    if channels_last:
+        ragged = ragged_rows(channels, itemsize)
+    else:
+        ragged = mixes and plane * itemsize % 4 > 0 and not _in_runs(plane, itemsize, tile_bytes, thread_bytes)
+    if ragged:
         thread_bytes = 32
     if drops:
         tile_bytes, thread_bytes = tile_bytes // 2, 16
@@ -278,8 +322,9 @@ def backward_piece_tile(
     thread_bytes = 32
     if mixes and mixed and plane * itemsize % 4:
         thread_bytes = 16
-    elif mixes and not (mixed or channels_last or plane * itemsize % 16 or itemsize == 8):
-        thread_bytes = 64  # every thread works out what is mixed, for all of its elements
+    elif mixes and not (mixed or channels_last or itemsize == 8):
+        wide = plane * itemsize % 16 == 0 or _in_runs(plane, itemsize, tile_bytes, thread_bytes=64)
+        thread_bytes = 64 if wide else 32  # every thread works out what is mixed, for all of its elements
     if drops:
         tile_bytes, thread_bytes = tile_bytes // 2, 16
     return _piece_tile(channels, plane, itemsize, channels_last, tile_bytes, thread_bytes)
@@ -339,28 +384,6 @@ def merge_tile(pieces: int | None) -> Merged:
     """How the partial results of planes with about so many pieces are merged, None: any number."""
     block = MERGED.pieces if pieces is None else min(MERGED.pieces, triton.next_power_of_2(pieces))
     return MERGED._replace(pieces=block, planes=MERGED.planes * (MERGED.pieces // block))
-
-
-# Partial results of all channels that are several columns each: of 2048 programs with 128 columns.
-SPREAD_PARTIALS = 2048 * 128
-
-
-FEW_PARTIALS = 128  # of a channel that all samples share, up to which they are merged as few
-
-
-def combine_tile(channels: int, groups: int, spread: bool, partials: int | None) -> tuple[int, int]:
-    """(partial results, groups) that a program merges at a time. partials: about how many a group has, None for many.
-
-    Those of a large group are neighbours, of small ones only beside those of the next: eight fill a sector of memory.
-    But many are merged by more programs, few together. Of channels that are several columns each there are the fewer
-    the more groups there are: so many programs share them.
-    """
-    if spread:
-        return min(1024, max(128, triton.next_power_of_2(SPREAD_PARTIALS // groups))), 1
-    if partials is None or partials > 256:
-        return 1024, 1 if channels // groups >= 8 else 2
-    block = max(8, triton.next_power_of_2(partials))
-    return block, min(8, 1024 // block)
 
 
 def _block_of_channels(channels: int, itemsize: int) -> int:

@@ -108,8 +108,7 @@ def _schedule(*fields: Any) -> Schedule:
         return ForwardPieces(kind)
     block_groups = tile.block_groups
     constants = (kind.channels, kind.groups, kind.plane[0], kind.vec, *kind.functions)
-    block = (block_groups, tile.block_planes, tile.block_plane)
-    launch = Launcher(channel_norm_forward_kernel, tile.num_warps, *constants, *block)
+    launch = Launcher(channel_norm_forward_kernel, tile.num_warps, *constants, *tile.block(kind.plane, kind.vec))
 
     def whole_groups(
         samples: int, plane: int, given: Tensors, out: Forward, strides: tuple[int, int], floats: Floats

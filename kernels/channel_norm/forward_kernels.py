@@ -14,7 +14,7 @@ import triton.language as tl
 from ..dropout import plane_factor
 from ..epilogue import activate, pre_activation, store_bits
 from ..moments import add_to_places, merge_places, reciprocal_deviation, rough_moments, tile_moments
-from ..tiles import load_added_residual, load_input, scalar, store_tile
+from ..tiles import columns_in_runs, load_added_residual, load_input, scalar, store_tile
 from .mixture import mixed_statistics
 from .planes import (
     load_of_channels,
@@ -36,6 +36,7 @@ def channel_norm_forward_kernel(
     eps: tl.float64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, ACTIVATION: tl.constexpr,
     PASSES: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_PLANES: tl.constexpr, BLOCK_PLANE: tl.constexpr,
+    RUN: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_GROUPS whole groups a program, each padded to BLOCK_PLANES planes. Strides and plane_units are in units of
     VEC elements; PLANE is None where a plane's length is known at run time alone."""
@@ -47,15 +48,16 @@ def channel_norm_forward_kernel(
     in_planes = (group < groups_in_all) & (index % BLOCK_PLANES < GROUP_CHANNELS)
     sample = group // GROUPS
     channel = group % GROUPS * GROUP_CHANNELS + index % BLOCK_PLANES
-    col = tl.arange(0, BLOCK_PLANE)[None, :]
-    mask = in_planes[:, None] & (col < plane)
+    position = tl.arange(0, BLOCK_PLANE)[None, :]
+    mask = in_planes[:, None] & (position < plane)
 
     y_base = (sample * CHANNELS + channel) * plane
     x_base = sample * x_stride * VEC + channel * plane
     residual_base = sample * residual_stride * VEC + channel * plane
     drops = plane_factor(
-        Seed_ptr, sample[:, None], channel[:, None], col, plane, positions, threshold, factor, CHANNELS, COMPUTE
+        Seed_ptr, sample[:, None], channel[:, None], position, plane, positions, threshold, factor, CHANNELS, COMPUTE
     )
+    col = columns_in_runs(position, RUN)
     x = load_input(X_ptr, Residual_ptr, Total_ptr, x_base, residual_base, col, mask, drops, COMPUTE)
     store_tile(Total_ptr, x, y_base, col, mask)
     # Everything that will be needed is asked for before the reduction waits for x.
@@ -81,11 +83,12 @@ def channel_norm_forward_kernel(
 @triton.jit
 def load_input_of_planes(
     X_ptr, Residual_ptr, Seed_ptr, Total_ptr, x_base, residual_base, sample, channel, in_channels, position, plane,
-    threshold, positions, factor, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, COMPUTE: tl.constexpr,
+    threshold, positions, factor, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, RUN: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """What is normalized of a tile [channels, positions]; a total is stored."""
     mask = in_channels[:, None] & (position < plane)
-    base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)
+    base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST, RUN)
     drops = plane_factor(
         Seed_ptr, sample, channel[:, None], position, plane, positions, threshold, factor, CHANNELS, COMPUTE
     )
@@ -104,7 +107,7 @@ def channel_moments_kernel(
     x_stride: tl.int64, residual_stride: tl.int64, plane_units: tl.int64, pieces: tl.int32, steps: tl.int64,
     threshold: tl.int64, positions: tl.int64, factor: tl.float64,
     CHANNELS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One piece of a block of planes a program: its moments, each [samples, pieces, CHANNELS]. Stores the total as it
     goes.
@@ -124,7 +127,7 @@ def channel_moments_kernel(
     if STAGES == 0:
         x = load_input_of_planes(
             X_ptr, Residual_ptr, Seed_ptr, Total_ptr, x_base, residual_base, sample, channel, in_channels,
-            first + place, plane, threshold, positions, factor, CHANNELS, CHANNELS_LAST, COMPUTE,
+            first + place, plane, threshold, positions, factor, CHANNELS, CHANNELS_LAST, RUN, COMPUTE,
         )  # fmt: skip
         inv_count = 1.0 / scalar(tl.minimum(plane - first, BLOCK_PLANE), COMPUTE)
         origin, mean, m2, _ = rough_moments(x, first + place < plane, inv_count, 1, 1)
@@ -137,7 +140,7 @@ def channel_moments_kernel(
             position = first + step * BLOCK_PLANE + place
             x = load_input_of_planes(
                 X_ptr, Residual_ptr, Seed_ptr, Total_ptr, x_base, residual_base, sample, channel, in_channels,
-                position, plane, threshold, positions, factor, CHANNELS, CHANNELS_LAST, COMPUTE,
+                position, plane, threshold, positions, factor, CHANNELS, CHANNELS_LAST, RUN, COMPUTE,
             )  # fmt: skip
             origin, shift, square = add_to_places(x, position < plane, step == 0, origin, shift, square)
         length = tl.minimum(plane - first, tiles * BLOCK_PLANE).to(tl.int32)
@@ -300,7 +303,7 @@ def channel_apply_kernel(
     eps: tl.float64, alpha: tl.float64, beta: tl.float64,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     POOLED: tl.constexpr, ACTIVATION: tl.constexpr, PASSES: tl.constexpr, KINDS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_PLANE: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One piece of a block of planes a program, normalized and finished. The last pieces go first: they are what
     `channel_moments_kernel` left in the cache. With given statistics, or the mixture of KINDS of them (see `mixture`),
@@ -338,10 +341,10 @@ def channel_apply_kernel(
         first = (piece * steps + step) * BLOCK_PLANE
         position = first + tl.arange(0, BLOCK_PLANE)[None, :]
         mask = in_channels[:, None] & (position < plane)
-        base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST)
+        base, col = places(channel, position, plane, CHANNELS, CHANNELS_LAST, RUN)
         x = load_input_of_planes(
             X_ptr, Residual_ptr, Seed_ptr, Total_ptr, sample * x_stride * VEC, residual_base, sample, channel,
-            in_channels, position, plane, threshold, positions, factor, CHANNELS, CHANNELS_LAST, COMPUTE,
+            in_channels, position, plane, threshold, positions, factor, CHANNELS, CHANNELS_LAST, RUN, COMPUTE,
         )  # fmt: skip
         residual = load_added_residual(Residual_ptr, Total_ptr, residual_base + base, col, mask, COMPUTE)
         z = pre_activation((x - mean) * rstd, weight, bias, residual)

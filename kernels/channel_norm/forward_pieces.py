@@ -100,7 +100,6 @@ class ForwardPieces:
             spread=kind.is_spread,
             mixes=kind.kinds > 0,
         )
-        block = (tile.block_channels, tile.block_plane, tile.stages)
         self.blocks = cdiv(kind.channels, tile.block_channels)
 
         def launcher(kernel: Any, *constants: Any, most: int | None = tile.most_registers) -> Launcher:
@@ -111,7 +110,8 @@ class ForwardPieces:
         stages = max(tile.stages, min(3, 3 * tile.stages))
         # With 16 registers less than alone a fourth program fits.
         most = 128 if stages or kind.channels_last else None
-        of_moments = (kind.channels, length, kind.vec, kind.channels_last, *block[:2], stages)
+        block = tile.block(kind.plane, kind.vec, kind.channels_last)
+        of_moments = (kind.channels, length, kind.vec, kind.channels_last, *block, stages)
         self.moments = launcher(channel_moments_kernel, *of_moments, most=most)
         pieces = pieces_of_forward(kind.plane, itemsize, tile)
 
@@ -122,12 +122,15 @@ class ForwardPieces:
         self.combine, self.combine_in_parts = (
             Combiner(combine, kind.channels, kind.groups, kind.pooled, pieces) for _ in range(2)
         )
-        constants = (kind.pooled, *kind.functions, kind.kinds, *block)
-        self.apply_given = launcher(channel_apply_kernel, *of_plane, *constants)
+
+        def apply(vec: int) -> Launcher:
+            of_plane = (kind.channels, kind.groups, length, vec, kind.channels_last)
+            block = (*tile.block(kind.plane, vec, kind.channels_last), tile.stages)
+            return launcher(channel_apply_kernel, *of_plane, kind.pooled, *kind.functions, kind.kinds, *block)
+
+        self.apply_given = apply(kind.vec)
         self.apply_vec = kind.dense_vec if kind.add_first else kind.vec
-        self.apply_found = launcher(
-            channel_apply_kernel, kind.channels, kind.groups, length, self.apply_vec, kind.channels_last, *constants
-        )
+        self.apply_found = apply(self.apply_vec)
 
     def __call__(
         self,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..epilogue import load_bits, store_bits
+from ..tiles import columns_in_runs
 
 
 @triton.jit
@@ -50,12 +51,12 @@ def steps_of(piece, plane, steps, BLOCK_PLANE: tl.constexpr, STAGES: tl.constexp
 
 
 @triton.jit
-def places(channel, position, plane, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """(base [channels], col [1, positions]): an element of a sample lies at base[:, None] + col."""
+def places(channel, position, plane, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, RUN: tl.constexpr):
+    """(base, col) of the elements of a sample, as `tiles` takes them: of short planes in runs of RUN, if any."""
     if CHANNELS_LAST:
         return channel, position * CHANNELS
     else:
-        return channel * plane, position
+        return channel * plane, columns_in_runs(position, RUN)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 
 from benchmarks.audit.binary import CompiledLaunch, describe
 from benchmarks.audit.inert import Launch
@@ -95,3 +96,32 @@ def test_many_partial_results_of_few_channels_are_merged_by_many_programs(sm_90)
     F.batch_norm(x, None, None, training=True).backward(torch.empty_like(x))
     for kernel in ("combine_moments_kernel", "combine_gradients_kernel"):
         assert described(sm_90, kernel).programs >= 32
+
+
+def of_planes(norm: str, side: int, dtype: torch.dtype, launches: list[Launch]) -> tuple[list[CompiledLaunch], float]:
+    """The launches on planes of side x side, and the instructions of all warps for each element of their tiles."""
+    launches.clear()
+    x = torch.zeros(16, 512, side, side, dtype=dtype, requires_grad=True)
+    groups = 512 if norm == "instance_norm" else 16
+    F.group_norm(x, groups, activation="relu").backward(torch.zeros_like(x))
+    of_x = [describe(launch, TARGETS["sm_90"]) for launch in launches if launch.kernel.startswith("channel_norm_")]
+    issued = sum(launch.programs * launch.warps * launch.code.instructions for launch in of_x)
+    return of_x, issued / (16 * 512 * triton.next_power_of_2(side * side) / 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("side", [7, 13, 14])
+@pytest.mark.parametrize("norm", ["group_norm", "instance_norm"])
+def test_a_thread_has_elements_of_few_short_planes(norm, side, dtype, sm_90):
+    """Laid out so that threads fill a plane first, they had one element each of up to 32 planes, and a sum, statistics
+    and an address for each: 13 x 13 took three times as many instructions and 255 registers."""
+    launches, issued = of_planes(norm, side, dtype, sm_90)
+    _, of_aligned = of_planes(norm, 16, dtype, sm_90)
+    assert issued <= 1.7 * of_aligned
+    assert max(launch.registers for launch in launches) <= 100
+
+
+def test_runs_of_a_half_warp_keep_the_width_of_accesses(sm_90):
+    """14 x 14 elements of 16 bits are a multiple of 8 bytes."""
+    for launch in of_planes("group_norm", 14, torch.bfloat16, sm_90)[0]:
+        assert 8 in launch.widths and not {2} & {*launch.widths}
