@@ -290,8 +290,8 @@ def test_bad_input_is_named() -> None:
 
 def test_what_disagrees_on_the_example_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a norm that is made to return something else, and of no other."""
-    wrong = fused_ops.RMSNorm._normalize
-    monkeypatch.setattr(fused_ops.RMSNorm, "_normalize", lambda *args: wrong(*args) + 1)
+    wrong = fused_ops.RMSNorm._run_fused
+    monkeypatch.setattr(fused_ops.RMSNorm, "_run_fused", lambda *args: wrong(*args) + 1)
     model, x = nn.Sequential(nn.LayerNorm(8), nn.RMSNorm(8)).to(DEVICE), normal(3, 8)
     expected = copy.deepcopy(model)(x)
     fuse(model, (x,))

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .sites import Replaced
+from .state import Held, own_fields
 
 # The largest difference over the largest value that rounding makes of a whole model's results; of gradients ten times.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -72,8 +74,9 @@ def _gradients(outputs: Sequence[Tensor], model: nn.Module) -> list[Any]:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Leaves modes, buffers and every generator as they were."""
+    """Leaves modes, buffers, what modules hold besides, and every generator as they were."""
     modes = [(module, module.training) for module in model.modules()]
+    held = [(module, own_fields(module), Held(module)) for module in model.modules() if not _is_lazy(module)]
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -93,6 +96,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(before)
         for module, training in modes:
             module.training = training
+        for module, fields, containers in held:
+            containers.put_back()
+            for name in own_fields(module).keys() - fields.keys():
+                del module.__dict__[name]
+            module.__dict__.update(fields)
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    """Whether the first call makes another module of it."""
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(map(is_lazy, own))
 
 
 def difference(found: Results, expected: Results) -> str:

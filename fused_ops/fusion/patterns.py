@@ -16,7 +16,7 @@ from ..activation import Activation
 from ..fallback import activate
 from .in_place import IN_PLACE
 from .inlining import OF_A_PART
-from .recognize import activation_of
+from .probe import activation_of
 from .sites import NormSite, has_hooks, joins, summed
 
 _ADDS_IN_PLACE = frozenset({IN_PLACE["iadd"], "add_"})

@@ -17,14 +17,16 @@ from ..activation import Activation, resolve
 from .inlining import Inlined
 from .patterns import Site
 from .sites import NormSite, has_hooks, path_of, submodule
-from .tracing import Given, Traced
+from .state import own_fields
+from .tracing import SCALARS, Given, Traced
 
 
 class Plan:
     """Runs a module's forward by a graph of it, in calls that find what the graph was traced with.
 
     given: what each parameter of forward is given; attributes: scalars of the module that its branches went by;
-    children: its modules, as far as a forward may go by them; skipped: those that are not called, by their class;
+    children: its modules, as far as a forward may go by them; skipped: those that are not called, with their class and
+    settings;
     norms: those that are called with more than they were; inlined: those whose forward is in the graph.
     """
 
@@ -50,8 +52,9 @@ class Plan:
             self.given.setdefault(name, Given(None, default))
         self.attributes = dict(traced.attributes)
         self.children = children_of(module)
-        skipped = [(path_of(name), type(module.get_submodule(name))) for site in sites for name in site.skipped]
-        self.skipped = tuple(dict.fromkeys(skipped))
+        skipped = dict.fromkeys(name for site in sites for name in site.skipped)
+        beside = [(path_of(name), module.get_submodule(name)) for name in skipped]
+        self.skipped = tuple((path, type(activation), settings_of(activation)) for path, activation in beside)
         self.norms = tuple(dict.fromkeys(path_of(site.norm) for site in sites if site.norm))
         self.inlined = tuple(inlined)
         code = traced.graph.python_code("self")
@@ -90,9 +93,11 @@ class Plan:
             norm = submodule(module, path)
             if not isinstance(norm, NormSite) or has_hooks(norm):
                 return None
-        for path, cls in self.skipped:
+        for path, cls, settings in self.skipped:
             beside = submodule(module, path)
             if beside is None or type(beside) is not cls or has_hooks(beside):
+                return None
+            if settings and any(getattr(beside, name, ...) != value for name, value in settings):
                 return None
         found = dict(zip(self.positional, args, strict=False))
         found.update(kwargs)
@@ -109,6 +114,12 @@ class Plan:
 def _activation(name: str, **parameters: float) -> Activation | None:
     """What the source of a graph calls `Activation`: made in each call only where it has parameters."""
     return Activation(name, **parameters) if parameters else resolve(name)
+
+
+def settings_of(activation: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The scalars by which an activation may go."""
+    held = own_fields(activation).items()
+    return tuple((name, value) for name, value in held if isinstance(value, SCALARS) and name != "inplace")
 
 
 def children_of(module: nn.Module) -> tuple[Any, ...]:

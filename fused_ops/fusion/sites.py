@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -59,7 +60,7 @@ def restore(module: Replaced) -> None:
             f"unfuse: since it was fused, a {module._class_before.__name__} got the class {type(module).__name__} "
             "(a parametrization, fully_shard); undo that first"
         )
-    for name in module.__dict__.pop("_attributes_added"):
+    for name in module.__dict__.pop("_attributes_added", ()):  # none, of a slice of a Sequential
         del module.__dict__[name]
     module.__class__ = module._class_before  # type: ignore[assignment]
 
@@ -78,9 +79,13 @@ def submodule(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to the module's calls, and so to what it takes and returns."""
+    """Whether somebody listens to the module's calls, and so to what it takes and returns, or has replaced them."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 
@@ -110,7 +115,7 @@ class NormSite(Replaced, Normalizing):
     Called with x alone it is the norm that it was, so that the forward it stands in may call it either way.
     """
 
-    _own_activation: Activation | None
+    _own_activation: Activation | None = None
 
     def forward(
         self,
@@ -127,8 +132,8 @@ class NormSite(Replaced, Normalizing):
             return self._composed(x, residual, activation, add_first, into)
         activation = self._own_activation if activation is None else activation
         if add_first:
-            return self._add_and_normalize(x, residual, activation, 0.0)
-        return self._normalize(x, residual, activation)
+            return self._add_and_run_fused(x, residual, activation, 0.0)
+        return self._run_fused(x, residual, activation)
 
     def _composed(
         self, x: Tensor, residual: Any, activation: Activation | None, add_first: bool, into: str | None
@@ -144,13 +149,13 @@ class NormSite(Replaced, Normalizing):
         return True
 
     def _alone(self, x: Tensor) -> Tensor:
-        return self._normalize(x, None, self._own_activation)
+        return self._run_fused(x, None, self._own_activation)
 
 
 class ForeignNormSite(NormSite):
     """Mixin before one of our norms and a class that was seen to compute it for an input of its weight's type."""
 
-    _dims_seen: Sequence[int]
+    _dims_seen: Sequence[int] = ()
     weight: Tensor | None
 
     def _takes(self, x: Tensor) -> bool:
@@ -158,14 +163,17 @@ class ForeignNormSite(NormSite):
         return x.dim() in self._dims_seen and (weight is None or weight.dtype == x.dtype)
 
     def _alone(self, x: Tensor) -> Tensor:
-        return self._normalize(x, None, self._own_activation) if self._takes(x) else self._class_before.forward(self, x)
+        return self._run_fused(x, None, self._own_activation) if self._takes(x) else self._class_before.forward(self, x)
 
 
 @cache
 def norm_site(ours: type[Normalizing], before: type[nn.Module], mixin: type[NormSite] = NormSite) -> type[Replaced]:
     """The class of a module of class `before` that computes what `ours` does."""
     bases = (mixin, ours) if issubclass(ours, before) else (mixin, ours, before)
-    return _made(before, bases, norm_site, ours, before, mixin)
+    members: dict[str, Any] = {}
+    if issubclass(before, Normalizing):  # which may be given another
+        members["_own_activation"] = property(operator.attrgetter("activation"))
+    return _made(before, bases, norm_site, ours, before, mixin, **members)
 
 
 @cache

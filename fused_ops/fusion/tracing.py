@@ -7,21 +7,24 @@ noted, and asked again in each call (`Plan.match`); where a forward goes by what
 from __future__ import annotations
 
 import contextlib
+import dis
 import inspect
 import random
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import nn
 from torch.fx import Graph, Proxy, Tracer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .in_place import IN_PLACE
+from .stand_in import StandIn, asked_by
+from .state import Held
 
 # Read by a forward, and cheap to compare in every call.
-_SCALARS = (bool, int, float, str, type(None), torch.dtype)
+SCALARS = (bool, int, float, str, type(None), torch.dtype)
 
 
 class Untraceable(Exception):
@@ -60,7 +63,7 @@ def given_by(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def _given(value: Any) -> Given:
-    if isinstance(value, _SCALARS):
+    if isinstance(value, SCALARS):
         return Given(None, value)
     return Given(torch.Tensor if isinstance(value, torch.Tensor) else type(value))
 
@@ -80,12 +83,15 @@ def trace(module: nn.Module, given: Mapping[str, Given], grad: bool = True) -> T
     """The graph of module.forward for such calls, in the mode it is in. Untraceable says why there is none."""
     before = type(module)
     attributes: dict[str, Any] = {}
-    state, numbers = random.getstate(), torch.get_rng_state()
+    numbers, held = _Generators(), Held(module)
+    tracer = _OneForward(given)
     try:
         module.__dict__["_reads"] = attributes
         module.__class__ = _recording(before)
         with torch.set_grad_enabled(grad), _NothingComputed():
-            graph = _OneForward(given).trace(module)
+            _refuse_what_no_graph_has(module)
+            graph = tracer.trace(module)
+            graph.lint()
     except Untraceable:
         raise
     except Exception as error:  # of a forward that is given stand-ins: of any kind
@@ -93,9 +99,12 @@ def trace(module: nn.Module, given: Mapping[str, Given], grad: bool = True) -> T
     finally:
         object.__setattr__(module, "__class__", before)
         module.__dict__.pop("_reads", None)
-    if random.getstate() != state or not torch.equal(torch.get_rng_state(), numbers):
-        random.setstate(state)
-        torch.set_rng_state(numbers)
+        drawn, changed = numbers.put_back(), held.put_back()
+    if tracer.refused is not None:  # and its forward caught that
+        raise tracer.refused
+    if changed:
+        raise Untraceable("its forward changes a list or a dict that it holds")
+    if drawn:
         raise Untraceable("its forward draws a random number that is no tensor")
     return Traced(graph, attributes)
 
@@ -106,6 +115,37 @@ def trace_whatever_grad(module: nn.Module, given: Mapping[str, Given]) -> Traced
     if traced.graph.python_code("self").src != without.graph.python_code("self").src:
         raise Untraceable("its forward goes by whether gradients are on")
     return traced
+
+
+class _Generators:
+    """Where the generators of random numbers are."""
+
+    def __init__(self) -> None:
+        self.python, self.torch, self.numpy = random.getstate(), torch.get_rng_state(), numpy.random.get_state()
+
+    def put_back(self) -> bool:
+        """Whether numbers were drawn; they will be again."""
+        now = _Generators()
+        same_numpy = all(numpy.array_equal(a, b) for a, b in zip(now.numpy, self.numpy, strict=True))
+        if now.python == self.python and torch.equal(now.torch, self.torch) and same_numpy:
+            return False
+        random.setstate(self.python)
+        torch.set_rng_state(self.torch)
+        numpy.random.set_state(self.numpy)
+        return True
+
+
+_ASKING_FOR_A_MODE = {"is_autocast_enabled", "is_autocast_cpu_enabled", "is_inference_mode_enabled"}
+
+
+def _refuse_what_no_graph_has(module: nn.Module) -> None:
+    """Raises Untraceable where the forward asks what a stand-in cannot notice, or would answer wrongly."""
+    code = getattr(inspect.unwrap(module.forward), "__code__", None)
+    for instruction in () if code is None else dis.get_instructions(code):
+        if instruction.argval in _ASKING_FOR_A_MODE:
+            raise Untraceable("its forward goes by the mode of autograd or autocast")
+        if instruction.opname == "LOAD_GLOBAL" and instruction.argval == "type":
+            raise Untraceable("its forward goes by the exact type of something")
 
 
 def _first_line(error: Exception) -> str:
@@ -120,12 +160,27 @@ class _OneForward(Tracer):
     def __init__(self, given: Mapping[str, Given]) -> None:
         super().__init__()
         self.given = given
-        self.ambient = _ambient()
+        self.refused: Untraceable | None = None
+
+    def refuse(self, why: str) -> Untraceable:
+        """What to raise; known afterwards, too, should the forward catch it."""
+        self.refused = Untraceable(why)
+        return self.refused
+
+    def to_bool(self, obj: Proxy) -> bool:
+        raise self.refuse("its forward goes by the values of a tensor")
+
+    def iter(self, obj: Proxy) -> Iterator[Proxy]:
+        raise self.refuse("its forward goes through what it computes one by one")
+
+    def keys(self, obj: Proxy) -> Any:
+        raise self.refuse("its forward goes through what it computes one by one")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        self.ambient = _ambient()
         arguments = {
             name: given.constant if given.of_class is None else self._placeholder(name, given.of_class)
             for name, given in self.given.items()
@@ -138,10 +193,10 @@ class _OneForward(Tracer):
 
     def _placeholder(self, name: str, of_class: type) -> Proxy:
         node = self.create_node("placeholder", name, (), {})
-        return _StandIn(node, self, None if of_class is object else of_class)
+        return StandIn(node, self, None if of_class is object else of_class)
 
     def proxy(self, node: Any) -> Proxy:
-        return _StandIn(node, self, None)
+        return StandIn(node, self, None)
 
     def create_node(self, *args: Any, **kwargs: Any) -> Any:
         if _ambient() != self.ambient:
@@ -156,37 +211,6 @@ class _OneForward(Tracer):
         return super().create_arg(a)
 
 
-class _StandIn(Proxy):
-    """A proxy that says of which class its value is, where that is known of an argument, and else lets nobody ask."""
-
-    def __init__(self, node: Any, tracer: Any, of_class: type | None) -> None:
-        super().__init__(node, tracer)
-        self.of_class = of_class
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        if _asked_by("torch", __name__):
-            return _StandIn
-        of_class = object.__getattribute__(self, "of_class")
-        if of_class is None:
-            raise Untraceable("its forward goes by the class of what it computes")
-        return of_class
-
-
-def _in_place(operation: Any) -> Any:
-    return lambda self, other: self.tracer.create_proxy("call_function", operation, (self, other), {})
-
-
-for _name, _operation in IN_PLACE.items():
-    setattr(_StandIn, f"__{_name}__", _in_place(_operation))
-
-
-def _asked_by(*names: str, levels: int = 2) -> bool:
-    """Whether the code that many levels up is in one of these packages or modules."""
-    name = sys._getframe(levels).f_globals.get("__name__", "")
-    return name in names or name.partition(".")[0] in names
-
-
 def _plain(result: Any) -> Any:
     """The result, where it is made of what a graph can return as it is."""
     if type(result) in (tuple, list):
@@ -195,7 +219,7 @@ def _plain(result: Any) -> Any:
     elif type(result) is dict:
         for part in result.values():
             _plain(part)
-    elif type(result) is not _StandIn and not (isinstance(result, _SCALARS)):
+    elif type(result) is not StandIn and not (isinstance(result, SCALARS)):
         raise Untraceable(f"its forward returns a {type(result).__name__}")
     return result
 
@@ -226,7 +250,7 @@ def _recording(cls: type[nn.Module]) -> type[nn.Module]:
     """The class, of a module that notes which scalars its forward reads of it, and refuses to be changed."""
 
     def noted(module: Any, name: str, value: Any) -> Any:
-        if isinstance(value, _SCALARS) and not _asked_by("torch", levels=3):
+        if isinstance(value, SCALARS) and not asked_by("torch", levels=3):
             module.__dict__["_reads"][name] = value
         return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,29 +12,52 @@ from .. import validation
 from ..activation import Activation, ActivationLike, resolve
 
 
+def _signature(cls: type[nn.Module]) -> inspect.Signature:
+    """What a class takes whose constructors hand on what they do not know: tools ask whether there is a `device`."""
+    positional: list[inspect.Parameter] = []
+    keywords: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            _, *parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+            named = [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+            positional = [each for each in named if each.kind is not each.KEYWORD_ONLY]
+            keywords |= {each.name: each for each in named if each.kind is each.KEYWORD_ONLY}
+            if len(named) == len(parameters):
+                break
+    return inspect.Signature([*positional, *keywords.values()])
+
+
 class Normalizing(nn.Module):
     """What the modules of one norm, plain and Add, have in common: both functions, with this module's arguments."""
 
     # Of `functional`, as staticmethods.
-    _norm: Callable[..., Tensor]
-    _add_norm: Callable[..., tuple[Tensor, Tensor]]
+    _fused_norm: Callable[..., Tensor]
+    _fused_add_norm: Callable[..., tuple[Tensor, Tensor]]
 
-    def _call(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
+    def _call_fused(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
         """One of the two, of x, or x and the residual, with what the module holds for it."""
         raise NotImplementedError
 
-    def _normalize(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
+    def _run_fused(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
         """``activation(norm(x) + residual)``"""
-        return self._call(self._norm, x, residual=residual, activation=activation)
+        return self._call_fused(self._fused_norm, x, residual=residual, activation=activation)
 
-    def _add_and_normalize(
+    def _add_and_run_fused(
         self, x: Tensor, residual: Tensor, activation: Activation | None, dropout_p: float
     ) -> tuple[Tensor, Tensor]:
         """``(activation(norm(total)), total)`` with ``total = residual + dropout(x)``, whatever `training` is."""
-        return self._call(self._add_norm, x, residual, activation=activation, dropout_p=dropout_p)
+        return self._call_fused(self._fused_add_norm, x, residual, activation=activation, dropout_p=dropout_p)
 
 
-class Activated(Normalizing):
+class Extending(nn.Module):
+    """Mixin before a torch.nn class: a constructor that takes keywords of its own, and hands on all else."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]
+
+
+class Activated(Extending, Normalizing):
     """Mixin before a torch.nn norm: keyword `activation`, the rest of the constructor unchanged."""
 
     activation: Activation | None
@@ -43,7 +67,7 @@ class Activated(Normalizing):
         self.activation = resolve(activation)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self._normalize(x, residual, self.activation)
+        return self._run_fused(x, residual, self.activation)
 
     def extra_repr(self) -> str:
         shown = super().extra_repr()
@@ -65,7 +89,7 @@ class Added(Activated):
     else:
 
         def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-            return self._add_and_normalize(x, residual, self.activation, self.dropout_p if self.training else 0.0)
+            return self._add_and_run_fused(x, residual, self.activation, self.dropout_p if self.training else 0.0)
 
     def extra_repr(self) -> str:
         shown = super().extra_repr()

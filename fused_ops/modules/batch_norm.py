@@ -15,10 +15,10 @@ from .base import Activated, Added, Normalizing
 class Batches(Normalizing, _BatchNorm):
     """What torch.nn's batch norms check before a call, what they hold for it, and what they count after it."""
 
-    _norm: Callable[..., Tensor] = staticmethod(F.batch_norm)
-    _add_norm: Callable[..., tuple[Tensor, Tensor]] = staticmethod(F.add_batch_norm)
+    _fused_norm: Callable[..., Tensor] = staticmethod(F.batch_norm)
+    _fused_add_norm: Callable[..., tuple[Tensor, Tensor]] = staticmethod(F.add_batch_norm)
 
-    def _call(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
+    def _call_fused(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
         self._check_input_dim(inputs[0])
         counter = self.num_batches_tracked if self.training and self.track_running_stats else None
         momentum = self.momentum

@@ -13,13 +13,13 @@ from .base import Activated, Added, Normalizing
 
 
 class _Groups(Normalizing, nn.GroupNorm):
-    _norm, _add_norm = staticmethod(F.group_norm), staticmethod(F.add_group_norm)
+    _fused_norm, _fused_add_norm = staticmethod(F.group_norm), staticmethod(F.add_group_norm)
 
     def __init__(self, num_groups: int, *args: Any, **kwargs: Any) -> None:
         # torch.nn.GroupNorm divides by a number of 0 and takes one below.
         super().__init__(validation.num_groups(type(self).__name__, num_groups), *args, **kwargs)
 
-    def _call(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
+    def _call_fused(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
         return function(*inputs, self.num_groups, self.weight, self.bias, self.eps, **keywords)
 
 

@@ -46,7 +46,7 @@ class _Planes(Normalizing, _InstanceNorm):
             "momentum": 0.0 if self.momentum is None else self.momentum,
         }
 
-    def _normalize(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
+    def _run_fused(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
         one_sample = self._is_one_sample(x)
         if one_sample:
             validation.operands(type(self).__name__, x, (), None, None, residual)
@@ -62,7 +62,7 @@ class _Planes(Normalizing, _InstanceNorm):
         )
         return y.squeeze(0) if one_sample else y
 
-    def _add_and_normalize(
+    def _add_and_run_fused(
         self, x: Tensor, residual: Tensor, activation: Activation | None, dropout_p: float
     ) -> tuple[Tensor, Tensor]:
         one_sample = self._is_one_sample(x)

@@ -12,9 +12,9 @@ from .base import Activated, Added, Normalizing
 
 
 class _Rows(Normalizing, nn.RMSNorm):
-    _norm, _add_norm = staticmethod(F.rms_norm), staticmethod(F.add_rms_norm)
+    _fused_norm, _fused_add_norm = staticmethod(F.rms_norm), staticmethod(F.add_rms_norm)
 
-    def _call(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
+    def _call_fused(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
         return function(*inputs, self.normalized_shape, self.weight, self.eps, **keywords)
 
 

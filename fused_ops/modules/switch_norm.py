@@ -15,7 +15,7 @@ from .base import Activated, Added, Normalizing
 class _Switchable(Normalizing):
     """What the switchable norms hold and check, in the manner of torch.nn's batch norms."""
 
-    _norm, _add_norm = staticmethod(F.switch_norm), staticmethod(F.add_switch_norm)
+    _fused_norm, _fused_add_norm = staticmethod(F.switch_norm), staticmethod(F.add_switch_norm)
 
     input_dims: tuple[int, ...]
 
@@ -71,7 +71,7 @@ class _Switchable(Normalizing):
         shown = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
         return f"{shown}, last_gamma=True" if self.last_gamma else shown
 
-    def _call(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
+    def _call_fused(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
         x = inputs[0]
         if x.dim() not in self.input_dims:
             expected = " or ".join(f"{dims}D" for dims in self.input_dims)

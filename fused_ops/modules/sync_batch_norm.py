@@ -18,7 +18,7 @@ from .batch_norm import Batches
 class _Synchronized(Batches, nn.SyncBatchNorm):
     """What torch.nn's SyncBatchNorm checks before a call, and when it synchronizes; not on which devices."""
 
-    _norm, _add_norm = staticmethod(sync_batch_norm), staticmethod(add_sync_batch_norm)
+    _fused_norm, _fused_add_norm = staticmethod(sync_batch_norm), staticmethod(add_sync_batch_norm)
 
     def _check_input_dim(self, input: Tensor) -> None:
         super()._check_input_dim(input)
@@ -31,8 +31,8 @@ class _Synchronized(Batches, nn.SyncBatchNorm):
         group = dist.group.WORLD if self.process_group is None else self.process_group
         return group if dist.get_world_size(group) > 1 else None
 
-    def _call(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
-        return super()._call(function, *inputs, group=self._group(), **keywords)
+    def _call_fused(self, function: Callable[..., Any], *inputs: Tensor, **keywords: Any) -> Any:
+        return super()._call_fused(function, *inputs, group=self._group(), **keywords)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .. import functional as F
+from .base import Extending
 
 DEFAULT_EPS = 1e-5
 
 
-class _Standardized(_ConvNd):
+class _Standardized(Extending, _ConvNd):
     """Mixin before a torch.nn convolution: its weight is standardized in every call, and kept as it is."""
 
     eps: float
