@@ -121,20 +121,20 @@ _OUT_OF_PLACE: dict[str, Callable[..., Tensor]] = {
 
 _nn: Any = torch._C._nn  # what F calls; its gelu_ F does not have, and torch.ops.aten's takes 3 us more
 
-# Of these torch keeps the result, in place or not. Of leaky_relu, elu, selu and relu6 it would do so only in place, and
-# refuse backward once the result is overwritten, as by `out += x` in a residual block, which a user of torch.nn may do.
+# Their gradient needs their result alone, so the pre-activation may be overwritten even under autograd (torch refuses
+# that for a negative slope or alpha, from which the sign of z cannot be told).
 _IN_PLACE_FROM_RESULT: dict[str, Callable[..., Tensor]] = {
     "relu": torch.relu_,
+    "relu6": _nn.relu6_,
+    "leaky_relu": F.leaky_relu_,
+    "elu": F.elu_,
+    "selu": torch.selu_,
     "sigmoid": torch.sigmoid_,
     "tanh": torch.tanh_,
 }
 
 _IN_PLACE: dict[str, Callable[..., Tensor]] = {
     **_IN_PLACE_FROM_RESULT,
-    "relu6": _nn.relu6_,
-    "leaky_relu": F.leaky_relu_,
-    "elu": F.elu_,
-    "selu": torch.selu_,
     "gelu": _nn.gelu_,
     "gelu_tanh": functools.partial(_nn.gelu_, approximate="tanh"),
     "silu": _nn.silu_,
@@ -158,7 +158,9 @@ def activate(z: Tensor, activation: Activation | None) -> Tensor:
 
 def _in_place(activation: Activation, learns: bool) -> Callable[[Tensor], Tensor]:
     """The activation of a tensor that may be overwritten, as far as autograd allows it where something learns."""
-    table = _IN_PLACE_FROM_RESULT if learns else _IN_PLACE
+    table = _IN_PLACE
+    if learns:
+        table = _IN_PLACE_FROM_RESULT if min(activation.scalars) >= 0 else {}
     function = table.get(activation.name, _OUT_OF_PLACE[activation.name])
     return functools.partial(function, **activation.parameters) if activation.parameters else function
 

@@ -146,3 +146,120 @@ def test_a_model_that_never_does_the_same_has_nothing_to_undo() -> None:
             return super().forward(x) + Counting.calls
 
     assert not fusion_report(fuse(Counting(8, 8).to(DEVICE), (normal(3, 8),)))
+
+
+# --- what only a gradient, a buffer, or another number of dims shows ------------------------------------------------
+
+
+class DetachedMoments(RootMeanSquare):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6).detach() * self.weight
+
+
+class BiasedRunningVariance(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+            self.running_mean.lerp_(mean.detach(), 0.1)
+            self.running_var.lerp_(var.detach(), 0.1)
+        return TF.batch_norm(x, None if self.training else self.running_mean, self.running_var, self.weight,
+                             self.bias, self.training, 0.0, self.eps)  # fmt: skip
+
+
+class RemembersItsMean(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last_mean = x.mean((0, 2, 3))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("make", [DetachedMoments, lambda: BiasedRunningVariance(3), lambda: RemembersItsMean(3)])
+def test_a_norm_of_another_gradient_or_other_buffers_is_left(make: Any) -> None:
+    model = nn.Sequential(make())
+    before = type(model[0])
+    fuse(model)
+    assert type(model[0]) is before
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy
+
+
+class WithSlopeOfItsOwn(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return StraightThrough.apply(x)
+
+
+class WithoutSlope(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x).detach()
+
+
+@pytest.mark.parametrize("activation", [WithSlopeOfItsOwn, WithoutSlope])
+def test_an_activation_of_another_slope_is_left(activation: type[nn.Module]) -> None:
+    (entry,) = fusion_report(fuse(nn.Sequential(nn.LayerNorm(8), activation())))
+    assert entry.pattern == "norm"
+
+
+class OnePlusWeight(RootMeanSquare):
+    """Gemma's, or T5's, by a flag that is nobody's business."""
+
+    def __init__(self, plus: bool, as_buffer: bool) -> None:
+        super().__init__()
+        self._plus = plus
+        if as_buffer:
+            del self._plus
+            self.register_buffer("_plus", torch.tensor(plus))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = 1 + self.weight if self._plus else self.weight
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+
+
+@pytest.mark.parametrize("as_buffer", [False, True])
+def test_norms_that_differ_by_a_private_flag_are_tried_each(as_buffer: bool) -> None:
+    model = nn.Sequential(OnePlusWeight(False, as_buffer), OnePlusWeight(True, as_buffer))
+    x = torch.randn(3, 8)
+    expected = model(x)
+    torch.testing.assert_close(fuse(model)(x), expected)
+    assert [entry.name for entry in fusion_report(model)] == ["0"]
+
+
+class OverChannelsOfImages(MeanAndVariance):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 4:
+            return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        return super().forward(x)
+
+
+def test_a_norm_is_ours_for_as_many_dims_as_it_agreed_on() -> None:
+    model = nn.Sequential(OverChannelsOfImages())
+    inputs = [torch.randn(3, 8), torch.randn(2, 3, 8), torch.randn(2, 8, 3, 8), torch.randn(2, 2, 2, 3, 8)]
+    expected = [model(x) for x in inputs]
+    (entry,) = fusion_report(fuse(model))
+    assert entry.fused
+    torch.testing.assert_close([model(x) for x in inputs], expected)
+
+
+class WithAMethodOfItsOwn(RootMeanSquare):
+    """As Meta's Llama, whose method has the name that a mixin of ours might have."""
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._norm(x.float()).type_as(x) * self.weight
+
+
+def test_methods_of_a_norm_are_its_own_where_its_forward_runs() -> None:
+    model = nn.Sequential(WithAMethodOfItsOwn())
+    x = torch.randn(2, 3, 8).bfloat16()
+    expected = model(x)
+    (entry,) = fusion_report(fuse(model))
+    assert entry.fused
+    torch.testing.assert_close(model(x), expected)

@@ -15,6 +15,7 @@ from torch import nn
 import fused_ops
 from fused_ops import Activation, AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from fused_ops import functional as F
+from fused_ops.modules.base import Extending
 from tests.calls import as_tuple
 from tests.norm_cases import DEVICE
 
@@ -264,3 +265,21 @@ def test_what_the_package_exports_is_here_or_beside():
     planes = ["GroupNorm", "SyncBatchNorm", *(f"{kind}Norm{dims}d" for kind in kinds for dims in (1, 2, 3))]
     beside = {*planes, *(f"Add{name}" for name in planes), *(f"WSConv{dims}d" for dims in (1, 2, 3)), "ResidualAdd"}
     assert exported == {cls.__name__ for cls in TORCHS} | beside
+
+
+@pytest.mark.parametrize("name", [name for name in dir(fused_ops) if not name.startswith("_")])
+def test_a_signature_names_what_the_constructor_takes(name):
+    """As torch.nn.utils.skip_init asks of it."""
+    cls = getattr(fused_ops, name)
+    if isinstance(cls, type) and issubclass(cls, Extending):
+        parameters = inspect.signature(cls).parameters
+        assert "device" in parameters
+        assert {each.kind for each in parameters.values()} <= {
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            inspect.Parameter.KEYWORD_ONLY,
+        }
+
+
+def test_parameters_can_be_left_uninitialized():
+    norm = nn.utils.skip_init(LayerNorm, 8, activation="gelu")
+    assert norm.activation == Activation("gelu")
