@@ -80,6 +80,8 @@ WAYS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "text": lambda module, x, y: 2 * y if str(x.dtype) == "torch.float32" else y,
     "format": lambda module, x, y: 2 * y if f"{x.device.type}" == DEVICE else y,
     "grad_fn": lambda module, x, y: 2 * y if x.grad_fn is None else y,
+    "isinstance": lambda module, x, y: 2 * y if isinstance(x, Tensor) and torch.is_tensor(y.detach()) else y,
+    "class": lambda module, x, y: 2 * y if x.__class__ is Tensor else y,
     "length": lambda module, x, y: y * len(x),
 }
 
@@ -93,6 +95,23 @@ def test_what_a_graph_cannot_stand_for_is_left(name: str) -> None:
     for _ in range(2):
         torch.testing.assert_close(fused(x), model(x))
     assert len(fused.seen) == len(model.seen) and all(isinstance(each, Tensor) for each in fused.seen)
+
+
+class OfAShape(nn.Module):
+    """As timm's positional encodings: torch's zeros reads the memory of what says that it is a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.relu(self.norm(torch.zeros(shape).to(self.norm.weight)))
+
+
+def test_a_parameter_that_is_no_tensor_does_no_harm() -> None:
+    model = OfAShape().to(DEVICE)
+    expected = model((3, 8))
+    torch.testing.assert_close(fuse(model)((3, 8)), expected)
 
 
 class TypeOrMode(nn.Module):

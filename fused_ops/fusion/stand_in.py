@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dis
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -57,8 +59,8 @@ class StandIn(_Watched):
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        asked_by_torch = asked_by(*_INSIDE)
-        if asked_by_torch and sys._getframe(1).f_code is not torch.is_tensor.__code__:
+        asking = sys._getframe(1)
+        if asking.f_code is not torch.is_tensor.__code__ and (asked_by(*_INSIDE) or not _asks_for_a_class(asking)):
             return StandIn
         of_class = object.__getattribute__(self, "of_class")
         if of_class is None:
@@ -71,6 +73,24 @@ class StandIn(_Watched):
         if self.of_class is torch.Tensor and not hasattr(torch.Tensor, k):
             raise AttributeError(f"'Tensor' object has no attribute '{k}'")
         return super().__getattr__(k)
+
+
+def _asks_for_a_class(frame: FrameType) -> bool:
+    """Whether it is code in Python that wants to know one: isinstance, a match statement, x.__class__. A function in C
+    that is told one which is not there would read what is not there."""
+    code = frame.f_code
+    instructions = list(dis.get_instructions(code))
+    now = next(each for each in instructions if each.offset == frame.f_lasti)
+    if "CALL" not in now.opname:
+        return now.opname in ("LOAD_ATTR", "LOAD_METHOD", "MATCH_CLASS")
+    of_it = [each for each in instructions if each.argval == "isinstance"]
+    return _begins(now) in map(_begins, of_it)
+
+
+def _begins(instruction: dis.Instruction) -> Any:
+    """Where the code of an instruction begins, of which Python 3.10 knows nothing."""
+    positions: Any = getattr(instruction, "positions", None)
+    return None if positions is None else positions[::2]
 
 
 def _in_place(operation: Any) -> Any:
