@@ -263,3 +263,25 @@ def test_methods_of_a_norm_are_its_own_where_its_forward_runs() -> None:
     (entry,) = fusion_report(fuse(model))
     assert entry.fused
     torch.testing.assert_close(model(x), expected)
+
+
+class ScaledStandardizedWeight(nn.Conv2d):
+    """As of NFNets: what its constructor takes and hands on is what ours does, too."""
+
+    def __init__(self, *sizes: int, eps: float = 1e-6, gamma: float = 1.0) -> None:
+        super().__init__(*sizes)
+        self.eps, self.gamma = eps, gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(self.weight, dim=[1, 2, 3], keepdim=True, unbiased=False)
+        weight = self.gamma * (self.weight - mean) * torch.rsqrt(var + self.eps)
+        return self._conv_forward(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1.7])
+def test_a_constructor_may_take_what_ours_does(gamma: float) -> None:
+    model, x = nn.Sequential(ScaledStandardizedWeight(3, 4, 3, gamma=gamma)), torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    (entry,) = fusion_report(fuse(model))
+    assert entry.fused == (gamma == 1.0)
+    torch.testing.assert_close(model(x), expected)

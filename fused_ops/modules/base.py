@@ -20,8 +20,10 @@ def _signature(cls: type[nn.Module]) -> inspect.Signature:
         if "__init__" in vars(base):
             _, *parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
             named = [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-            positional = [each for each in named if each.kind is not each.KEYWORD_ONLY]
-            keywords |= {each.name: each for each in named if each.kind is each.KEYWORD_ONLY}
+            # What a class takes for itself it does not hand on.
+            new = [each for each in named if each.name not in keywords]
+            positional = [each for each in new if each.kind is not each.KEYWORD_ONLY]
+            keywords |= {each.name: each for each in new if each.kind is each.KEYWORD_ONLY}
             if len(named) == len(parameters):
                 break
     return inspect.Signature([*positional, *keywords.values()])
