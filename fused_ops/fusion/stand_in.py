@@ -16,13 +16,28 @@ from .in_place import IN_PLACE
 _INSIDE = ("torch", __name__, f"{__package__}.tracing")  # who may ask anything
 
 
+class _Text(str):
+    """The text of what a proxy stands for, which may be a part of a message, but not what a forward goes by."""
+
+    refuse: Any
+
+    def _told(self, *_: Any) -> Any:
+        raise str.__getattribute__(self, "refuse")("its forward goes by the text of what it computes")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _told
+    __hash__ = __contains__ = __getitem__ = __iter__ = __len__ = _told
+
+    def __getattribute__(self, name: str) -> Any:
+        return self._told() if hasattr(str, name) and not name.startswith("_") else super().__getattribute__(name)
+
+
 class _Watched(Proxy):
-    """A proxy that lets nobody ask what it cannot tell: its text, its hash, its number; nor set an attribute of it."""
+    """A proxy that lets nobody ask what it cannot tell: its hash, its number, or to set an attribute of it."""
 
     tracer: Any
 
     def _told(self, *_: Any) -> Any:
-        raise self.tracer.refuse("its forward goes by the text, the hash or the number of what it computes")
+        raise self.tracer.refuse("its forward goes by the hash or the number of what it computes")
 
     __float__ = __int__ = __complex__ = __index__ = __len__ = __contains__ = _told
 
@@ -30,7 +45,11 @@ class _Watched(Proxy):
         return id(self) if asked_by(*_INSIDE) else self._told()
 
     def __repr__(self, *_: Any) -> str:
-        return super().__repr__() if asked_by(*_INSIDE) else self._told()
+        text = _Text(super().__repr__())
+        if asked_by(*_INSIDE):
+            return str.__str__(text)
+        text.refuse = self.tracer.refuse
+        return text
 
     __str__ = __format__ = __repr__
 
