@@ -140,7 +140,8 @@ def input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat):
 @triton.jit
 def pairwise_sum(values, LOG2_SIZE: tl.constexpr):
     """The sum [1] of a tensor [2**LOG2_SIZE], neighbours first. A sum of two has one result, so that every bit of this
-    is the same however a kernel happens to spread the tensor over its threads; that of a larger reduction is not."""
+    is the same however a kernel happens to spread the tensor over its threads; that of a larger reduction, or of
+    products, which are contracted with a sum, is not."""
     for _ in tl.static_range(LOG2_SIZE):
         values = tl.sum(tl.reshape(values, [values.shape[0] // 2, 2]), axis=1)
     return values
@@ -158,7 +159,9 @@ def merge_chunks(
         # As differences from the first chunk's mean: at a large mean these are small, so that the sum rounds less.
         origin = pairwise_sum(tl.where(first == 0, means, 0.0), LOG2_CHUNKS)
         means = tl.where(counts > 0, means - origin, 0.0)
-        mean = pairwise_sum(means * (counts * (1.0 / SPAN)), LOG2_CHUNKS)
+        # As a product, each would be added unrounded to its neighbour: which of two is goes by how they are spread.
+        shares = tl.fma(means, counts * (1.0 / SPAN), tl.zeros_like(means))
+        mean = pairwise_sum(shares, LOG2_CHUNKS)
         deviation = means - mean
         m2 = pairwise_sum(m2s + counts * (deviation * deviation), LOG2_CHUNKS)
         return mean + origin, reciprocal_deviation(m2, SPAN, eps)

@@ -18,7 +18,7 @@ _OPERAND = re.compile(r"tensor<((?:\d+x)+)(f\d+|bf16), (#ttg\.\w+<\{.*?\}>|#\w+)
 
 def reduction_layouts(launches: Iterable[Launch]) -> set[tuple[str, str]]:
     """(shape and type, layout) of every tensor that these launches reduce, where its layout can change a bit: integers
-    add in any order, and two numbers have but one."""
+    add in any order, and two numbers have but one, as long as they are no products (`moments.pairwise_sum`)."""
     found, reductions, kernels = set(), 0, []
     for launch in launches:
         kernels.append(launch.kernel)

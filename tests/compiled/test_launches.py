@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -66,6 +67,21 @@ def test_long_rows_are_shared_where_they_are_few_and_walked_where_they_are_many(
         F.layer_norm(torch.empty(rows, 40000, dtype=torch.bfloat16), (40000,))
     names = [launch.kernel for launch in sm_90]
     assert names == ["row_moments_kernel", "row_apply_kernel", "row_walk_forward_kernel"]
+
+
+@pytest.mark.parametrize("span", [30000, 40000])
+def test_what_chunks_are_merged_of_is_rounded_before_threads_exchange_it(span, sm_90):
+    """A product that is contracted with a neighbour's sum has other bits where that neighbour is in another thread, and
+    so where few rows are shared than where many are walked."""
+    F.layer_norm(torch.empty(4, span), (span,))
+    (apply,) = (launch for launch in sm_90 if launch.kernel == "row_apply_kernel")
+    exchanged, contracted = set(), []
+    for line in apply.compiled.asm["ptx"].splitlines():
+        if found := re.search(r"shfl\.sync\.\S+\s+(%\w+)", line):
+            exchanged.add(found[1])
+        elif "fma.rn.f32" in line and exchanged & {*re.findall(r"%\w+", line)[1:]}:
+            contracted.append(line)
+    assert exchanged and not contracted
 
 
 @pytest.mark.parametrize(("rows", "span"), [(16384, 256), (4096, 1024), (1024, 4096), (512, 8192), (4, 1 << 20)])
