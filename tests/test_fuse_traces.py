@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import collections
 import copy
 import threading
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from torch import nn
 
 import fused_ops
 from fused_ops import fuse, fusion_report
+from fused_ops.fusion.check import Results, difference
 from tests.norm_cases import DEVICE, normal
 
 Tensor = torch.Tensor
@@ -30,6 +33,7 @@ class Forward(nn.Module):
         self.then = then
         self.seen: list[Any] = []
         self.cache: dict[str, Any] = {}
+        self.queue: collections.deque[Any] = collections.deque()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.then(self, x, torch.relu(self.norm(x)))
@@ -38,6 +42,16 @@ class Forward(nn.Module):
 def appended(module: Any, x: Tensor, y: Tensor) -> Tensor:
     module.seen.append(y)
     return y * len(module.seen)
+
+
+def told_to_a_child(module: Any, x: Tensor, y: Tensor) -> Tensor:
+    module.norm.last = x
+    return y
+
+
+def queued(module: Any, x: Tensor, y: Tensor) -> Tensor:
+    module.queue.append(y)
+    return y * len(module.queue)
 
 
 def cached(module: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -67,10 +81,19 @@ def by_derivative(module: Any, x: Tensor, y: Tensor) -> Tensor:
     return y + torch.autograd.grad(energy, x)[0]
 
 
+an_instance = builtins.isinstance
+
+
+def autocasts() -> bool:
+    return not torch.is_autocast_enabled("cpu")
+
+
 WAYS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "appends": appended,
     "caches": cached,
     "catches": caught,
+    "tells a child": told_to_a_child,
+    "queues": queued,
     "sets data": with_data_set,
     "sets requires_grad": by_derivative,
     "is_tensor": lambda module, x, y: 2 * y if torch.is_tensor(x) else y,
@@ -81,6 +104,11 @@ WAYS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "format": lambda module, x, y: 2 * y if f"{x.device.type}" == DEVICE else y,
     "grad_fn": lambda module, x, y: 2 * y if x.grad_fn is None else y,
     "isinstance": lambda module, x, y: 2 * y if isinstance(x, Tensor) and torch.is_tensor(y.detach()) else y,
+    "isinstance by another name": lambda module, x, y: 2 * y if an_instance(x, Tensor) else y,
+    "isinstance in C": lambda module, x, y: 2 * y if all(map(isinstance, (x,), (Tensor,))) else y,
+    "autocast in a helper": lambda module, x, y: 2 * y if autocasts() else y,
+    "callable": lambda module, x, y: 2 * y if callable(y) else y,
+    "hasattr of a result": lambda module, x, y: y.logits if hasattr(y, "logits") else y,
     "class": lambda module, x, y: 2 * y if x.__class__ is Tensor else y,
     "length": lambda module, x, y: y * len(x),
 }
@@ -91,7 +119,7 @@ def test_what_a_graph_cannot_stand_for_is_left(name: str) -> None:
     torch.manual_seed(0)
     model, x = Forward(WAYS[name]).to(DEVICE), normal(3, 8)
     fused = fuse(copy.deepcopy(model))
-    assert not fused.seen and not fused.cache
+    assert not fused.seen and not fused.cache and not fused.queue and not hasattr(fused.norm, "last")
     for _ in range(2):
         torch.testing.assert_close(fused(x), model(x))
     assert len(fused.seen) == len(model.seen) and all(isinstance(each, Tensor) for each in fused.seen)
@@ -146,6 +174,41 @@ def test_an_example_leaves_what_modules_hold_as_it_was() -> None:
     model, x = Forward(appended).to(DEVICE), normal(3, 8)
     fuse(model, (x,))
     assert model.seen == []
+
+
+class BuiltWhenCalled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.projection: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.projection is None:
+            self.projection = nn.Linear(8, 8).to(x)
+        return torch.relu(self.norm(self.projection(x)))
+
+
+def test_what_a_model_built_for_an_example_stays() -> None:
+    model, x = BuiltWhenCalled().to(DEVICE), normal(3, 8)
+    fuse(model, (x,))
+    projection = model.projection
+    model(x)
+    assert model.projection is projection is not None
+
+
+def test_a_tensor_in_place_of_a_number_runs_what_the_model_was() -> None:
+    model, x = Forward(lambda module, x, y: y * module.scale).to(DEVICE), normal(3, 8)
+    model.scale = 1.0
+    fuse(model)
+    model.scale = torch.full((8,), 2.0, device=DEVICE)
+    torch.testing.assert_close(model(x), 2 * torch.relu(nn.functional.layer_norm(x, (8,))))
+
+
+@pytest.mark.parametrize("edge", [-float("inf"), float("nan")])
+def test_a_difference_beside_what_is_not_finite_is_seen(edge: float) -> None:
+    original, other = torch.tensor([edge, 1.0, 2.0]), torch.tensor([edge, 100.0, 2.0])
+    assert difference(Results([original], [], []), Results([original], [], [])) == ""
+    assert difference(Results([other], [], []), Results([original], [], [])) != ""
 
 
 # --- modules that cannot be copied, tried or are not ready ---------------------------------------------------------

@@ -13,7 +13,7 @@ from .check import Example, Results, disagreeing
 from .inlining import Inlined, inline
 from .patterns import Site, fuse_graph
 from .plans import Plan, can_be_kept
-from .recognize import is_norm, is_standardizing, may_be_norm, may_standardize, recognize
+from .recognize import Recognized, is_norm, is_standardizing, may_be_norm, may_standardize, recognize
 from .report import Entry, FusionReport
 from .sites import FusedForward, NormSite, Replaced, fused_forward, replace, restore
 from .tracing import Given, Traced, Untraceable, given_by, given_by_default, trace, trace_whatever_grad, training_set_to
@@ -90,12 +90,15 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 def _replace_norms(model: nn.Module, reasons: dict[nn.Module, str]) -> None:
     for module in list(model.modules()):
-        if is_norm(module) or may_be_norm(module) or may_standardize(module):
-            found = recognize(module)
-            if found.cls is not None:
-                replace(module, found.cls, found.attributes)
-            elif is_norm(module) or may_be_norm(module) or is_standardizing(module):
-                reasons[module] = found.reason
+        try:
+            found = recognize(module) if is_norm(module) or may_be_norm(module) or may_standardize(module) else None
+            named = is_norm(module) or may_be_norm(module) or is_standardizing(module)
+        except Exception as error:  # of somebody's module, of any kind, that is asked for what it does not expect
+            found, named = Recognized(reason=f"to look at it raises {type(error).__name__}: {error}"), True
+        if found is not None and found.cls is not None:
+            replace(module, found.cls, found.attributes)
+        elif found is not None and named:
+            reasons[module] = found.reason
 
 
 # --- forwards ------------------------------------------------------------------------------------------------------

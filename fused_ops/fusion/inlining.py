@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from .sites import NormSite, Replaced, has_hooks, path_of, submodule
-from .tracing import Given, Traced, Untraceable, given_by_default, trace_whatever_grad
+from .tracing import Given, Traced, Untraceable, given_by_default, is_still, trace_whatever_grad
 
 OF_A_PART = "of a part"  # in the meta of nodes that were a child's
 
@@ -37,7 +37,7 @@ class Inlined(NamedTuple):
             and is_called_plainly(child)
             and not has_hooks(child)
             and tuple(child._modules) == self.children
-            and all(getattr(child, name, ...) == value for name, value in self.attributes.items())
+            and all(is_still(getattr(child, name, ...), value) for name, value in self.attributes.items())
         )
 
 

@@ -18,7 +18,7 @@ from .inlining import Inlined
 from .patterns import Site
 from .sites import NormSite, has_hooks, path_of, submodule
 from .state import own_fields
-from .tracing import SCALARS, Given, Traced
+from .tracing import SCALARS, Given, Traced, is_still
 
 
 class Plan:
@@ -84,7 +84,7 @@ class Plan:
         if len(args) > len(self.positional) or not _has_children(module, self.children):
             return None
         for name, value in self.attributes.items():
-            if getattr(module, name, ...) != value:
+            if not is_still(getattr(module, name, ...), value):
                 return None
         for child in self.inlined:
             if not child.holds(module):
@@ -97,7 +97,7 @@ class Plan:
             beside = submodule(module, path)
             if beside is None or type(beside) is not cls or has_hooks(beside):
                 return None
-            if settings and any(getattr(beside, name, ...) != value for name, value in settings):
+            if settings and not all(is_still(getattr(beside, name, ...), value) for name, value in settings):
                 return None
         found = dict(zip(self.positional, args, strict=False))
         found.update(kwargs)

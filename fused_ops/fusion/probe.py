@@ -15,7 +15,7 @@ from ..activation import KNOWN, Activation, resolve
 from ..backend import use_backend
 from ..fallback import activate
 from .sites import Replaced, replace
-from .state import own_fields
+from .state import own_fields, same_fields
 
 Shape = tuple[int, ...]
 
@@ -117,7 +117,7 @@ def _result(
             before = own_fields(tried)
             with torch.set_grad_enabled(probe.learns):
                 out = tried(x.clone())  # which it may overwrite
-            if not isinstance(out, Tensor) or not _same(own_fields(tried), before):
+            if not isinstance(out, Tensor) or not same_fields(own_fields(tried), before):
                 return None
             learned = _gradients(out, [x, *tried.parameters()], drawn) if probe.learns else []
     except Exception:  # somebody's module, of any kind, copied and given what it may not expect
@@ -155,10 +155,6 @@ def _gradients(out: Tensor, learning: Sequence[Tensor], drawn: Callable[..., Ten
     return list(torch.autograd.grad(out, learning, drawn(*out.shape).to(out.dtype), allow_unused=True))
 
 
-def _same(fields: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    return fields.keys() == before.keys() and all(fields[name] is before[name] for name in fields)
-
-
 # --- activations ---------------------------------------------------------------------------------------------------
 
 _LINE = torch.cat([torch.linspace(-40, 40, 161, device="cpu"), torch.linspace(-4, 4, 97, device="cpu")]).double()
@@ -186,18 +182,20 @@ def activation_of(module: nn.Module) -> Activation | None:
         return resolve(module)
     except ValueError:
         pass
-    if type(module).__module__.startswith("torch.nn") or next(iter(module.state_dict()), None) is not None:
-        return None  # torch.nn's others, and what learns
-    if any(module.children()) or isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module):
+    if type(module).__module__.startswith("torch.nn") or isinstance(module, torch.jit.ScriptModule):
+        return None  # torch.nn's others
+    if any(module.children()) or "forward" in vars(module):
         return None
     curves = []
     try:
+        if next(iter(module.state_dict()), None) is not None:  # what learns
+            return None
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             for training in (False, True):
                 tried = _alone(module).train(training)
                 before = own_fields(tried)
                 curves.append(_with_slope(tried))
-                if not _same(own_fields(tried), before):
+                if not same_fields(own_fields(tried), before):
                     return None
     except Exception:  # somebody's module, of any kind, given what it may not expect
         return None

@@ -78,7 +78,10 @@ def may_be_norm(module: nn.Module) -> bool:
 
 def is_standardizing(module: Any) -> bool:
     """Whether a report names the module as a convolution that standardizes its weight."""
-    return may_standardize(module) and (hasattr(module, "eps") or isinstance(module, Replaced))
+    try:
+        return may_standardize(module) and (isinstance(module, Replaced) or hasattr(module, "eps"))
+    except Exception:  # of a property of somebody's own
+        return False
 
 
 def may_standardize(module: nn.Module) -> bool:
@@ -142,7 +145,7 @@ _known: dict[Any, Recognized] = {}
 
 def _configuration(module: nn.Module) -> Any:
     """What modules have in common that compute the same from their parameters, as far as can be told."""
-    held = tuple((name, repr(value)) for name, value in own_fields(module).items())
+    held = tuple((name, _text(value)) for name, value in own_fields(module).items())
     tensors = [*module.named_parameters(), *module.named_buffers()]
     shapes = tuple((name, tuple(tensor.shape)) for name, tensor in tensors)
     flags = tuple(
@@ -151,6 +154,11 @@ def _configuration(module: nn.Module) -> Any:
         if not buffer.is_floating_point() and not name.endswith("num_batches_tracked")
     )
     return type(module), held, shapes, flags, repr(list(module.children()))
+
+
+def _text(value: Any) -> str:
+    """Of a tensor or an array all of it, of which repr leaves out the middle."""
+    return repr(value.tolist()) if hasattr(value, "tolist") else repr(value)
 
 
 def _tried(module: nn.Module) -> Recognized:

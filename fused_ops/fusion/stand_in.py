@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -14,6 +15,43 @@ from torch.fx.proxy import Attribute
 from .in_place import IN_PLACE
 
 _INSIDE = ("torch", __name__, f"{__package__}.tracing")  # who may ask anything
+
+
+_NOT_OF_A_MODEL = frozenset({"torch", "fused_ops", *sys.stdlib_module_names})
+_ASKING_FOR_A_MODE = {"is_autocast_enabled", "is_autocast_cpu_enabled", "is_inference_mode_enabled"}
+
+
+class CallsOfC:
+    """Which function in C each frame is calling: only so much tells who asks for a class."""
+
+    def __init__(self, refuse: Callable[[str], Exception]) -> None:
+        self._now: dict[FrameType, Any] = {}
+        self._refuse = refuse
+
+    def of(self, frame: FrameType) -> Any:
+        """None where it calls nothing, or what tells nobody of its calls, as a class does not."""
+        return self._now.get(frame)
+
+    def __enter__(self) -> CallsOfC:
+        self._before = sys.getprofile()
+        sys.setprofile(self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(self._before)
+
+    def _note(self, frame: FrameType, event: str, function: Any) -> None:
+        if event == "c_call":
+            self._now[frame] = function
+            name = getattr(function, "__name__", "")
+            if _root(frame) in _NOT_OF_A_MODEL:
+                return
+            if name in _ASKING_FOR_A_MODE:
+                self._refuse("its forward goes by the mode of autograd or autocast")
+            elif function is callable:  # as every proxy is
+                self._refuse("its forward goes by whether something can be called")
+        elif event in ("c_return", "c_exception"):
+            self._now.pop(frame, None)
 
 
 class _Text(str):
@@ -78,38 +116,34 @@ class StandIn(_Watched):
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        asking = sys._getframe(1)
-        if asking.f_code is not torch.is_tensor.__code__ and (asked_by(*_INSIDE) or not _asks_for_a_class(asking)):
+        frame = sys._getframe(1)
+        asks_in_python = frame.f_code is torch.is_tensor.__code__
+        if not asks_in_python and _is_within(frame, *_INSIDE):
             return StandIn
+        operation = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+        if operation in ("LOAD_ATTR", "LOAD_METHOD", "MATCH_CLASS"):
+            asks_in_python = True
+        elif not asks_in_python:
+            function = self.tracer.calls.of(frame)
+            asks_in_python = function is isinstance
+            if not asks_in_python and "CALL" not in operation:
+                return StandIn
+            # A function in C that is told a class which is not there would read what is not there.
+            if not asks_in_python and function is not None and getattr(function, "__module__", None) != "builtins":
+                return StandIn
         of_class = object.__getattribute__(self, "of_class")
-        if of_class is None:
+        if of_class is None or not asks_in_python:
             raise self.tracer.refuse("its forward goes by the class of what it computes")
         return of_class
 
     def __getattr__(self, k: str) -> Any:
         if k in _OF_AUTOGRAD:
             raise self.tracer.refuse(f"its forward goes by {k} of a tensor")
-        if self.of_class is torch.Tensor and not hasattr(torch.Tensor, k):
-            raise AttributeError(f"'Tensor' object has no attribute '{k}'")
+        if self.tracer.calls.of(sys._getframe(1)) in (hasattr, getattr):
+            of_class = object.__getattribute__(self, "of_class")
+            if of_class is None or not hasattr(of_class, k):
+                raise self.tracer.refuse(f"its forward goes by whether there is a {k}")
         return super().__getattr__(k)
-
-
-def _asks_for_a_class(frame: FrameType) -> bool:
-    """Whether it is code in Python that wants to know one: isinstance, a match statement, x.__class__. A function in C
-    that is told one which is not there would read what is not there."""
-    code = frame.f_code
-    instructions = list(dis.get_instructions(code))
-    now = next(each for each in instructions if each.offset == frame.f_lasti)
-    if "CALL" not in now.opname:
-        return now.opname in ("LOAD_ATTR", "LOAD_METHOD", "MATCH_CLASS")
-    of_it = [each for each in instructions if each.argval == "isinstance"]
-    return _begins(now) in map(_begins, of_it)
-
-
-def _begins(instruction: dis.Instruction) -> Any:
-    """Where the code of an instruction begins, of which Python 3.10 knows nothing."""
-    positions: Any = getattr(instruction, "positions", None)
-    return None if positions is None else positions[::2]
 
 
 def _in_place(operation: Any) -> Any:
@@ -122,5 +156,14 @@ for _name, _operation in IN_PLACE.items():
 
 def asked_by(*names: str, levels: int = 2) -> bool:
     """Whether the code that many levels up is in one of these packages or modules."""
-    name = sys._getframe(levels).f_globals.get("__name__", "")
-    return name in names or name.partition(".")[0] in names
+    return _is_within(sys._getframe(levels), *names)
+
+
+def _is_within(frame: FrameType, *names: str) -> bool:
+    return frame.f_globals.get("__name__", "") in names or _root(frame) in names
+
+
+def _root(frame: FrameType) -> str:
+    """The package that a frame's code is of."""
+    root: str = frame.f_globals.get("__name__", "").partition(".")[0]
+    return root

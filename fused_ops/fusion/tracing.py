@@ -20,7 +20,7 @@ from torch import nn
 from torch.fx import Graph, Proxy, Tracer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .stand_in import StandIn, asked_by
+from .stand_in import CallsOfC, StandIn, asked_by
 from .state import Held
 
 # Read by a forward, and cheap to compare in every call.
@@ -41,7 +41,12 @@ class Given(NamedTuple):
     def fits(self, value: Any) -> bool:
         if self.of_class is not None:
             return isinstance(value, self.of_class)
-        return type(value) is type(self.constant) and bool(value == self.constant)
+        return value is self.constant or is_still(value, self.constant)
+
+
+def is_still(value: Any, before: Any) -> bool:
+    """Whether a scalar is what it was; what has become of it may be anything."""
+    return type(value) is type(before) and isinstance(value, SCALARS) and value == before
 
 
 class Traced(NamedTuple):
@@ -83,13 +88,13 @@ def trace(module: nn.Module, given: Mapping[str, Given], grad: bool = True) -> T
     """The graph of module.forward for such calls, in the mode it is in. Untraceable says why there is none."""
     before = type(module)
     attributes: dict[str, Any] = {}
-    numbers, held = _Generators(), Held(module)
+    numbers, held = _Generators(), Held(module, others=module.children())
     tracer = _OneForward(given)
     try:
         module.__dict__["_reads"] = attributes
         module.__class__ = _recording(before)
-        with torch.set_grad_enabled(grad), _NothingComputed():
-            _refuse_what_no_graph_has(module)
+        _refuse_what_no_graph_has(module)
+        with torch.set_grad_enabled(grad), _NothingComputed(), tracer.calls:
             graph = tracer.trace(module)
             graph.lint()
     except Untraceable:
@@ -103,7 +108,7 @@ def trace(module: nn.Module, given: Mapping[str, Given], grad: bool = True) -> T
     if tracer.refused is not None:  # and its forward caught that
         raise tracer.refused
     if changed:
-        raise Untraceable("its forward changes a list or a dict that it holds")
+        raise Untraceable("its forward changes a list or a dict that it holds, or a child")
     if drawn:
         raise Untraceable("its forward draws a random number that is no tensor")
     return Traced(graph, attributes)
@@ -135,15 +140,10 @@ class _Generators:
         return True
 
 
-_ASKING_FOR_A_MODE = {"is_autocast_enabled", "is_autocast_cpu_enabled", "is_inference_mode_enabled"}
-
-
 def _refuse_what_no_graph_has(module: nn.Module) -> None:
-    """Raises Untraceable where the forward asks what a stand-in cannot notice, or would answer wrongly."""
+    """Raises Untraceable where the forward asks what a stand-in does not notice."""
     code = getattr(inspect.unwrap(module.forward), "__code__", None)
     for instruction in () if code is None else dis.get_instructions(code):
-        if instruction.argval in _ASKING_FOR_A_MODE:
-            raise Untraceable("its forward goes by the mode of autograd or autocast")
         if instruction.opname == "LOAD_GLOBAL" and instruction.argval == "type":
             raise Untraceable("its forward goes by the exact type of something")
 
@@ -161,6 +161,7 @@ class _OneForward(Tracer):
         super().__init__()
         self.given = given
         self.refused: Untraceable | None = None
+        self.calls = CallsOfC(self.refuse)
 
     def refuse(self, why: str) -> Untraceable:
         """What to raise; known afterwards, too, should the forward catch it."""

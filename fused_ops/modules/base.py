@@ -12,23 +12,6 @@ from .. import validation
 from ..activation import Activation, ActivationLike, resolve
 
 
-def _signature(cls: type[nn.Module]) -> inspect.Signature:
-    """What a class takes whose constructors hand on what they do not know: tools ask whether there is a `device`."""
-    positional: list[inspect.Parameter] = []
-    keywords: dict[str, inspect.Parameter] = {}
-    for base in cls.__mro__:
-        if "__init__" in vars(base):
-            _, *parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
-            named = [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-            # What a class takes for itself it does not hand on.
-            new = [each for each in named if each.name not in keywords]
-            positional = [each for each in new if each.kind is not each.KEYWORD_ONLY]
-            keywords |= {each.name: each for each in new if each.kind is each.KEYWORD_ONLY}
-            if len(named) == len(parameters):
-                break
-    return inspect.Signature([*positional, *keywords.values()])
-
-
 class Normalizing(nn.Module):
     """What the modules of one norm, plain and Add, have in common: both functions, with this module's arguments."""
 
@@ -51,12 +34,30 @@ class Normalizing(nn.Module):
         return self._call_fused(self._fused_add_norm, x, residual, activation=activation, dropout_p=dropout_p)
 
 
+class _Signature:
+    """What our classes take, whose constructors hand on what they do not know: tools ask whether there is a `device`.
+    Of classes made from them AttributeError: they say it themselves."""
+
+    def __get__(self, module: nn.Module | None, cls: type[nn.Module]) -> inspect.Signature:
+        if cls.__module__.rpartition(".")[0] != __package__:
+            raise AttributeError("__signature__")
+        positional: list[inspect.Parameter] = []
+        keywords: dict[str, inspect.Parameter] = {}
+        for base in cls.__mro__:
+            if "__init__" in vars(base):
+                _, *parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+                named = [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+                positional = [each for each in named if each.kind is not each.KEYWORD_ONLY]
+                keywords |= {each.name: each for each in named if each.kind is each.KEYWORD_ONLY}
+                if len(named) == len(parameters):
+                    break
+        return inspect.Signature([*positional, *keywords.values()])
+
+
 class Extending(nn.Module):
     """Mixin before a torch.nn class: a constructor that takes keywords of its own, and hands on all else."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]
+    __signature__ = _Signature()
 
 
 class Activated(Extending, Normalizing):
