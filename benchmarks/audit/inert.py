@@ -107,7 +107,7 @@ def compiling_for(target: Target, *, record: bool = True) -> Iterator[list[Launc
         raise RuntimeError("kernels are interpreted in this process and cannot be compiled; set TRITON_INTERPRET=0")
     launches: list[Launch] = []
     with (
-        _active(InertDriver(target, launches if record else None)),
+        active_driver(InertDriver(target, launches if record else None)),
         assume_device(DEVICE_OF[target.name].facts),
         fused_ops.use_backend("triton"),
     ):
@@ -115,7 +115,8 @@ def compiling_for(target: Target, *, record: bool = True) -> Iterator[list[Launc
 
 
 @contextlib.contextmanager
-def _active(driver: InertDriver) -> Iterator[None]:
+def active_driver(driver: InertDriver) -> Iterator[None]:
+    """Makes it Triton's, and the one before it again at the end."""
     config = triton.runtime.driver
     try:
         previous = config.active
