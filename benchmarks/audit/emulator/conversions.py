@@ -72,7 +72,7 @@ def comparison(parts: tuple[str, ...], count: int) -> Operation | None:
         _float_comparison(relation) if ptx_type in FLOATS else COMPARISONS.get(OF_UNSIGNED.get(relation, relation))
     )
     flushes, modifiers = "ftz" in modifiers, [modifier for modifier in modifiers if modifier != "ftz"]
-    if compare is None or ptx_type not in COMPUTED_AS or (flushes and ptx_type != "f32"):
+    if compare is None or ptx_type not in COMPUTED_AS:
         return None
     if flushes:
         compare = _of_flushed(compare)

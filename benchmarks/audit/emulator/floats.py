@@ -68,8 +68,7 @@ def float_operation(parts: tuple[str, ...], count: int) -> Operation | None:
     if "f32" in modifiers and name in ("add", "sub", "fma"):  # add.f32.bf16: what is added to is float32
         modifiers.remove("f32")
         sources, result = (*sources[1:], "f32"), "f32"
-    flushes = "ftz" in modifiers
-    if name not in ARITHMETIC or not MODIFIERS.issuperset(modifiers) or (flushes and result != "f32"):
+    if name not in ARITHMETIC or not MODIFIERS.issuperset(modifiers):
         return None
     exact = (HANDS_NAN_ON if "NaN" in modifiers else ARITHMETIC)[name]
 
@@ -79,4 +78,4 @@ def float_operation(parts: tuple[str, ...], count: int) -> Operation | None:
     def rounded_and_flushed(*operands: Array) -> Array:
         return flushed(rounded(*map(flushed, operands)))
 
-    return Operation(sources, rounded_and_flushed if flushes else rounded, result)
+    return Operation(sources, rounded_and_flushed if "ftz" in modifiers else rounded, result)

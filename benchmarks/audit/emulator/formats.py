@@ -30,7 +30,6 @@ BITS: Mapping[str, int] = {
 
 BFLOAT16_NAN = np.uint16(0x7FFF)
 UNDEFINED = 0x5A5A5A5A5A5A5A5A  # in registers that nothing wrote: as a number, large and odd
-SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
 def decode(bits: Array, ptx_type: str) -> Array:
@@ -78,8 +77,9 @@ def join(parts: list[Array]) -> Array:
 
 
 def flushed(values: Array) -> Array:
-    """float32 whose subnormals are zeros of their sign, as .ftz has operands and results."""
-    return np.where(np.abs(values) < SMALLEST_NORMAL, np.copysign(np.float32(0), values), values)
+    """Floats whose subnormals are zeros of their sign, as .ftz has operands and results."""
+    subnormal = np.abs(values) < np.finfo(values.dtype).smallest_normal
+    return np.where(subnormal, np.copysign(values.dtype.type(0), values), values)
 
 
 @functools.cache

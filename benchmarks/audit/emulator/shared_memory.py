@@ -17,7 +17,7 @@ from .findings import (
     OVERWRITES_WRITTEN,
     READ_BEFORE_BARRIER,
     READ_BEFORE_DELIVERY,
-    TWO_VALUES,
+    TWO_VALUES_SHARED,
     Report,
 )
 from .formats import Array
@@ -81,7 +81,7 @@ class SharedMemory:
         self._check(OVERWRITES_WRITTEN, by_another & (self._data[place] != data), access)
         self._written_in[place], self._writer[place] = interval, warp
         self._data[place], self._on_the_way[place] = data, False
-        self._check(TWO_VALUES, self._data[place] != data, access)
+        self._check(TWO_VALUES_SHARED, self._data[place] != data, access)
 
     def begin_copy(self, access: Access, data: Array) -> None:
         """cp.async: the bytes are on their way until their group is waited for."""
