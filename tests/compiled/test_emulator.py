@@ -17,7 +17,7 @@ import fused_ops
 from benchmarks.audit.emulator import Finding, UnknownInstruction, emulating, findings
 from benchmarks.audit.emulator.driver import run
 from benchmarks.audit.inert import Launch, compiling_for
-from benchmarks.audit.targets import TARGETS
+from benchmarks.audit.targets import DEVICE_OF, TARGETS
 from fused_ops import functional as F
 from tests.calls import as_tuple
 from tests.tolerances import assert_within_budget
@@ -71,9 +71,7 @@ def counted(elements: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def test_a_lane_outside_every_tensor_is_found_and_not_carried_out(emulated):
-    around = torch.full((400,), -1.0)
-    x, y = counted(2 * BLOCK - 7), around.untyped_storage()
-    y = torch.empty(2 * BLOCK - 7)
+    x, y = counted(2 * BLOCK - 7), torch.empty(2 * BLOCK - 7)
     copy_kernel[(2,)](x, y, x.numel(), BLOCK, True)
     assert emulated == [] and torch.equal(x, y)
     copy_kernel[(2,)](x, y, x.numel(), BLOCK, False)
@@ -263,9 +261,9 @@ def parameters(count: int, dtype: torch.dtype) -> list[Tensor]:
     return [normal(count, dtype=dtype, seed=5), normal(count, dtype=dtype, seed=6)]
 
 
-def test_layer_norm(dtype=torch.bfloat16):
-    x = normal(12, 520, dtype=dtype)
-    check(lambda x, weight, bias: F.layer_norm(x, (520,), weight, bias), [x, *parameters(520, dtype)])
+def test_layer_norm():
+    x = normal(12, 520, dtype=torch.bfloat16)
+    check(lambda x, weight, bias: F.layer_norm(x, (520,), weight, bias), [x, *parameters(520, x.dtype)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -315,10 +313,14 @@ def test_add_layer_norm_with_dropout(dtype):
     check(call, [x, residual, *parameters(span, dtype)], judged_by=without_dropout)
 
 
-def test_a_long_row_has_the_same_bits_alone_and_in_a_batch_that_is_walked(emulated):
-    """Contracted to a multiply-add in one of the two kernels only, the merge of its chunks had not."""
-    span = 30000
-    x = normal(132, span)
-    with torch.no_grad():
-        many, few = F.layer_norm(x, (span,)), F.layer_norm(x[:4].clone(), (span,))
-    assert torch.equal(many[:4], few) and emulated == []
+def test_a_long_row_has_the_same_bits_walked_and_shared():
+    """Contracted to a multiply-add in one of the two kernels only, the merge of its chunks had not, in three of these
+    rows. Levels change along a row, so that the last bit of each chunk's share in the mean counts."""
+    rows, span = 24, 30000
+    x = normal(rows, span) + torch.linspace(-3, 5, span)
+    facts, launches = DEVICE_OF["sm_90"].facts._replace(multiprocessors=rows), []
+    with emulating(TARGETS["sm_90"], facts=facts, launches=launches) as found, torch.no_grad():
+        many, few = F.layer_norm(x, (span,)), F.layer_norm(x[:-1].clone(), (span,))
+    kernels = [launch.kernel for launch in launches]
+    assert kernels == ["row_walk_forward_kernel", "row_moments_kernel", "row_apply_kernel"] and found == []
+    assert torch.equal(many[:-1], few)

@@ -9,7 +9,7 @@ import numpy as np
 from .formats import BITS, COMPUTED_AS, FLOATS, INTEGERS, Array, encode, flushed, join
 from .operation import Operation
 
-# To an integer, of the value or in place of it.
+# By the modifier; of a conversion from float to float, too, whose result is then a whole number.
 TO_INTEGER: Mapping[str, Callable[[Array], Array]] = {
     "rni": np.rint,
     "rzi": np.trunc,
@@ -44,16 +44,14 @@ def conversion(parts: tuple[str, ...], count: int) -> Operation | None:
         return None
     if not {source, result} <= COMPUTED_AS.keys():
         return None
-    to_integer = TO_INTEGER.get(modifiers[0]) if modifiers else None
-    kind = COMPUTED_AS[result]
+    whole = TO_INTEGER.get(modifiers[0]) if modifiers else None
     if source in FLOATS and result in INTEGERS:
-        if to_integer is None:
-            return None
-        nearest = to_integer
-        return Operation((source,), lambda a: _saturated(nearest(a.astype(np.float64)), result), result)
-    if to_integer is None:
-        return Operation((source,), lambda a: a.astype(kind), result)
-    return Operation((source,), lambda a: to_integer(a).astype(kind), result)
+        return Operation((source,), _to_integer(whole, result), result) if whole else None
+    return Operation((source,), lambda a: (whole(a) if whole else a).astype(COMPUTED_AS[result]), result)
+
+
+def _to_integer(whole: Callable[[Array], Array], result: str) -> Callable[[Array], Array]:
+    return lambda a: _saturated(whole(a.astype(np.float64)), result)
 
 
 def _saturated(values: Array, result: str) -> Array:

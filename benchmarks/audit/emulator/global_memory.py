@@ -43,11 +43,9 @@ class GlobalMemory:
         for name, tensor in tensors.items():
             storage = tensor.untyped_storage()
             if storage.nbytes() and storage.data_ptr() not in regions:
-                pointed_at = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())
-                writer = np.full(storage.nbytes(), NOBODY, np.int32)
-                regions[storage.data_ptr()] = Region(
-                    name, storage.data_ptr(), np.ctypeslib.as_array(pointed_at), writer
-                )
+                address, size = storage.data_ptr(), storage.nbytes()
+                data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+                regions[address] = Region(name, address, data, np.full(size, NOBODY, np.int32))
         self._regions = [regions[address] for address in sorted(regions)]
         self._addresses = np.array([region.address for region in self._regions], np.uint64)
         self._ends = np.array([region.end for region in self._regions], np.uint64)
@@ -74,7 +72,7 @@ class GlobalMemory:
         """Each storage with the lanes that reach it and the places of their bytes; reports those that reach none."""
         below = np.searchsorted(self._addresses, access.address, "right").astype(np.int64) - 1
         beyond = self._ends[np.maximum(below, 0)] if self._regions else np.zeros_like(access.address)
-        outside = (below < 0) | (access.address + np.uint64(access.bytes) > beyond)
+        outside = (below < 0) | access.ends_after(beyond)
         if outside.any():
             at = int(np.argmax(outside))
             self._add(OUT_OF_BOUNDS, self._position(int(access.address[at]), int(below[at])), threads, access, at)

@@ -19,6 +19,7 @@ from .threads import WARP, Access, Threads
 
 # Order what others see, or tell the hardware what to expect: nothing that shows here.
 WITHOUT_EFFECT = frozenset({"griddepcontrol", "fence", "membar", "createpolicy", "prefetch"})
+LEAVES = frozenset({"bra", "ret", "exit"})  # the instruction after it for another
 ADDRESS = "u64"
 MATRIX_ROWS, MATRIX_ROW_BYTES = 8, 16  # of what ldmatrix and stmatrix move
 WHOLE_WARP = {"bfly": 31, "idx": 31, "down": 31, "up": 0}  # the bounds of a shfl that crosses no others
@@ -37,6 +38,7 @@ class Machine:
         shared: SharedMemory,
     ) -> None:
         self._kernel = kernel
+        self._end = len(kernel.instructions)
         self._parameters = parameters
         self._threads = threads
         self._memory = memory
@@ -52,14 +54,14 @@ class Machine:
             **{f"%{of}.{axis}": zero for of in ("tid", "ctaid") for axis in "yz"},
             **{f"%{of}.{axis}": one for of in ("ntid", "nctaid") for axis in "yz"},
         }
-        self._next = np.zeros(len(threads), np.int64)  # instruction of each thread; after the last one, it has ended
+        self._everywhere = True  # whether the instruction is executed in all threads
+        self._next = np.zeros(len(threads), np.int64)  # instruction of each thread; of those that have ended, the end
 
     def run(self) -> None:
-        end = len(self._kernel.instructions)
         with np.errstate(all="ignore"):
-            while (at := int(self._next.min())) < end:
+            while (at := int(self._next.min())) < self._end:
                 behind = self._next == at
-                self._run_together(behind, at, end if behind.all() else int(self._next[~behind].min()))
+                self._run_together(behind, at, self._end if behind.all() else int(self._next[~behind].min()))
 
     def _run_together(self, threads: Array, at: int, stop: int) -> None:
         """Runs these threads, which are all at one instruction, to a branch or to where others wait."""
@@ -71,10 +73,9 @@ class Machine:
                 holds = self._read(guard.predicate, "pred")
                 active = threads & (~holds if guard.negated else holds)
             name = instruction.parts[0]
-            if name in ("bra", "ret", "exit"):
+            if name in LEAVES:
                 self._next[threads] = number + 1
-                ended = len(self._kernel.instructions)
-                self._next[active] = self._kernel.labels[instruction.operands[0]] if name == "bra" else ended
+                self._next[active] = self._kernel.labels[instruction.operands[0]] if name == "bra" else self._end
                 return
             if guard is None or active.any():
                 self._everywhere = all_run and (guard is None or bool(active.all()))

@@ -109,7 +109,7 @@ class SharedMemory:
 
     def _reached(self, access: Access) -> tuple[Array, Array]:
         """Which lanes reach shared memory, and the places of their bytes; reports those that do not."""
-        outside = access.address + np.uint64(access.bytes) > self._size
+        outside = access.ends_after(self._size)
         misaligned = access.address % np.uint64(access.bytes) != 0
         self._check(OUT_OF_BOUNDS, outside[:, None], access)
         self._check(MISALIGNED, misaligned[:, None], access)

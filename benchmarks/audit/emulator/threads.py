@@ -42,6 +42,10 @@ class Access:
     def only(self, chosen: Array) -> Access:
         return Access(self.instruction, self.lanes[chosen], self.address[chosen], self.bytes)
 
+    def ends_after(self, end: Array | int) -> Array:
+        """Which lanes reach beyond `end`; an address near the largest one is no small one."""
+        return (self.address > end) | (self.address + np.uint64(self.bytes) > end)
+
     def bytes_from(self, start: Array) -> Array:
         """Places of all its bytes, a row a lane, where `start` are those of the first ones."""
         return start.astype(np.int64)[:, None] + np.arange(self.bytes)
