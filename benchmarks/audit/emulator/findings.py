@@ -7,7 +7,7 @@ from dataclasses import dataclass
 OUT_OF_BOUNDS = "out of bounds"
 MISALIGNED = "misaligned"
 TWO_VALUES = "one store writes two values to one address"
-# Harmless where all that is stored there means the same: which of them is kept depends on nothing but the hardware.
+# One sum, say, that threads have rounded differently: all are right, and PTX does not say which of them is kept.
 TWO_VALUES_SHARED = "one store writes two values to one address of shared memory"
 TWO_PROGRAMS = "two programs write one address"
 READ_BEFORE_BARRIER = "reads what another warp wrote since the last barrier"
