@@ -15,8 +15,6 @@ from torch.fx.proxy import Attribute
 from .in_place import IN_PLACE
 
 _INSIDE = ("torch", __name__, f"{__package__}.tracing")  # who may ask anything
-
-
 _NOT_OF_A_MODEL = frozenset({"torch", "fused_ops", *sys.stdlib_module_names})
 _ASKING_FOR_A_MODE = {"is_autocast_enabled", "is_autocast_cpu_enabled", "is_inference_mode_enabled"}
 
@@ -117,24 +115,26 @@ class StandIn(_Watched):
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         frame = sys._getframe(1)
-        asks_in_python = frame.f_code is torch.is_tensor.__code__
-        if not asks_in_python and _is_within(frame, *_INSIDE):
+        by_is_tensor = frame.f_code is torch.is_tensor.__code__
+        if not by_is_tensor and (_is_within(frame, *_INSIDE) or self._is_read_in_c(frame)):
             return StandIn
-        operation = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-        if operation in ("LOAD_ATTR", "LOAD_METHOD", "MATCH_CLASS"):
-            asks_in_python = True
-        elif not asks_in_python:
-            function = self.tracer.calls.of(frame)
-            asks_in_python = function is isinstance
-            if not asks_in_python and "CALL" not in operation:
-                return StandIn
-            # A function in C that is told a class which is not there would read what is not there.
-            if not asks_in_python and function is not None and getattr(function, "__module__", None) != "builtins":
-                return StandIn
         of_class = object.__getattribute__(self, "of_class")
-        if of_class is None or not asks_in_python:
+        if of_class is None:
             raise self.tracer.refuse("its forward goes by the class of what it computes")
         return of_class
+
+    def _is_read_in_c(self, frame: FrameType) -> bool:
+        """Whether a function of torch's in C asks: told a class that is not there, it would read what is not there.
+        Untraceable where one of Python's own asks, but isinstance: nobody can tell what for."""
+        operation = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+        if "CALL" not in operation:
+            return operation not in ("LOAD_ATTR", "LOAD_METHOD", "MATCH_CLASS")
+        function = self.tracer.calls.of(frame)
+        if function is isinstance:
+            return False
+        if function is None or getattr(function, "__module__", None) == "builtins":
+            raise self.tracer.refuse("its forward goes by the class of what it computes")
+        return True
 
     def __getattr__(self, k: str) -> Any:
         if k in _OF_AUTOGRAD:
