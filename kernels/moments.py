@@ -9,6 +9,22 @@ from .tiles import scalar
 
 
 @triton.jit
+def rounded_product(a, b):
+    """a * b, rounded before threads exchange it: contracted with the sum of two, each thread would add its own product
+    unrounded to its neighbour's, so that they disagree about the sum."""
+    return tl.fma(a, b, tl.zeros_like(a))
+
+
+@triton.jit
+def product_to_sum(a, b, COUNT: tl.constexpr):
+    """a * b, of which COUNT are summed; of so few a thread may have but one (`rounded_product`)."""
+    if COUNT <= 32:
+        return rounded_product(a, b)
+    else:
+        return a * b
+
+
+@triton.jit
 def in_all_places(sums, PLANES: tl.constexpr):
     """[GROUPS, 1] as a vector [GROUPS * PLANES], each in the places of its group."""
     GROUPS: tl.constexpr = sums.shape[0]
@@ -63,10 +79,11 @@ def rough_moments(x, in_span, inv_count, PLANES: tl.constexpr, AXIS: tl.constexp
     is what the differences from it sum to: without it the error is twice torch's at a mean of 1e4 and a deviation of
     1e-2. It is small beside the deviation, so that m2, too, follows from sums about the rough mean.
     """
-    rough_mean = sum_rows(x * inv_count, PLANES, AXIS)
+    COUNT: tl.constexpr = PLANES * x.shape[AXIS]
+    rough_mean = sum_rows(product_to_sum(x, inv_count, COUNT), PLANES, AXIS)
     rough = tl.where(in_span, x - tl.expand_dims(rough_mean, AXIS), 0.0)
     shift = sum_rows(rough, PLANES, AXIS)
-    square = sum_rows(rough * rough, PLANES, AXIS)
+    square = sum_rows(product_to_sum(rough, rough, COUNT), PLANES, AXIS)
     correction = shift * inv_count
     return rough_mean, correction, centered(square, shift, correction), rough
 
@@ -83,7 +100,7 @@ def tile_moments(x, in_span, inv_count, SUBTRACT_MEAN: tl.constexpr, PLANES: tl.
         rough_mean, correction, m2, rough = rough_moments(x, in_span, inv_count, PLANES, AXIS)
         return rough_mean + correction, m2, rough - tl.expand_dims(correction, AXIS)
     else:
-        m2 = sum_rows(x * x, PLANES, AXIS)
+        m2 = sum_rows(product_to_sum(x, x, PLANES * x.shape[AXIS]), PLANES, AXIS)
         return tl.zeros_like(m2), m2, x
 
 
@@ -159,9 +176,7 @@ def merge_chunks(
         # As differences from the first chunk's mean: at a large mean these are small, so that the sum rounds less.
         origin = pairwise_sum(tl.where(first == 0, means, 0.0), LOG2_CHUNKS)
         means = tl.where(counts > 0, means - origin, 0.0)
-        # As a product, each would be added unrounded to its neighbour: which of two is goes by how they are spread.
-        shares = tl.fma(means, counts * (1.0 / SPAN), tl.zeros_like(means))
-        mean = pairwise_sum(shares, LOG2_CHUNKS)
+        mean = pairwise_sum(rounded_product(means, counts * (1.0 / SPAN)), LOG2_CHUNKS)
         deviation = means - mean
         m2 = pairwise_sum(m2s + counts * (deviation * deviation), LOG2_CHUNKS)
         return mean + origin, reciprocal_deviation(m2, SPAN, eps)

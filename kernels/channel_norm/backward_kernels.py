@@ -13,7 +13,7 @@ import triton.language as tl
 from ..column_sum import sum_columns
 from ..dropout import plane_factor
 from ..epilogue import load_bits
-from ..moments import input_gradient, sum_in_groups
+from ..moments import input_gradient, product_to_sum, rounded_product, sum_in_groups
 from ..tiles import columns_in_runs, load_gradients, scalar, store_gradients
 from .forward_kernels import partials_of_groups
 from .mixture import mixed_gradient_means, store_weight_gradients
@@ -77,18 +77,18 @@ def channel_norm_backward_kernel(
         DY_ptr, X_ptr, Residual_ptr, passes, mean, rstd, weight, bias, dy_base, x_base, residual_base, col, mask,
         alpha, beta, SLOPE, PASSES, COMPUTE,
     )  # fmt: skip
-    sum_dz = tl.sum(dz, axis=1)
+    sum_dz = tl.sum(product_to_sum(dz, 1.0, BLOCK_PLANE), axis=1)  # dz, too, is a product
     store_sums(PartialDBias_ptr, sum_dz, plane_index, in_planes)
     dx = None
     if X_ptr is not None:
-        sum_dz_x_hat = tl.sum(dz * x_hat, axis=1)
+        sum_dz_x_hat = tl.sum(product_to_sum(dz, x_hat, BLOCK_PLANE), axis=1)
         store_sums(PartialDWeight_ptr, sum_dz_x_hat, plane_index, in_planes)
         if NEEDS_DX:
             g = dz
             if weight is not None:
                 g = dz * weight
-                sum_dz = sum_dz * tl.reshape(weight, sum_dz.shape)
-                sum_dz_x_hat = sum_dz_x_hat * tl.reshape(weight, sum_dz.shape)
+                sum_dz = rounded_product(sum_dz, tl.reshape(weight, sum_dz.shape))
+                sum_dz_x_hat = rounded_product(sum_dz_x_hat, tl.reshape(weight, sum_dz.shape))
             inv_count = 1.0 / scalar(plane * GROUP_CHANNELS, COMPUTE)
             mean_g = (sum_in_groups(sum_dz, BLOCK_PLANES) * inv_count)[:, None]
             mean_g_x_hat = (sum_in_groups(sum_dz_x_hat, BLOCK_PLANES) * inv_count)[:, None]
@@ -153,7 +153,8 @@ def channel_gradient_sums_kernel(
         if DZSums_ptr is not None:
             sums_dz = dz if STAGES == 0 else sums_dz + dz
         if DZXHatSums_ptr is not None:
-            sums_dz_x_hat = dz * x_hat if STAGES == 0 else sums_dz_x_hat + dz * x_hat
+            product = product_to_sum(dz, x_hat, BLOCK_PLANE)
+            sums_dz_x_hat = product if STAGES == 0 else sums_dz_x_hat + product
         drops = plane_factor(
             Seed_ptr, sample, channel[:, None], position, plane, positions, threshold, factor, CHANNELS, COMPUTE
         )

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..dropout import row_factor
 from ..epilogue import load_bits
-from ..moments import input_gradient
+from ..moments import input_gradient, product_to_sum
 from ..tiles import load_gradients, scalar, store_gradients
 from .forward_kernels import load_columns, tiles_of_chunk
 
@@ -90,7 +90,7 @@ def row_norm_backward_kernel(
         dx = None
         if NEEDS_DX:
             g = dz * weight if weight is not None else dz
-            mean_g_x_hat = tl.sum(g * x_hat, axis=1)[:, None] * (1.0 / SPAN)
+            mean_g_x_hat = tl.sum(product_to_sum(g, x_hat, g.shape[1]), axis=1)[:, None] * (1.0 / SPAN)
             mean_g = tl.sum(g, axis=1)[:, None] * (1.0 / SPAN) if SUBTRACT_MEAN else None
             dx = input_gradient(g, x_hat, rstd, mean_g, mean_g_x_hat)
         drops = row_factor(Seed_ptr, row, 0, threshold, factor, SPAN, BLOCK_SPAN, COMPUTE)

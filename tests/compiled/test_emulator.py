@@ -313,6 +313,23 @@ def test_add_layer_norm_with_dropout(dtype):
     check(call, [x, residual, *parameters(span, dtype)], judged_by=without_dropout)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(9, 7), (9, 31), (9, 12, 1, 1), (2, 6, 3, 3), (3, 8, 5, 5)])
+def test_threads_agree_about_a_sum_of_few(shape, dtype):
+    """Where a thread has one element, its product was contracted with its neighbour's in the first exchange: each half
+    of a warp then stored a mean of its own to one address of shared memory."""
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if x.dim() == 2:
+            return F.layer_norm(x, x.shape[1:], weight, bias, activation="gelu")
+        return F.group_norm(x, 2, weight, bias, activation="silu")
+
+    inputs = [normal(*shape, dtype=dtype), *parameters(shape[1], dtype)]
+    with emulating(TARGETS["sm_90"]) as found:
+        outputs_and_gradients(call, inputs, dtype)
+    assert found == []
+
+
 def test_a_long_row_has_the_same_bits_walked_and_shared():
     """Contracted to a multiply-add in one of the two kernels only, the merge of its chunks had not, in three of these
     rows. Levels change along a row, so that the last bit of each chunk's share in the mean counts."""
