@@ -22,20 +22,18 @@ def scalar(value, dtype: tl.constexpr):
 
 @triton.jit
 def in_runs(tile, RUN: tl.constexpr):
-    """[rows, columns] as [columns // RUN, rows, RUN], whose runs half warps take side by side; 0 leaves it as it is.
+    """[rows, columns] as [columns // RUN, rows, RUN], whose runs half warps take side by side.
 
     Threads otherwise fill a row first. Where that is short each then has elements of many rows, every one with a sum,
     statistics and an address of its own.
     """
-    if RUN == 0:
-        return tile
-    else:
-        return tl.permute(tl.reshape(tile, [tile.shape[0], tile.shape[1] // RUN, RUN]), (1, 0, 2))
+    return tl.permute(tl.reshape(tile, [tile.shape[0], tile.shape[1] // RUN, RUN]), (1, 0, 2))
 
 
 @triton.jit
 def columns_in_runs(col, RUN: tl.constexpr):
-    """`in_runs` of neighbouring columns [1, columns], of which a thread takes a sixteenth of a run at a time."""
+    """`in_runs` of neighbouring columns [1, columns], of which a thread takes a sixteenth of a run at a time; 0 leaves
+    them as they are."""
     if RUN == 0:
         return col
     else:

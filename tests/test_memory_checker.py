@@ -20,18 +20,11 @@ from benchmarks.audit.memory_checker import (
 )
 from benchmarks.audit.watch import watch
 from tests.conftest import HAS_GPU
+from tests.wrong_kernels import copy_kernel
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="a compiled kernel cannot be watched")
 
 BLOCK = 8
-
-
-@triton.jit
-def copy_kernel(X_ptr, Y_ptr, elements, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Without its mask the last program reaches beyond both tensors."""
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = (offsets < elements) if MASKED else (offsets >= 0)
-    tl.store(Y_ptr + offsets, tl.load(X_ptr + offsets, mask=mask), mask=mask)
 
 
 @triton.jit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .sites import Replaced
-from .state import Held, own_fields, put_fields_back, registered
+from .state import Generators, Held, registered
 
 # The largest difference over the largest value that rounding makes of a whole model's results; of gradients ten times.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -75,7 +74,7 @@ def _gradients(outputs: Sequence[Tensor], model: nn.Module) -> list[Any]:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Leaves modes, buffers, what modules hold besides, and every generator as they were."""
     modes = [(module, module.training) for module in model.modules()]
-    held = [(module, registered(module), own_fields(module), Held(module)) for module in model.modules()]
+    held = [(module, registered(module), Held(module)) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -83,12 +82,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-    numbers = random.getstate()
+    numbers = Generators()
     try:
         with torch.random.fork_rng(devices=[device.index for device in devices]):
             yield
     finally:
-        random.setstate(numbers)
+        numbers.put_back()
         with torch.no_grad():
             for module, name, buffer, before in buffers:
                 module._buffers[name] = buffer
@@ -96,11 +95,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
         for module, training in modes:
             module.training = training
-        for module, names, fields, containers in held:
-            if registered(module) != names:
-                continue  # it was built in its first call, which what it holds says
-            containers.put_back()
-            put_fields_back(module, fields)
+        for module, names, fields in held:
+            if registered(module) == names:  # else it was built in its first call, which what it holds says
+                fields.put_back()
 
 
 def difference(found: Results, expected: Results) -> str:

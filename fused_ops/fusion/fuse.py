@@ -91,13 +91,16 @@ def unfuse(model: nn.Module) -> nn.Module:
 def _replace_norms(model: nn.Module, reasons: dict[nn.Module, str]) -> None:
     for module in list(model.modules()):
         try:
-            found = recognize(module) if is_norm(module) or may_be_norm(module) or may_standardize(module) else None
-            named = is_norm(module) or may_be_norm(module) or is_standardizing(module)
+            named = is_norm(module) or may_be_norm(module)
+            if not (named or may_standardize(module)):
+                continue
+            found = recognize(module)
+            named = named or is_standardizing(module)
         except Exception as error:  # of somebody's module, of any kind, that is asked for what it does not expect
             found, named = Recognized(reason=f"to look at it raises {type(error).__name__}: {error}"), True
-        if found is not None and found.cls is not None:
+        if found.cls is not None:
             replace(module, found.cls, found.attributes)
-        elif found is not None and named:
+        elif named:
             reasons[module] = found.reason
 
 

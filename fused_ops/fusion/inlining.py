@@ -47,9 +47,8 @@ def class_before(module: nn.Module) -> type[nn.Module]:
 
 
 def is_called_plainly(module: nn.Module) -> bool:
-    """Whether a call of the module is a call of its class's forward."""
-    by_class = type(module).__call__ is nn.Module.__call__ and "forward" not in vars(module)
-    return by_class and getattr(module, "_compiled_call_impl", None) is None
+    """Whether a call of the module is a call of its forward, as far as `has_hooks` does not tell."""
+    return type(module).__call__ is nn.Module.__call__ and getattr(module, "_compiled_call_impl", None) is None
 
 
 def inline(graph: Graph, module: nn.Module, chosen: frozenset[str] | None = None) -> list[Inlined]:

@@ -1,13 +1,16 @@
-"""What a module holds besides parameters, buffers and children: told apart, kept, and put back."""
+"""What a module holds besides parameters, buffers and children, and where the generators are: kept, and put back."""
 
 from __future__ import annotations
 
 import collections
 import itertools
 import operator
-from collections.abc import Iterable, Mapping
+import random
+from collections.abc import Mapping
 from typing import Any
 
+import numpy
+import torch
 from torch import nn
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -27,20 +30,21 @@ def registered(module: nn.Module) -> Any:
 
 
 class Held:
-    """The lists, dicts, sets and deques that modules hold, what is in them, and what attributes others have."""
+    """The attributes that modules have, and what is in the lists, dicts, sets and deques among them."""
 
-    def __init__(self, *modules: nn.Module, others: Iterable[nn.Module] = ()) -> None:
-        self._others = [(other, own_fields(other)) for other in others]
-        fields = [*map(own_fields, modules), *(fields for _, fields in self._others)]
-        values = [value for each in fields for value in each.values()]
+    def __init__(self, *modules: nn.Module) -> None:
+        self._fields = [(module, own_fields(module)) for module in modules]
+        values = [value for _, fields in self._fields for value in fields.values()]
         self._contents = [(container, _items(container)) for container in _containers(values)]
 
     def put_back(self) -> bool:
         """Whether anything of it was changed; it is no more."""
         changed = [(container, items) for container, items in self._contents if not _are(_items(container), items)]
-        written = [(other, fields) for other, fields in self._others if not same_fields(own_fields(other), fields)]
-        for other, fields in written:
-            put_fields_back(other, fields)
+        written = [(module, fields) for module, fields in self._fields if not same_fields(own_fields(module), fields)]
+        for module, fields in written:
+            for name in own_fields(module).keys() - fields.keys():
+                del module.__dict__[name]
+            module.__dict__.update(fields)
         for container, items in changed:
             container.clear()
             if isinstance(container, dict):
@@ -56,13 +60,6 @@ class Held:
 def same_fields(fields: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
     """Whether these attributes are the same objects."""
     return fields.keys() == before.keys() and all(fields[name] is before[name] for name in fields)
-
-
-def put_fields_back(module: nn.Module, fields: Mapping[str, Any]) -> None:
-    """Gives a module the attributes that it had."""
-    for name in own_fields(module).keys() - fields.keys():
-        del module.__dict__[name]
-    module.__dict__.update(fields)
 
 
 def _containers(values: list[Any]) -> list[Any]:
@@ -83,3 +80,21 @@ def _items(container: Any) -> list[Any]:
 def _are(items: list[Any], before: list[Any]) -> bool:
     """Whether these are the same objects."""
     return len(items) == len(before) and all(map(operator.is_, items, before))
+
+
+class Generators:
+    """Where the generators of random numbers are."""
+
+    def __init__(self) -> None:
+        self.python, self.torch, self.numpy = random.getstate(), torch.get_rng_state(), numpy.random.get_state()
+
+    def put_back(self) -> bool:
+        """Whether numbers were drawn; they will be again."""
+        now = Generators()
+        same_numpy = all(numpy.array_equal(a, b) for a, b in zip(now.numpy, self.numpy, strict=True))
+        if now.python == self.python and torch.equal(now.torch, self.torch) and same_numpy:
+            return False
+        random.setstate(self.python)
+        torch.set_rng_state(self.torch)
+        numpy.random.set_state(self.numpy)
+        return True

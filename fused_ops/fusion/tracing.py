@@ -9,19 +9,17 @@ from __future__ import annotations
 import contextlib
 import dis
 import inspect
-import random
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from torch import nn
 from torch.fx import Graph, Proxy, Tracer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .stand_in import CallsOfC, StandIn, asked_by
-from .state import Held
+from .state import Generators, Held
 
 # Read by a forward, and cheap to compare in every call.
 SCALARS = (bool, int, float, str, type(None), torch.dtype)
@@ -41,12 +39,12 @@ class Given(NamedTuple):
     def fits(self, value: Any) -> bool:
         if self.of_class is not None:
             return isinstance(value, self.of_class)
-        return value is self.constant or is_still(value, self.constant)
+        return value is self.constant or (isinstance(value, SCALARS) and is_still(value, self.constant))
 
 
 def is_still(value: Any, before: Any) -> bool:
-    """Whether a scalar is what it was; what has become of it may be anything."""
-    return type(value) is type(before) and isinstance(value, SCALARS) and value == before
+    """Whether what was a scalar is that one; it may have become anything."""
+    return type(value) is type(before) and bool(value == before)
 
 
 class Traced(NamedTuple):
@@ -88,7 +86,7 @@ def trace(module: nn.Module, given: Mapping[str, Given], grad: bool = True) -> T
     """The graph of module.forward for such calls, in the mode it is in. Untraceable says why there is none."""
     before = type(module)
     attributes: dict[str, Any] = {}
-    numbers, held = _Generators(), Held(module, others=module.children())
+    numbers, held = Generators(), Held(module, *module.children())
     tracer = _OneForward(given)
     try:
         module.__dict__["_reads"] = attributes
@@ -120,24 +118,6 @@ def trace_whatever_grad(module: nn.Module, given: Mapping[str, Given]) -> Traced
     if traced.graph.python_code("self").src != without.graph.python_code("self").src:
         raise Untraceable("its forward goes by whether gradients are on")
     return traced
-
-
-class _Generators:
-    """Where the generators of random numbers are."""
-
-    def __init__(self) -> None:
-        self.python, self.torch, self.numpy = random.getstate(), torch.get_rng_state(), numpy.random.get_state()
-
-    def put_back(self) -> bool:
-        """Whether numbers were drawn; they will be again."""
-        now = _Generators()
-        same_numpy = all(numpy.array_equal(a, b) for a, b in zip(now.numpy, self.numpy, strict=True))
-        if now.python == self.python and torch.equal(now.torch, self.torch) and same_numpy:
-            return False
-        random.setstate(self.python)
-        torch.set_rng_state(self.torch)
-        numpy.random.set_state(self.numpy)
-        return True
 
 
 def _refuse_what_no_graph_has(module: nn.Module) -> None:

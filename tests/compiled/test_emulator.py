@@ -21,6 +21,7 @@ from benchmarks.audit.targets import DEVICE_OF, TARGETS
 from fused_ops import functional as F
 from tests.calls import as_tuple
 from tests.tolerances import assert_within_budget
+from tests.wrong_kernels import copy_kernel
 
 # Triton 3.9 wants to be told whether to fuse multiply and add; these kernels do not mind.
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -41,14 +42,6 @@ def kinds(found: list[Finding]) -> list[tuple[str, str]]:
 
 
 # --- kernels made wrong on purpose -----------------------------------------------------------------------------------
-
-
-@triton.jit
-def copy_kernel(X_ptr, Y_ptr, elements, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Without its mask the last program reaches beyond both tensors."""
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = (offsets < elements) if MASKED else (offsets >= 0)
-    tl.store(Y_ptr + offsets, tl.load(X_ptr + offsets, mask=mask), mask=mask)
 
 
 @triton.jit
